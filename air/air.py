@@ -1,0 +1,297 @@
+"""AIR: the generative model, the inference network (guide) and its baseline, in Pyro.
+
+Eslami, Heess, Weber, Tassa, Szepesvari, Kavukcuoglu, Hinton: "Attend, Infer, Repeat: Fast Scene
+Understanding with Generative Models", NIPS 2016, arXiv:1603.08575. Section numbers below are that
+paper's. Shapes are those of the glossary in ``air/__init__.py``.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.ops.provenance import detach_provenance
+from torch import Tensor, nn
+
+from air.priors import DEFAULT_COUNT_RATIO, PresencePrior, geometric_count_prior
+from air.spatial_transformer import image_to_window, window_to_image
+from modules import MLP, Decoder, Encoder, ImageLSTMCell, Predict, Projection
+
+Latents = tuple[list[Tensor], list[Tensor]]  # z_where, T times [B, 3]; z_pres, T times [B, 1]
+
+Z_PRES_SIZE = 1
+Z_WHERE_SIZE = 3
+
+
+class GuideInputs(NamedTuple):
+    """What every step of the guide sees of the images."""
+
+    images: Tensor  # [B, H, H]
+    rnn: Projection  # the images as the inference LSTM takes them
+    bl_rnn: Projection | None  # the same for the baseline's; None without baselines
+    cost_scale: float  # the plate's N / B, which multiplies every cost
+
+
+class GuideState(NamedTuple):
+    """What one step of the guide hands to the next."""
+
+    z_pres: Tensor  # [B, 1]
+    z_where: Tensor  # [B, 3]
+    z_what: Tensor  # [B, Z]
+    rnn: tuple[Tensor, Tensor]  # (h, c), [B, hidden] each
+    bl_rnn: tuple[Tensor, Tensor]
+
+
+class AIR(nn.Module):
+    """Attend, Infer, Repeat: `model` and `guide` for ``pyro.infer.SVI``.
+
+    Args:
+        num_steps: The most objects a scene can have, T.
+        x_size: Side of the images in pixels, H.
+        window_size: Side of the attention window in pixels, W.
+        z_what_size: Dimensions of an object's code, Z.
+        rnn_hidden_size: Size of both LSTMs' states.
+        encoder_net: Hidden layer sizes of q(z_what | window).
+        decoder_net: Hidden layer sizes of p(window | z_what).
+        predict_net: Hidden layer sizes of q(z_pres, z_where | h).
+        embed_net: Layer sizes of a net between the image and the LSTMs; None for no net.
+        bl_predict_net: Hidden layer sizes between the baseline's LSTM and its value.
+        non_linearity: Name of the ``torch.nn`` class used throughout.
+        decoder_output_bias: Added to the decoder's output before its sigmoid; None for zero.
+        decoder_output_use_sigmoid: Keep the decoder's intensities within (0, 1).
+        use_masking: Let finished steps cost nothing.
+        use_baselines: Reduce the variance of the score-function gradient by a baseline.
+        baseline_scalar: Multiplies the baseline; None for one.
+        scale_prior_mean, scale_prior_sd: The prior of s in z_where; 3 shrinks threefold.
+        pos_prior_mean, pos_prior_sd: The prior of x and of y in z_where.
+        likelihood_sd: Standard deviation of a pixel around the canvas.
+        use_cuda: Start on the GPU, as ``AIR(...).cuda()``.
+    """
+
+    z_where_loc_prior: Tensor
+    z_where_scale_prior: Tensor
+
+    def __init__(
+        self,
+        num_steps: int = 3,
+        x_size: int = 50,
+        window_size: int = 28,
+        z_what_size: int = 50,
+        rnn_hidden_size: int = 256,
+        encoder_net: Sequence[int] = (200,),
+        decoder_net: Sequence[int] = (200,),
+        predict_net: Sequence[int] = (200,),
+        embed_net: Sequence[int] | None = None,
+        bl_predict_net: Sequence[int] = (200,),
+        non_linearity: str = "ReLU",
+        decoder_output_bias: float | None = -2.0,
+        decoder_output_use_sigmoid: bool = True,
+        use_masking: bool = True,
+        use_baselines: bool = True,
+        baseline_scalar: float | None = None,
+        scale_prior_mean: float = 3.0,
+        scale_prior_sd: float = 0.2,
+        pos_prior_mean: float = 0.0,
+        pos_prior_sd: float = 1.0,
+        likelihood_sd: float = 0.3,
+        use_cuda: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_steps, self.z_what_size = num_steps, z_what_size
+        self.x_size, self.window_size = x_size, window_size
+        self.use_masking, self.use_baselines = use_masking, use_baselines
+        self.baseline_scalar = baseline_scalar
+        self.likelihood_sd = likelihood_sd
+        self.default_presence = geometric_count_prior(DEFAULT_COUNT_RATIO, num_steps)
+
+        # Constants of the model, kept with the weights as Pyro's example does.
+        where_loc = torch.tensor([scale_prior_mean, pos_prior_mean, pos_prior_mean])
+        where_scale = torch.tensor([scale_prior_sd, pos_prior_sd, pos_prior_sd])
+        self.register_buffer("z_where_loc_prior", where_loc)
+        self.register_buffer("z_where_scale_prior", where_scale)
+        nl: type[nn.Module] = getattr(nn, non_linearity)
+        pixels, image_pixels = window_size**2, x_size**2
+        embed_sizes = embed_net or ()
+        embedded_size = [image_pixels, *embed_sizes][-1]
+        latent_size = Z_WHERE_SIZE + z_what_size + Z_PRES_SIZE
+
+        # The generative model.
+        self.decode = Decoder(
+            pixels, decoder_net, z_what_size, decoder_output_bias, decoder_output_use_sigmoid, nl
+        )
+        # The inference network.
+        self.embed = MLP(image_pixels, embed_sizes, nl, output_non_linearity=True)
+        self.rnn = ImageLSTMCell(embedded_size, latent_size, rnn_hidden_size)
+        self.predict = Predict(rnn_hidden_size, predict_net, Z_PRES_SIZE, Z_WHERE_SIZE, nl)
+        self.encode = Encoder(pixels, encoder_net, z_what_size, nl)
+        self.h_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
+        self.c_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
+        self.z_where_init = nn.Parameter(torch.zeros(1, Z_WHERE_SIZE))
+        self.z_what_init = nn.Parameter(torch.zeros(1, z_what_size))
+        # The baseline.
+        self.bl_embed = MLP(image_pixels, embed_sizes, nl, output_non_linearity=True)
+        self.bl_rnn = ImageLSTMCell(embedded_size, latent_size, rnn_hidden_size)
+        self.bl_predict = MLP(rnn_hidden_size, [*bl_predict_net, 1], nl)
+        self.bl_h_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
+        self.bl_c_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
+
+        if use_cuda:
+            self.cuda()
+
+    # The generative model, section 2.1.
+
+    def model(
+        self,
+        data: Tensor,
+        batch_size: int | None = None,
+        z_pres_prior_p: PresencePrior | None = None,
+    ) -> None:
+        """p(x, z). See `guide` for the arguments."""
+        self.register_parameters()
+        with pyro.plate("data", len(data), device=str(data.device)) as ix:
+            images = self.to_images(data[ix])
+            _, canvas = self.prior(len(images), z_pres_prior_p)
+            pixels = dist.Normal(canvas.flatten(1), self.likelihood_sd)
+            pyro.sample("obs", pixels.to_event(1), obs=images.flatten(1))
+
+    def prior(self, n: int, z_pres_prior_p: PresencePrior | None = None) -> tuple[Latents, Tensor]:
+        """Draws n scenes: the latents (z_where, z_pres) and the canvases, [n, H, H].
+
+        Where objects overlap their intensities add, so that a canvas can exceed one.
+        """
+        presence_p = z_pres_prior_p or self.default_presence.__getitem__
+        canvas = self.h_init.new_zeros(n, self.x_size, self.x_size)
+        z_pres = self.h_init.new_ones(n, Z_PRES_SIZE)
+        all_where, all_pres = [], []
+        for t in range(self.num_steps):
+            pres = dist.Bernoulli(presence_p(t) * z_pres)
+            z_pres = pyro.sample(f"z_pres_{t}", self._choice(pres, z_pres))
+            z_where, painted = self.sample_object(t, z_pres)
+            canvas = canvas + painted * z_pres[:, :, None]
+            all_where.append(z_where)
+            all_pres.append(z_pres)
+        return (all_where, all_pres), canvas
+
+    def sample_object(self, t: int, z_pres: Tensor) -> tuple[Tensor, Tensor]:
+        """p(z_where_t) p(z_what_t): the t-th object's z_where, and it painted alone, [n, H, H]."""
+        n = len(z_pres)
+        where = dist.Normal(self.z_where_loc_prior, self.z_where_scale_prior).expand([n, 3])
+        z_where = pyro.sample(f"z_where_{t}", self._choice(where, z_pres))
+        code = dist.Normal(self.h_init.new_zeros(n, self.z_what_size), 1.0)
+        z_what = pyro.sample(f"z_what_{t}", self._choice(code, z_pres))
+        window = self.decode(z_what)
+        return z_where, window_to_image(z_where, self.window_size, self.x_size, window)
+
+    # The inference network, section 2.2.
+
+    def guide(
+        self,
+        data: Tensor,
+        batch_size: int | None = None,
+        z_pres_prior_p: PresencePrior | None = None,
+    ) -> Latents:
+        """q(z | x), one object after another.
+
+        Args:
+            data: Images, [N, H, H]: floats in [0, 1], or uint8 in [0, 255].
+            batch_size: Use this many of them, drawn anew by the plate "data"; None for all.
+            z_pres_prior_p: Step t -> p(z_pres_t = 1 | z_pres_{t-1} = 1), used by `model`; None
+                for the truncated geometric count prior with ratio 0.01.
+
+        Returns:
+            (z_where, z_pres): lists over steps of [B, 3] and [B, 1].
+        """
+        self.register_parameters()
+        n = min(batch_size or len(data), len(data))
+        with pyro.plate("data", len(data), n, device=str(data.device)) as ix:
+            images = self.to_images(data[ix])
+            flat = images.flatten(1)
+            inputs = GuideInputs(
+                images,
+                self.rnn.project(self.embed(flat)),
+                self.bl_rnn.project(self.bl_embed(flat)) if self.use_baselines else None,
+                len(data) / n,
+            )
+            state = GuideState(
+                self.h_init.new_ones(n, Z_PRES_SIZE),
+                self.z_where_init.expand(n, -1),
+                self.z_what_init.expand(n, -1),
+                (self.h_init.expand(n, -1), self.c_init.expand(n, -1)),
+                (self.bl_h_init.expand(n, -1), self.bl_c_init.expand(n, -1)),
+            )
+            all_where, all_pres = [], []
+            for t in range(self.num_steps):
+                state = self._guide_step(t, state, inputs)
+                all_where.append(state.z_where)
+                all_pres.append(state.z_pres)
+            return all_where, all_pres
+
+    def _guide_step(self, t: int, prev: GuideState, inputs: GuideInputs) -> GuideState:
+        """q(z_pres_t, z_where_t, z_what_t | x, z_<t), and the baseline of z_pres_t."""
+        # TraceGraph_ELBO follows z_pres through every operation, at several times its price, to
+        # see which costs depend on it. The masks show it that, so the nets get a plain copy.
+        seen_pres = detach_provenance(prev.z_pres) if self.use_masking else prev.z_pres
+        latents = (prev.z_where, prev.z_what, seen_pres)
+        rnn = self.rnn(inputs.rnn, latents, prev.rnn)
+        pres_p, loc, scale = self.predict(rnn[0])
+        infer, bl_rnn = self._baseline_step(latents, prev, inputs)
+
+        pres = dist.Bernoulli(pres_p * prev.z_pres)
+        z_pres = pyro.sample(f"z_pres_{t}", self._choice(pres, prev.z_pres), infer=infer)
+        where = dist.Normal(loc + self.z_where_loc_prior, scale * self.z_where_scale_prior)
+        z_where = pyro.sample(f"z_where_{t}", self._choice(where, z_pres))
+
+        window = image_to_window(z_where, self.window_size, self.x_size, inputs.images)
+        code = dist.Normal(*self.encode(window))
+        z_what = pyro.sample(f"z_what_{t}", self._choice(code, z_pres))
+        return GuideState(z_pres, z_where, z_what, rnn, bl_rnn)
+
+    def _baseline_step(
+        self, latents: tuple[Tensor, ...], prev: GuideState, inputs: GuideInputs
+    ) -> tuple[Any, tuple[Tensor, Tensor]]:
+        """The expected cost of z_pres_t and all after it, given what the guide has seen so far.
+
+        Subtracting it leaves the score-function gradient unbiased and lowers its variance
+        (Mnih and Gregor 2014, arXiv:1402.0030).
+        """
+        if inputs.bl_rnn is None:
+            return {}, prev.bl_rnn
+        # Detached: the baseline's regression must not train the inference network.
+        state = self.bl_rnn(inputs.bl_rnn, [z.detach() for z in latents], prev.bl_rnn)
+        value = self.bl_predict(state[0])
+        if self.use_masking:  # nothing is left to predict once an image is finished
+            value = value * latents[-1]
+        # The plate multiplies each cost by N / B. Scaling the output alike lets the net predict
+        # nats per image, so that one learning rate suits every size of data set and batch.
+        value = value * inputs.cost_scale
+        if self.baseline_scalar is not None:
+            value = value * self.baseline_scalar
+        return {"baseline": {"baseline_value": value.squeeze(-1)}}, state
+
+    def _choice(self, distribution: dist.TorchDistribution, present: Tensor) -> Any:  # noqa: ANN401
+        """One choice for each image, at no cost in those where `present` is zero."""
+        masked = distribution.mask(present > 0) if self.use_masking else distribution
+        return masked.to_event(1)
+
+    def to_images(self, batch: Tensor) -> Tensor:
+        """Bytes to floats in [0, 1]; floats to the model's precision."""
+        images = batch.to(self.h_init.dtype)
+        return images if batch.is_floating_point() else images / 255
+
+    def register_parameters(self) -> None:
+        """Tells Pyro which parameters to train, under the names they have in this module.
+
+        Pyro has one global store of parameters by name. Where a name belongs to another AIR, it
+        would go on training that one without a word; so the name goes to the AIR that runs.
+        """
+        store = pyro.get_param_store()
+        for name, parameter in self.named_parameters():
+            if name in store and store[name] is not parameter:
+                del store[name]
+            pyro.param(name, parameter)
+
+
+def latents_to_tensor(z: Latents) -> Tensor:
+    """Joins (z_where, z_pres), lists over steps, into one tensor [B, T, 4] on the CPU."""
+    return torch.stack([torch.cat(step, 1).detach().cpu() for step in zip(*z, strict=True)], 1)

@@ -1,0 +1,269 @@
+"""The flags of the program: names, meanings, and the checks of their values.
+
+Every flag of Pyro's AIR example is here under its name and with its meaning. Defaults stand where
+they are used, in the signature of `AIR` and in `TrainingSettings`, and are read from there. A flag
+that is not given leaves no value behind, so that a run that goes on can tell what is asked anew.
+"""
+
+import argparse
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from air.air import AIR
+from air.training import TrainingSettings
+
+_RENAMED = {"num_steps": "model_steps", "z_what_size": "encoder_latent_size"}
+_SIGNATURE = inspect.signature(AIR).parameters
+
+# AIR's arguments and the flags they come from; the size of the images comes from the data.
+AIR_ARGUMENTS = {
+    name: _RENAMED.get(name, name) for name in _SIGNATURE if name not in ("x_size", "use_cuda")
+}
+DEFAULTS: dict[str, Any] = {
+    **{flag: _SIGNATURE[name].default for name, flag in AIR_ARGUMENTS.items()},
+    **asdict(TrainingSettings()),
+    **dict.fromkeys(("load", "save", "output_dir", "resume", "data")),
+    "device": "auto",
+    "viz": False,
+    "viz_every": 100,
+    "visdom_env": "main",
+    "verbose": False,
+}
+# What may be given anew when a run goes on: it does not change what the run learns.
+RESUMABLE = {
+    *("num_steps", "progress_every", "eval_every", "eval_scenes", "save_every", "save"),
+    *("device", "viz", "viz_every", "visdom_env", "verbose", "resume", "mnist_dir", "cache_dir"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and ends with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def build_parser(description: str) -> Parser:
+    """A parser of the flags of model, training and output."""
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    _add_training(_adder(parser, "training"))
+    _add_prior(_adder(parser, "prior"))
+    _add_model(_adder(parser, "nets and windows"))
+    _add_output(_adder(parser, "evaluation and output"))
+    return parser
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of flags as JSON has them, for config.json and the checkpoint."""
+    paths = {name: str(value) for name, value in config.items() if isinstance(value, Path)}
+    lists = {name: list(value) for name, value in config.items() if isinstance(value, tuple)}
+    return {**config, **paths, **lists}
+
+
+def merge_resumed(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run that goes on: the saved one, with what is given anew.
+
+    Raises:
+        ValueError: If a flag is given that would make it another run.
+    """
+    for name, value in given.items():
+        if name not in RESUMABLE and value != saved.get(name):
+            raise ValueError(
+                f"--resume keeps the settings of the run, where {name} is {saved.get(name)}, "
+                f"got {value}; leave that flag out, or begin a new run"
+            )
+    return {**saved, **given}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA if it is there.
+
+    Raises:
+        ValueError: If there is no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device: cannot use {name!r} on this machine: {reason}") from error
+    return device
+
+
+Add = Callable[..., None]
+
+
+def _adder(parser: argparse.ArgumentParser, title: str) -> Add:
+    """Adds flags to a group of the help, each with its default behind its meaning."""
+    group = parser.add_argument_group(title)
+
+    def add(*names: str, help: str, **options: Any) -> None:  # noqa: ANN401
+        action = group.add_argument(*names, **options)
+        default = DEFAULTS[action.dest]
+        if isinstance(default, list | tuple):
+            default = " ".join(map(str, default))
+        shown = "" if default is None or action.nargs == 0 else f" (default: {default})"
+        action.help = f"{help}{shown}".replace("%", "%%")
+
+    return add
+
+
+def number(
+    kind: type, at_least: float = -math.inf, at_most: float = math.inf, above: float = -math.inf
+) -> Callable[[str], Any]:
+    """A converter of a flag's text to a finite number within bounds; 1e4 is a whole number too."""
+    expected = "a whole number" if kind is int else "a number"
+    if above > -math.inf:
+        expected += f" above {above:g}"
+    if at_least > -math.inf:
+        expected += f" of at least {at_least:g}"
+    if at_most < math.inf:
+        expected += f", at most {at_most:g}"
+
+    def convert(text: str) -> Any:  # noqa: ANN401
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        right = math.isfinite(value) and at_least <= value <= at_most and value > above
+        if not right or (kind is int and value != int(value)):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return int(text) if kind is int and text.lstrip("+-").isdigit() else kind(value)
+
+    return convert
+
+
+COUNT, NATURAL = number(int, at_least=1), number(int, at_least=0)
+REAL, POSITIVE = number(float), number(float, above=0)
+
+
+def _non_linearity(name: str) -> str:
+    candidate = getattr(nn.modules.activation, name, None)
+    try:
+        if isinstance(candidate, type) and issubclass(candidate, nn.Module):
+            candidate()
+            return name
+    except TypeError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f"expected the name of an activation of torch.nn without arguments, such as ReLU, "
+        f"got {name!r}"
+    )
+
+
+def _add_training(add: Add) -> None:
+    add("-n", "--num-steps", type=NATURAL, help="optimisation steps")
+    add("-b", "--batch-size", type=COUNT, help="images in a step")
+    add("-lr", "--learning-rate", type=POSITIVE, help="of model and guide")
+    add("-blr", "--baseline-learning-rate", type=POSITIVE, help="of the baseline's nets")
+    add(
+        "--clip-grad-norm",
+        type=POSITIVE,
+        help="bound on the gradient of model and guide, "
+        "for a cost in nats per image (default: none)",
+    )
+    add(
+        "--estimator",
+        choices=["score", "marginal"],
+        help="of the gradient through z_pres: score function with baselines, as in the paper, or "
+        "the exact expectation over the count",
+    )
+    add(
+        "--no-baselines",
+        dest="use_baselines",
+        action="store_false",
+        help="train z_pres without data-dependent baselines",
+    )
+    add("--baseline-scalar", type=REAL, help="multiplies the baseline's output (default: 1)")
+    add("--seed", type=NATURAL, help="of the weights, the batches and the samples")
+    add("--device", help="auto, cpu, cuda, cuda:1, ... or mps; auto is cuda if there is one")
+    add("--cuda", dest="device", action="store_const", const="cuda", help="short for --device cuda")
+    add("--jit", action="store_true", help="trace the step once by torch.jit")
+
+
+def _add_prior(add: Add) -> None:
+    probability = number(float, above=0, at_most=1)
+    add("--z-pres-prior", type=probability, help="ratio k of the count prior p(n) ∝ k^n")
+    add(
+        "--z-pres-prior-raw",
+        action="store_true",
+        help="use --z-pres-prior as the probability of one more object at each step",
+    )
+    add(
+        "--anneal-prior",
+        choices=["none", "lin", "exp"],
+        help="move the probabilities of z_pres over training, linearly or at a constant rate",
+    )
+    add("--anneal-prior-to", type=probability, help="where to")
+    add("--anneal-prior-begin", type=NATURAL, help="step at which it begins")
+    add("--anneal-prior-duration", type=COUNT, help="steps it takes")
+    add("--scale-prior-mean", type=POSITIVE, help="of s: 3 shrinks the window threefold")
+    add("--scale-prior-sd", type=POSITIVE, help="standard deviation of s")
+    add("--pos-prior-mean", type=REAL, help="of the shift x and y of the window")
+    add("--pos-prior-sd", type=POSITIVE, help="standard deviation of x and y")
+    add("--likelihood-sd", type=POSITIVE, help="standard deviation of a pixel")
+
+
+def _add_model(add: Add) -> None:
+    sizes: dict[str, Any] = {"type": COUNT, "nargs": "*", "metavar": "SIZE"}
+    add("-t", "--model-steps", type=COUNT, help="the most objects in a scene")
+    add("--window-size", type=COUNT, help="side of the attention window in pixels")
+    add("--encoder-latent-size", type=COUNT, help="size of an object's code z_what")
+    add("--rnn-hidden-size", type=COUNT, help="size of the LSTMs' states")
+    add("--encoder-net", **sizes, help="hidden layers from the window to z_what")
+    add("--decoder-net", **sizes, help="hidden layers from z_what to the window")
+    add("--predict-net", **sizes, help="hidden layers from the LSTM to z_pres and z_where")
+    add("--bl-predict-net", **sizes, help="hidden layers from the baseline's LSTM to its value")
+    add(
+        "--embed-net",
+        **{**sizes, "nargs": "+"},
+        help="layers between the image and the LSTMs (default: none)",
+    )
+    add("--non-linearity", type=_non_linearity, metavar="NAME", help="between layers, of torch.nn")
+    add("--decoder-output-bias", type=REAL, help="added before the decoder's sigmoid")
+    add(
+        "--decoder-output-use-sigmoid",
+        action=argparse.BooleanOptionalAction,
+        help="keep the decoder's output within (0, 1)",
+    )
+    add(
+        "--no-masking",
+        dest="use_masking",
+        action="store_false",
+        help="count the costs of finished steps too",
+    )
+
+
+def _add_output(add: Add) -> None:
+    add("--output-dir", metavar="DIR", help="folder of the run (default: runs/<time>-seed<k>)")
+    add("--resume", metavar="RUN", help="go on with the run in that folder, with its settings")
+    add("--load", metavar="FILE", help="begin with the weights in a checkpoint or weights file")
+    add("--save", metavar="FILE", help="also write the weights alone to a new file")
+    add("--save-every", type=NATURAL, help="steps between checkpoints; 0: only at the end")
+    add("--progress-every", type=NATURAL, help="steps between progress records; 0: only the last")
+    add("--eval-every", type=NATURAL, help="steps between evaluations; 0: only at the end")
+    add("--eval-scenes", type=COUNT, help="held-out scenes in these; the last takes them all")
+    add("--viz", action="store_true", help="draw curves and scenes live on a visdom server")
+    add("--viz-every", type=COUNT, help="steps between drawings")
+    add("--visdom-env", metavar="NAME", help="visdom environment to draw in")
+    add(
+        "--data",
+        metavar="FILE",
+        help="train on the scenes in an .npz file with x, uint8 "
+        "[N, H, H], and, for the accuracies, counts, [N]",
+    )
+    add("-v", "--verbose", action="store_true", help="print the nets and every setting")

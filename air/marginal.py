@@ -1,0 +1,101 @@
+"""The exact expectation over the count: AIR with z_pres summed out.
+
+The guide depends on z_pres only through stopping. So it runs once along the path on which every
+step is active, and with q(n) = (1 - q_{n+1}) q_1 ... q_n the ELBO of that path is
+
+    sum_n q(n) [log p(x | z_1..n) + log p(n) - log q(n)] + sum_t q(n >= t) [log p(z_t) - log q(z_t)]
+
+where z_t is (z_where_t, z_what_t). Its expectation is AIR's own ELBO, and no z_pres is left to be
+sampled: no score-function gradient, no baseline. It costs T + 1 sums over pixels, no pass through a
+net. In Pyro: `poutine.scale` weighs each object by q(n >= t), a `pyro.factor` is the first sum.
+"""
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from air.air import AIR, Latents
+from air.priors import PresencePrior, count_log_probs
+
+
+class EveryStep(Messenger):
+    """Runs AIR's guide with every step active, and remembers the probabilities of z_pres.
+
+    The sites of z_pres take no part in inference any more; those of z_where_t and z_what_t count
+    with weight q(n >= t).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.going_on: list[Tensor] = []  # q_t, T times [B, 1]
+        self._reached: Any = 1.0  # q(n >= t), [B]
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"].startswith("z_pres"):
+            q = msg["fn"].mean
+            self.going_on.append(q)
+            self._reached = self._reached * q[:, 0]
+            msg["value"], msg["done"], msg["stop"] = torch.ones_like(q), True, True
+        elif msg["name"].startswith("z_"):
+            msg["scale"] = msg["scale"] * self._reached
+
+
+class MarginalAIR:
+    """`model` and `guide` for SVI that train the given AIR with its count summed out.
+
+    They take the arguments of `AIR.model` and `AIR.guide`. An AIR made with
+    ``use_baselines=False`` saves the work of the baselines, which are not used here.
+    """
+
+    def __init__(self, air: AIR) -> None:
+        self.air = air
+
+    def guide(
+        self,
+        data: Tensor,
+        batch_size: int | None = None,
+        z_pres_prior_p: PresencePrior | None = None,
+    ) -> Latents:
+        """q(z_where, z_what | x) for T objects, and the probabilities that they are there."""
+        with EveryStep() as path:
+            latents = self.air.guide(data, batch_size)
+        # A point mass carries q_t over to the model, at no cost.
+        pyro.sample("going_on", dist.Delta(torch.cat(path.going_on, 1), event_dim=2))
+        return latents
+
+    def model(
+        self,
+        data: Tensor,
+        batch_size: int | None = None,
+        z_pres_prior_p: PresencePrior | None = None,
+    ) -> None:
+        """p(x, z_where, z_what), with the expectation over n under the guide's q(n)."""
+        air = self.air
+        air.register_parameters()
+        n = min(batch_size or len(data), len(data))
+        anything = dist.Normal(air.h_init.new_zeros(n, air.num_steps), 1.0).to_event(2)
+        with poutine.mask(mask=False):  # free of cost: its value comes from the guide
+            going_on = pyro.sample("going_on", anything)
+        presence_p = z_pres_prior_p or air.default_presence.__getitem__
+        steps = [torch.as_tensor(presence_p(t), dtype=going_on.dtype) for t in range(air.num_steps)]
+        log_prior, log_q = count_log_probs(torch.stack(steps)), count_log_probs(going_on)
+        with pyro.plate("data", len(data), device=str(data.device)) as ix:
+            images = air.to_images(data[ix])
+            canvas, always = torch.zeros_like(images), images.new_ones(n, 1)
+            log_likelihoods = [self._log_likelihood(images, canvas)]
+            for t in range(air.num_steps):
+                with poutine.scale(scale=going_on[:, : t + 1].prod(1)):
+                    _, painted = air.sample_object(t, always)
+                canvas = canvas + painted
+                log_likelihoods.append(self._log_likelihood(images, canvas))
+            terms = torch.stack(log_likelihoods, 1) + log_prior - log_q
+            pyro.factor("obs", (log_q.exp() * terms).sum(1))
+
+    def _log_likelihood(self, images: Tensor, canvas: Tensor) -> Tensor:
+        pixels = dist.Normal(canvas.flatten(1), self.air.likelihood_sd)
+        return pixels.to_event(1).log_prob(images.flatten(1))

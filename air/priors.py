@@ -1,0 +1,103 @@
+"""The prior over the number of objects, as probabilities of going on for one more step."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributions.utils import clamp_probs
+
+Annealing = Literal["none", "lin", "exp"]
+PresencePrior = Callable[[int], float | Tensor]  # step t -> p(z_pres_t = 1 | z_pres_{t-1} = 1)
+
+# Each further object is a hundred times less likely a priori: 4.6 nats. A prior of 0.5 at each
+# step, Pyro's default, is known to end with every step used on every image.
+DEFAULT_COUNT_RATIO = 0.01
+
+
+def geometric_count_prior(ratio: float, num_steps: int) -> list[float]:
+    """Per-step probabilities of the truncated geometric p(n) ∝ ratio^n, n = 0..num_steps.
+
+    With tail sums S_t = sum of ratio^j over j = t..num_steps these are S_{t+1} / S_t. A ratio of
+    one gives the uniform distribution.
+
+    Raises:
+        ValueError: If the ratio is not in (0, 1].
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"the ratio of the count prior must be in (0, 1], got {ratio}")
+    # From the last step backwards, S_t divided by ratio^t, so that nothing underflows.
+    tails = [1.0]
+    for _ in range(num_steps):
+        tails.append(1.0 + ratio * tails[-1])
+    tails.reverse()
+    return [ratio * after / here for here, after in pairwise(tails)]
+
+
+def count_log_probs(going_on: Tensor) -> Tensor:
+    """The distribution over counts that follows from per-step probabilities.
+
+    Args:
+        going_on: q_t, the probability of a t-th object given t - 1 of them, [..., T].
+
+    Returns:
+        log q(n) = log(1 - q_{n+1}) + log q_1 + ... + log q_n for n = 0..T, [..., T + 1]. The q_t
+        are kept off zero and one by their type's rounding, as ``Bernoulli`` does, so that no
+        logarithm is infinite.
+    """
+    on = clamp_probs(going_on)
+    reached = torch.log(on).cumsum(-1)  # log q(n >= t)
+    zero = torch.zeros_like(on[..., :1])
+    return torch.cat((zero, reached), -1) + torch.cat((torch.log1p(-on), zero), -1)
+
+
+def anneal(
+    initial: float, final: float, begin: int, duration: int, kind: Annealing, step: int
+) -> float:
+    """The annealed value at an optimisation step.
+
+    `initial` up to step `begin`, then linearly ("lin") or at a constant rate ("exp") to `final`,
+    reached `duration` steps later and kept.
+    """
+    if kind == "none":
+        return initial
+    fraction = min(max((step - begin) / duration, 0.0), 1.0)
+    if kind == "lin":
+        return initial + fraction * (final - initial)
+    return initial * (final / initial) ** fraction
+
+
+class AnnealedPresencePrior:
+    """The presence prior during training: a callable from step t to a probability.
+
+    Its probabilities are one tensor which `set_step` overwrites in place. So the model is handed
+    the same object at every optimisation step, and a traced model (``--jit``) sees new values
+    without being traced again.
+    """
+
+    def __init__(
+        self,
+        probs: Sequence[float],
+        kind: Annealing = "none",
+        final: float = 1e-7,
+        begin: int = 0,
+        duration: int = 100_000,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.kind: Annealing = kind
+        self.initial = tuple(probs)
+        self.final, self.begin, self.duration = final, begin, duration
+        self.probs = torch.tensor(self.initial, device=device)
+
+    def set_step(self, step: int) -> None:
+        """Moves on to the given optimisation step, counted from one."""
+        if self.kind == "none":
+            return
+        now = [
+            anneal(p, self.final, self.begin, self.duration, self.kind, step) for p in self.initial
+        ]
+        self.probs.copy_(torch.tensor(now))
+
+    def __call__(self, t: int) -> Tensor:
+        return self.probs[t]

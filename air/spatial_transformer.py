@@ -1,0 +1,126 @@
+"""The geometry of z_where: windows into images, images into windows, boxes.
+
+A spatial transformer (Jaderberg et al. 2015) restricted to scale and translation, as AIR needs it.
+
+Coordinates. An image and a window each span [-1, 1], x to the right and y downwards; pixel i of n
+has its centre at (2i + 1) / n - 1 (torch's ``align_corners=False``). z_where = (s, x, y) maps the
+image point p to the window point s * p + (x, y). Hence s = 3 shows the window at a third of the
+image's side, and, against intuition, x > 0 moves it to the *left* and y > 0 *up*: its centre lies
+at (-x / s, -y / s) in the image.
+
+Because nothing rotates, bilinear sampling separates into one small matrix for the rows and one
+for the columns: out = W_y @ in @ W_x^T. This equals ``affine_grid`` + ``grid_sample`` with zero
+padding, is faster, and is deterministic on every device.
+"""
+
+import torch
+from torch import Tensor
+
+# Below this scale (a window ten times as wide as the image) 1 / s goes on along its tangent.
+MIN_SCALE = 0.1
+
+
+def positive_scale(scale: Tensor) -> Tensor:
+    """Maps any scale to one above zero, with finite values and gradients.
+
+    The identity for ``scale >= MIN_SCALE``; below, MIN_SCALE^2 / (2 * MIN_SCALE - scale), which
+    continues it smoothly, so that its inverse grows linearly. z_where is Normal, so a scale of
+    zero or less can be drawn, where a bare 1 / s is infinite or turns the window over.
+    """
+    below = scale.clamp(max=MIN_SCALE)
+    return torch.where(scale > MIN_SCALE, scale, MIN_SCALE**2 / (2 * MIN_SCALE - below))
+
+
+def _sampling_weights(scale: Tensor, shift: Tensor, in_size: int, out_size: int) -> Tensor:
+    """Bilinear weights of the input pixels for each output pixel, along both axes.
+
+    Args:
+        scale: Output to input scale, [B, 1].
+        shift: Output to input translation (x, y), [B, 2].
+        in_size: Pixels along a side of the input.
+        out_size: Pixels along a side of the output.
+
+    Returns:
+        [B, 2, out_size, in_size], for x and for y; rows near and past the border sum to less
+        than one, as if the input were surrounded by zeros.
+    """
+    out_index = torch.arange(out_size, dtype=scale.dtype, device=scale.device)
+    in_index = torch.arange(in_size, dtype=scale.dtype, device=scale.device)
+    centres = (2 * out_index + 1) / out_size - 1
+    points = scale[:, :, None] * centres + shift[:, :, None]  # [B, 2, out_size]
+    pixels = ((points + 1) * in_size - 1) / 2
+    distances = pixels[..., None] - in_index
+    return (1 - distances.abs()).clamp(min=0)
+
+
+def _resample(weights: Tensor, pictures: Tensor) -> Tensor:
+    return weights[:, 1] @ pictures @ weights[:, 0].transpose(1, 2)
+
+
+def window_to_image(z_where: Tensor, window_size: int, image_size: int, windows: Tensor) -> Tensor:
+    """Paints each window into an otherwise black image.
+
+    Args:
+        z_where: (s, x, y), [B, 3].
+        window_size: Side W of the windows, in pixels.
+        image_size: Side H of the images, in pixels.
+        windows: Intensities, [B, W, W] or [B, W * W].
+
+    Returns:
+        Images, [B, H, H]; zero outside the window.
+
+    Raises:
+        ValueError: If the windows do not have W * W pixels each.
+    """
+    n = z_where.size(0)
+    if windows.numel() != n * window_size**2:
+        raise ValueError(
+            f"windows must be [{n}, {window_size}, {window_size}] or flat, "
+            f"got {list(windows.shape)}"
+        )
+    weights = _sampling_weights(
+        positive_scale(z_where[:, :1]), z_where[:, 1:], window_size, image_size
+    )
+    return _resample(weights, windows.reshape(n, window_size, window_size))
+
+
+def image_to_window(z_where: Tensor, window_size: int, image_size: int, images: Tensor) -> Tensor:
+    """Cuts the window at z_where out of each image: the inverse of `window_to_image`.
+
+    Args:
+        z_where: (s, x, y), [B, 3].
+        window_size: Side W of the windows, in pixels.
+        image_size: Side H of the images, in pixels.
+        images: Intensities, [B, H, H].
+
+    Returns:
+        Windows, flat, [B, W * W]; zero where they reach past the image.
+
+    Raises:
+        ValueError: If the images are not [B, H, H].
+    """
+    n = z_where.size(0)
+    if images.shape != (n, image_size, image_size):
+        raise ValueError(
+            f"images must be [{n}, {image_size}, {image_size}], got {list(images.shape)}"
+        )
+    inverse = 1 / positive_scale(z_where[:, :1])
+    weights = _sampling_weights(inverse, -z_where[:, 1:] * inverse, image_size, window_size)
+    return _resample(weights, images).reshape(n, -1)
+
+
+def window_boxes(z_where: Tensor, image_size: int) -> Tensor:
+    """The outlines of the windows in pixels of the image.
+
+    Args:
+        z_where: (s, x, y), [..., 3].
+        image_size: Side of the images, in pixels.
+
+    Returns:
+        (x0, y0, x1, y1), [..., 4], x to the right and y downwards, the outer edges of the border
+        pixels at 0 and `image_size`; may reach past the image.
+    """
+    inverse = 1 / positive_scale(z_where[..., :1])
+    centre = -z_where[..., 1:] * inverse
+    corners = torch.cat((centre - inverse, centre + inverse), -1)
+    return (corners + 1) * (image_size / 2)

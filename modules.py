@@ -1,0 +1,145 @@
+"""The neural nets of AIR: torch only, nothing of Pyro.
+
+Each says which conditional distribution it parameterizes. Names of parameters are those of Pyro's
+example, so that weights trained there load here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+NonLinearity = Callable[[], nn.Module]
+
+# Keeps every standard deviation above zero where softplus underflows.
+MIN_SD = 1e-6
+
+
+class MLP(nn.Module):
+    """Linear layers with a non-linearity between them, and after the last if asked.
+
+    With no layers at all it is the identity.
+    """
+
+    def __init__(
+        self,
+        in_size: int,
+        out_sizes: Sequence[int],
+        non_linearity: NonLinearity,
+        output_non_linearity: bool = False,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i, o in zip([in_size, *out_sizes], out_sizes, strict=False):
+            layers += [nn.Linear(i, o), non_linearity()]
+        self.seq = nn.Sequential(*(layers if output_non_linearity else layers[:-1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.seq(x)
+
+
+class Encoder(nn.Module):
+    """Parameterizes q(z_what | window): [B, W * W] to a mean and a standard deviation, [B, Z]."""
+
+    def __init__(
+        self, window_pixels: int, hidden: Sequence[int], z_size: int, non_linearity: NonLinearity
+    ) -> None:
+        super().__init__()
+        self.mlp = MLP(window_pixels, [*hidden, 2 * z_size], non_linearity)
+
+    def forward(self, window: Tensor) -> tuple[Tensor, Tensor]:
+        loc, raw_scale = self.mlp(window).chunk(2, 1)
+        return loc, softplus(raw_scale) + MIN_SD
+
+
+class Decoder(nn.Module):
+    """The mean of p(window | z_what): [B, Z] to pixel intensities, [B, W * W].
+
+    A negative `bias` in front of the sigmoid makes the first windows nearly black. Without it
+    every early window worsens the likelihood, and the guide learns to use none.
+    """
+
+    def __init__(
+        self,
+        window_pixels: int,
+        hidden: Sequence[int],
+        z_size: int,
+        bias: float | None,
+        use_sigmoid: bool,
+        non_linearity: NonLinearity,
+    ) -> None:
+        super().__init__()
+        self.bias = bias
+        self.use_sigmoid = use_sigmoid
+        self.mlp = MLP(z_size, [*hidden, window_pixels], non_linearity)
+
+    def forward(self, z_what: Tensor) -> Tensor:
+        intensities = self.mlp(z_what)
+        if self.bias is not None:
+            intensities = intensities + self.bias
+        return torch.sigmoid(intensities) if self.use_sigmoid else intensities
+
+
+class Predict(nn.Module):
+    """Parameterizes q(z_pres_t, z_where_t | h_t), [B, hidden size].
+
+    Returns the probability of z_pres, [B, 1], and the mean and standard deviation of z_where,
+    [B, 3], relative to those of its prior.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden: Sequence[int],
+        z_pres_size: int,
+        z_where_size: int,
+        non_linearity: NonLinearity,
+    ) -> None:
+        super().__init__()
+        self.sizes = [z_pres_size, z_where_size, z_where_size]
+        self.mlp = MLP(input_size, [*hidden, sum(self.sizes)], non_linearity)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logit, loc, raw_scale = self.mlp(h).split(self.sizes, 1)
+        return torch.sigmoid(logit), loc, softplus(raw_scale) + MIN_SD
+
+
+class Projection(NamedTuple):
+    """What an `ImageLSTMCell` needs of one batch at every step."""
+
+    gates: Tensor  # the image's and the biases' part of the gates, [B, 4 * hidden]
+    weight: Tensor  # the latents' and the hidden state's weights, [4 * hidden, latents + hidden]
+
+
+class ImageLSTMCell(nn.RNNCellBase):
+    """The LSTM cell of ``nn.LSTMCell`` on the input (image, latents), for a fixed image.
+
+    The image makes up 2,500 of some 2,550 inputs and is the same at every step, so `project`
+    multiplies it once per batch. Parameters are those of an ``nn.LSTMCell`` on the joined input.
+    """
+
+    def __init__(self, image_size: int, latent_size: int, hidden_size: int) -> None:
+        super().__init__(image_size + latent_size, hidden_size, bias=True, num_chunks=4)
+        self.split_sizes = [image_size, latent_size]
+
+    def project(self, image: Tensor) -> Projection:
+        """Does once what is the same at every step, for flat (embedded) images, [B, pixels]."""
+        # One split, so that the gradient of weight_ih is one concatenation; and the weight as the
+        # left factor, so that its gradient has rows in one piece, which concatenate ten times as
+        # fast as the columns that `linear` would leave.
+        image_weight, latent_weight = torch.split(self.weight_ih, self.split_sizes, 1)
+        gates = (image_weight @ image.t()).t() + (self.bias_ih + self.bias_hh)
+        return Projection(gates, torch.cat((latent_weight, self.weight_hh), 1))
+
+    def forward(
+        self, projection: Projection, latents: Sequence[Tensor], state: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """One step: latents [B, ...] each and the state (h, c), [B, hidden], to the next state."""
+        h, c = state
+        inputs = torch.cat((*latents, h), 1)
+        gates = torch.addmm(projection.gates, inputs, projection.weight.t())
+        write, keep, candidate, read = gates.chunk(4, 1)  # torch's order: i, f, g, o
+        c = torch.sigmoid(keep) * c + torch.sigmoid(write) * torch.tanh(candidate)
+        return torch.sigmoid(read) * torch.tanh(c), c

@@ -1,0 +1,307 @@
+"""The model, the guide and the baseline, against a second computation in plain torch."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from conftest import small_air
+from pyro import poutine
+from pyro.infer import SVI, JitTraceGraph_ELBO, TraceGraph_ELBO
+from pyro.ops.provenance import detach_provenance
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Bernoulli, Normal
+from torch.nn.functional import affine_grid, grid_sample, softplus
+
+from air import AIR, latents_to_tensor
+from air.priors import AnnealedPresencePrior, geometric_count_prior
+from modules import ImageLSTMCell
+
+
+class RecordedChoices(Messenger):
+    """Remembers the images, the counts and the noise that a guide drew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Any = 0
+        self.noise: dict[str, Tensor] = {}
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        name, value = msg["name"], detach_provenance(msg["value"]).detach()
+        if name == "data":
+            self.index = value
+        elif name.startswith("z_pres"):
+            self.counts = self.counts + value[:, 0].long()
+        else:
+            self.noise[name] = ((value - msg["fn"].mean) / msg["fn"].variance.sqrt()).detach()
+
+
+def sample_grid(pictures: Tensor, scale: Tensor, shift: Tensor, size: int) -> Tensor:
+    zero = torch.zeros_like(scale)
+    rows = [torch.cat((scale, zero, shift[:, :1]), 1), torch.cat((zero, scale, shift[:, 1:]), 1)]
+    grid = affine_grid(torch.stack(rows, 1), [len(scale), 1, size, size], align_corners=False)
+    return grid_sample(pictures[:, None], grid, align_corners=False)[:, 0]
+
+
+def lstm(
+    cell: ImageLSTMCell, inputs: Tensor, state: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+    return torch.lstm_cell(inputs, state, *weights)
+
+
+def by_hand(
+    air: AIR, x: Tensor, counts: Tensor, noise: dict[str, Tensor], prior: list[float], scale: float
+) -> tuple[Tensor, Tensor]:
+    """ELBO and loss of a batch as the paper's equations give them, costs multiplied by `scale`."""
+    n, size, window, masking = len(x), air.x_size, air.window_size, air.use_masking
+    z_pres = x.new_ones(n, 1)
+    z_where, z_what = air.z_where_init.expand(n, -1), air.z_what_init.expand(n, -1)
+    state = (air.h_init.expand(n, -1), air.c_init.expand(n, -1))
+    bl_state = (air.bl_h_init.expand(n, -1), air.bl_c_init.expand(n, -1))
+    where_prior = Normal(air.z_where_loc_prior, air.z_where_scale_prior)
+    canvas = torch.zeros_like(x)
+    pathwise: Any = 0.0
+    chosen, sampled, scores, baselines = [], [], [], []
+    for t in range(air.num_steps):
+        inputs = torch.cat((x.flatten(1), z_where, z_what, z_pres), 1)
+        state = lstm(air.rnn, inputs, state)
+        out = air.predict.mlp(state[0])
+        bl_state = lstm(air.bl_rnn, inputs.detach(), bl_state)
+        baselines.append(air.bl_predict(bl_state[0])[:, 0])
+        if masking:
+            baselines[-1] = baselines[-1] * z_pres[:, 0]
+        q_pres = Bernoulli(out[:, 0].sigmoid() * z_pres[:, 0])
+        p_pres = Bernoulli(prior[t] * z_pres[:, 0])
+        before, z_pres = z_pres, (counts > t).double()[:, None]
+        q_where = Normal(
+            out[:, 1:4] + air.z_where_loc_prior,
+            (softplus(out[:, 4:]) + 1e-6) * air.z_where_scale_prior,
+        )
+        z_where = q_where.loc + q_where.scale * noise[f"z_where_{t}"]
+        seen = sample_grid(x, 1 / z_where[:, :1], -z_where[:, 1:] / z_where[:, :1], window)
+        loc, raw = air.encode.mlp(seen.flatten(1)).chunk(2, 1)
+        q_what = Normal(loc, softplus(raw) + 1e-6)
+        z_what = q_what.loc + q_what.scale * noise[f"z_what_{t}"]
+        painted = air.decode(z_what).view(n, window, window)
+        canvas = canvas + z_pres[:, :, None] * sample_grid(
+            painted, z_where[:, :1], z_where[:, 1:], size
+        )
+        here, reached = (z_pres[:, 0], before[:, 0]) if masking else (1.0, 1.0)
+        log_q = q_pres.log_prob(z_pres[:, 0]) * reached
+        log_p = p_pres.log_prob(z_pres[:, 0]) * reached
+        rest = (where_prior.log_prob(z_where) - q_where.log_prob(z_where)).sum(1) * here
+        rest += (Normal(0, 1).log_prob(z_what) - q_what.log_prob(z_what)).sum(1) * here
+        pathwise = pathwise + log_p + rest
+        # without a mask, what step t's window holds does not depend on z_pres_t
+        chosen.append(log_p - log_q + (rest if masking else 0))
+        sampled.append(log_p - log_q + rest)
+        scores.append(log_q)
+    likelihood = Normal(canvas, air.likelihood_sd).log_prob(x).sum((1, 2))
+    elbo = likelihood + sum(sampled)
+    surrogate, regression = scale * (likelihood + pathwise).sum(), x.new_zeros(())
+    for t, (score, baseline) in enumerate(zip(scores, baselines, strict=True)):
+        cost = scale * (likelihood + chosen[t] + sum(sampled[t + 1 :])).detach()
+        value = scale * baseline if air.use_baselines else torch.zeros_like(baseline)
+        surrogate = surrogate + (score * (cost - value).detach()).sum()
+        if air.use_baselines:
+            regression = regression + ((cost - value) ** 2).sum()
+    return scale * elbo.sum(), regression - surrogate
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_baselines": False}, {"use_masking": False}, {"embed_net": None, "x_size": 9}],
+    ids=str,
+)
+def test_elbo_and_every_gradient_equal_a_second_computation(
+    num_steps: int, options: dict[str, Any]
+) -> None:
+    air = small_air(num_steps=num_steps, **options).double()
+    images = torch.rand(100, air.x_size, air.x_size, dtype=torch.float64)
+    prior = geometric_count_prior(0.3, num_steps)
+    drawn = RecordedChoices()
+    arguments: dict[str, Any] = {"batch_size": 40, "z_pres_prior_p": prior.__getitem__}
+    loss = TraceGraph_ELBO().loss_and_grads(air.model, drawn(air.guide), images, **arguments)
+    ours = {name: p.grad for name, p in air.named_parameters()}
+    air.zero_grad()
+    elbo, theirs = by_hand(air, images[drawn.index], drawn.counts, drawn.noise, prior, 100 / 40)
+    theirs.backward()
+
+    assert set(drawn.counts.tolist()) == set(range(num_steps + 1)), "not every pattern was drawn"
+
+    assert -loss == pytest.approx(elbo.item(), rel=1e-9)
+    for name, parameter in air.named_parameters():
+        if parameter.grad is None:
+            assert ours[name] is None, name
+        else:
+            torch.testing.assert_close(ours[name], parameter.grad, msg=name, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("embed_net", [None, [6, 5]])
+def test_every_named_parameter_gets_a_gradient(embed_net: list[int] | None) -> None:
+    air, images = small_air(embed_net=embed_net), torch.rand(20, 12, 12)
+    TraceGraph_ELBO().loss_and_grads(air.model, air.guide, images)
+    for name, parameter in air.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_finished_steps_cost_exactly_nothing(air: AIR, images: Tensor) -> None:
+    guide_trace: Any = poutine.trace(air.guide).get_trace(images)
+    model_trace: Any = poutine.trace(poutine.replay(air.model, guide_trace)).get_trace(images)
+    finished_somewhere = False
+    for trace in (guide_trace, model_trace):
+        trace.compute_log_prob()
+        for t in range(3):
+            done = trace.nodes[f"z_pres_{t}"]["value"][:, 0] == 0
+            finished_somewhere |= bool(done.any())
+            for name in (f"z_where_{t}", f"z_what_{t}", *([f"z_pres_{t + 1}"] if t < 2 else [])):
+                assert (trace.nodes[name]["log_prob"][done] == 0).all(), name
+                assert (trace.nodes[name]["log_prob"][~done] != 0).all(), name
+    assert finished_somewhere
+
+
+def test_an_object_never_returns_after_the_last(air: AIR, images: Tensor) -> None:
+    for z_pres in (air.guide(images)[1], air.prior(50, lambda t: 0.5)[0][1]):
+        present = torch.cat(z_pres, 1)
+        assert (present.diff(dim=1) <= 0).all()
+
+
+def test_the_baseline_depends_on_its_own_nets_alone(air: AIR, images: Tensor) -> None:
+    trace: Any = poutine.trace(air.guide).get_trace(images)
+    names, parameters = zip(*air.named_parameters(), strict=True)
+    for t in range(3):
+        value = trace.nodes[f"z_pres_{t}"]["infer"]["baseline"]["baseline_value"]
+        gradients = torch.autograd.grad(
+            value.sum(), parameters, allow_unused=True, retain_graph=True
+        )
+        for name, gradient in zip(names, gradients, strict=True):
+            assert (gradient is not None) == name.startswith("bl_"), name
+
+
+def test_the_baseline_is_on_unit_scale(air: AIR, images: Tensor) -> None:
+    many = images.repeat(20, 1, 1)
+    trace: Any = poutine.trace(air.guide).get_trace(many, batch_size=10)
+    value = trace.nodes["z_pres_0"]["infer"]["baseline"]["baseline_value"]
+    torch.testing.assert_close(
+        value, 20 * bl_value_by_hand(air, many[trace.nodes["data"]["value"]])
+    )
+
+
+def bl_value_by_hand(air: AIR, x: Tensor) -> Tensor:
+    n = len(x)
+    latents = (air.z_where_init.expand(n, -1), air.z_what_init.expand(n, -1), x.new_ones(n, 1))
+    state = (air.bl_h_init.expand(n, -1), air.bl_c_init.expand(n, -1))
+    return air.bl_predict(lstm(air.bl_rnn, torch.cat((x.flatten(1), *latents), 1), state)[0])[:, 0]
+
+
+def test_pyros_svi_trains_two_models_in_a_row(images: Tensor) -> None:
+    for _ in range(2):
+        air = small_air()
+        before = {name: p.detach().clone() for name, p in air.named_parameters()}
+        adam = pyro.optim.Adam(lambda name: {"lr": 0.1 if "bl_" in name else 0.01})
+        svi = SVI(air.model, air.guide, adam, loss=TraceGraph_ELBO())
+        assert math.isfinite(svi.step(images, batch_size=4))
+        for name, p in air.named_parameters():
+            moved = (p - before[name]).abs().max().item()  # Adam's first step is the rate
+            assert moved == pytest.approx(0.1 if name.startswith("bl_") else 0.01, rel=0.01), name
+
+
+def test_the_contract_of_pyros_example() -> None:
+    air = AIR(
+        num_steps=3, x_size=50, window_size=28, z_what_size=50, rnn_hidden_size=256,
+        encoder_net=[200], decoder_net=[200], use_masking=True, use_baselines=True,
+        likelihood_sd=0.3,
+    )  # fmt: skip
+    X = torch.rand(70, 50, 50)
+    adam = pyro.optim.Adam({"lr": 1e-4})
+    svi = SVI(air.model, air.guide, adam, loss=TraceGraph_ELBO())
+    assert isinstance(svi.step(X, batch_size=64), float)
+    z, x = air.prior(5)
+    assert x.shape == (5, 50, 50)
+    assert latents_to_tensor(z).shape == (5, 3, 4)
+    z_where, z_pres = air.guide(X[:10], batch_size=64)
+    assert [t.shape for t in z_where] == [(10, 3)] * 3
+    assert [t.shape for t in z_pres] == [(10, 1)] * 3
+    torch.testing.assert_close(latents_to_tensor((z_where, z_pres))[:, 1, 3:], z_pres[1])
+
+
+def test_weights_keep_the_names_of_pyros_example() -> None:
+    air = AIR(embed_net=[100], bl_predict_net=[20])
+    lstm_shapes = {"weight_ih": (1024, 154), "weight_hh": (1024, 256)}
+    lstm_shapes |= {"bias_ih": (1024,), "bias_hh": (1024,)}
+    expected = {f"{p}rnn.{k}": v for p in ("", "bl_") for k, v in lstm_shapes.items()}
+    layers = {
+        "encode.mlp": [784, 200, 100], "decode.mlp": [50, 200, 784], "predict.mlp": [256, 200, 7],
+        "bl_predict": [256, 20, 1], "embed": [2500, 100], "bl_embed": [2500, 100],
+    }  # fmt: skip
+    for net, sizes in layers.items():
+        for i, (a, b) in enumerate(pairwise(sizes)):
+            expected |= {f"{net}.seq.{2 * i}.weight": (b, a), f"{net}.seq.{2 * i}.bias": (b,)}
+    for prefix in ("", "bl_"):
+        expected |= {f"{prefix}h_init": (1, 256), f"{prefix}c_init": (1, 256)}
+    expected |= {"z_where_init": (1, 3), "z_what_init": (1, 50)}
+    expected |= {"z_where_loc_prior": (3,), "z_where_scale_prior": (3,)}
+    assert {name: tuple(t.shape) for name, t in air.state_dict().items()} == expected
+
+
+def test_bytes_and_floats_are_the_same_images(air: AIR) -> None:
+    data = torch.randint(256, (6, 12, 12), dtype=torch.uint8)
+    losses = []
+    for images in (data, data.float() / 255):
+        pyro.set_rng_seed(3)
+        losses.append(TraceGraph_ELBO().loss(air.model, air.guide, images))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_the_prior_paints_what_it_draws(air: AIR) -> None:
+    (_, z_pres), x = air.prior(40, lambda t: 0.5)
+    present = torch.cat(z_pres, 1).sum(1)
+    assert (x[present == 0] == 0).all()
+    assert (x[present > 0].sum((1, 2)) > 0).all()
+    assert set(present.tolist()) == {0, 1, 2, 3}
+
+
+def test_the_default_prior_is_geometric(air: AIR) -> None:
+    _, z_pres = air.prior(20_000)[0]
+    share = torch.cat(z_pres, 1)[:, 0].mean().item()
+    assert share == pytest.approx(0.01 * 1.0101 / 1.010101, abs=0.003)
+
+
+def test_a_far_off_guide_stays_finite(air: AIR, images: Tensor) -> None:
+    with torch.no_grad():
+        air.predict.mlp.seq[-1].bias[1] = -3.0  # s around zero
+        air.predict.mlp.seq[-1].bias[4] = 3.0
+    for _ in range(20):
+        loss = TraceGraph_ELBO().loss_and_grads(air.model, air.guide, images)
+        assert math.isfinite(loss)
+    for name, parameter in air.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_jit_traces_once_and_sees_an_annealed_prior(air: AIR, images: Tensor) -> None:
+    def loss(elbo: JitTraceGraph_ELBO, prior: AnnealedPresencePrior) -> float:
+        pyro.set_rng_seed(5)
+        return elbo.loss_and_grads(model, guide, images, z_pres_prior_p=prior)
+
+    model, guide = air.model, air.guide  # the cache goes by identity
+    prior = AnnealedPresencePrior([0.5] * 3, "lin", 1e-6, 0, 1)
+    elbo = JitTraceGraph_ELBO(ignore_jit_warnings=True)
+    loss(elbo, prior)  # traces, and draws in its own order
+    before = loss(elbo, prior)
+    prior.set_step(1)
+    after = loss(elbo, prior)
+    assert len(elbo._jit_loss_and_surrogate_loss.compiled) == 1
+    assert after > before + 1
+
+    final = AnnealedPresencePrior([1e-6] * 3)
+    fresh = JitTraceGraph_ELBO(ignore_jit_warnings=True)
+    loss(fresh, final)
+    assert after == pytest.approx(loss(fresh, final), rel=1e-6)

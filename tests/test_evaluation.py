@@ -1,0 +1,116 @@
+"""Counts, confusion and ELBO on held-out scenes, against enumeration and hand-made cases."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_air
+from pyro import poutine
+from pyro.infer import TraceGraph_ELBO
+from torch import Tensor
+
+from air import AIR
+from air.evaluation import confusion_matrix, evaluate, forked_rng, infer, sample_elbo
+
+
+def count_on(air: AIR, t: int, logit: float) -> None:
+    """Makes the guide's z_pres the same for every image: on up to step t, then off."""
+    with torch.no_grad():
+        for parameter in air.predict.parameters():
+            parameter.zero_()
+        air.predict.mlp.seq[-1].bias[0] = logit
+
+
+def test_count_probabilities_equal_enumeration(air: AIR, images: Tensor) -> None:
+    found = infer(air, images)
+    torch.testing.assert_close(found.count_probs.sum(1), torch.ones(10))
+    assert torch.equal(found.counts, found.count_probs.argmax(1))
+    total = torch.zeros(10, 4)
+    for pattern in itertools.product([0.0, 1.0], repeat=3):
+        choices = {f"z_pres_{t}": torch.full((10, 1), on) for t, on in enumerate(pattern)}
+        # each other choice at its mean, one after another, by conditioning on what came out
+        for t in range(3):
+            for kind in ("z_where", "z_what"):
+                trace: Any = poutine.trace(poutine.condition(air.guide, choices)).get_trace(images)
+                choices[f"{kind}_{t}"] = trace.nodes[f"{kind}_{t}"]["fn"].mean.detach()
+        trace = poutine.trace(poutine.condition(air.guide, choices)).get_trace(images)
+        log_q = sum(
+            trace.nodes[f"z_pres_{t}"]["fn"].log_prob(choices[f"z_pres_{t}"]) for t in range(3)
+        )
+        if sorted(pattern, reverse=True) == list(pattern):
+            total[:, int(sum(pattern))] += torch.as_tensor(log_q).exp().detach()
+    torch.testing.assert_close(total, found.count_probs, rtol=1e-4, atol=1e-6)
+
+
+def test_inference_draws_nothing(air: AIR, images: Tensor) -> None:
+    state = torch.get_rng_state()
+    first, second = infer(air, images), infer(air, images)
+    assert torch.equal(state, torch.get_rng_state())
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    assert first.boxes.shape == (10, 3, 4)
+    assert first.reconstructions.shape == images.shape
+
+
+def test_reconstructions_hold_the_counted_objects(images: Tensor) -> None:
+    air = small_air()
+    count_on(air, 0, -9.0)
+    assert (infer(air, images).reconstructions == 0).all()
+    count_on(air, 0, 9.0)
+    found = infer(air, images)
+    assert (found.counts == 3).all()
+    assert (found.reconstructions.sum((1, 2)) > 0).all()
+
+
+def test_sampled_elbo_equals_pyros(air: AIR, images: Tensor) -> None:
+    torch.manual_seed(4)
+    ours, counts = sample_elbo(air, images)
+    torch.manual_seed(4)
+    theirs = TraceGraph_ELBO().loss(air.model, air.guide, images)
+    assert ours.shape == counts.shape == (10,)
+    assert ours.sum().item() == pytest.approx(-theirs, rel=1e-5)
+
+
+def test_confusion_matrix_by_hand() -> None:
+    true, inferred = torch.tensor([0, 1, 1, 4]), torch.tensor([0, 1, 2, 2])
+    expected = [[1, 0, 0], [0, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 1]]
+    assert confusion_matrix(true, inferred, 2).tolist() == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 100])
+def test_every_scene_counts_once_in_any_batch_size(air: AIR, batch_size: int) -> None:
+    images, counts = torch.rand(10, 12, 12), torch.randint(6, (10,))
+    found = evaluate(air, images, counts, batch_size=batch_size)
+    mode = infer(air, images).counts
+    assert found.count_histogram == torch.bincount(mode, minlength=4).tolist()
+    assert found.accuracy_mode == pytest.approx((mode == counts).float().mean().item())
+    assert found.confusion == confusion_matrix(counts, mode, 3).tolist()
+    assert sum(map(sum, found.confusion)) == 10
+
+
+def test_elbo_and_its_standard_error(air: AIR, images: Tensor) -> None:
+    found = evaluate(air, images, None, batch_size=10, seed=7)
+    torch.manual_seed(7)
+    elbo, _ = sample_elbo(air, images)
+    assert found.elbo == pytest.approx(elbo.mean().item(), rel=1e-5)
+    assert found.elbo_se == pytest.approx(elbo.std().item() / math.sqrt(10), rel=1e-4)
+    assert found.accuracy_mode is found.accuracy_sample is found.confusion is None
+
+
+def test_evaluation_leaves_random_state_and_gradients_alone(air: AIR, images: Tensor) -> None:
+    state = torch.get_rng_state()
+    first = evaluate(air, images, torch.zeros(10))
+    assert torch.equal(state, torch.get_rng_state())
+    assert first == evaluate(air, images, torch.zeros(10))
+    assert all(p.grad is None for p in air.parameters())
+    with forked_rng(1, torch.device("cpu")):
+        torch.rand(3)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_one_scene_and_none(air: AIR) -> None:
+    assert math.isnan(evaluate(air, torch.rand(1, 12, 12), torch.tensor([1])).elbo_se)
+    with pytest.raises(ValueError, match="no scenes"):
+        evaluate(air, torch.rand(0, 12, 12), None)

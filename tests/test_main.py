@@ -1,0 +1,220 @@
+"""The program as its users run it: in a process of its own, from flags to files and exit codes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from main import build_parser
+
+ROOT = Path(__file__).parent.parent
+SCENES = "--num-scenes 300 --num-test-scenes 40"
+SMALL = (
+    f"{SCENES} -n 4 -b 8 --rnn-hidden-size 16 --encoder-latent-size 5 --encoder-net 12 "
+    "--decoder-net 12 --predict-net 8 --bl-predict-net 8 --progress-every 2"
+)
+TUTORIAL = (  # with few steps, and few scenes
+    f"{SCENES} -n 3 -blr 0.1 --z-pres-prior 0.01 --scale-prior-sd 0.2 --predict-net 200 "
+    "--bl-predict-net 200 --decoder-output-use-sigmoid --decoder-output-bias -2 --seed 287710"
+)
+# Every flag occurs in one of these; test_every_flag_is_run holds them to it.
+LINES = [
+    TUTORIAL,
+    f"{SMALL} --output-dir run --eval-every 2 --eval-scenes 10 --save-every 3 --save out.pt -v",
+    f"{SMALL} --load weights.pt --device cpu -lr 1e-3 --clip-grad-norm 5 --baseline-scalar 2 "
+    "--estimator score",
+    f"{SMALL} -t 1 --estimator score --no-baselines --no-masking --embed-net 20 10 --non-linearity Tanh",
+    f"{SMALL} -t 5 --estimator marginal --window-size 20 --no-decoder-output-use-sigmoid --likelihood-sd 0.2 --jit",
+    f"{SMALL} --z-pres-prior 0.9 --z-pres-prior-raw --anneal-prior exp --anneal-prior-to 1e-3 "
+    "--anneal-prior-begin 1 --anneal-prior-duration 1e6",
+    f"{SMALL} --scale-prior-mean 2 --scale-prior-sd 0.3 --pos-prior-mean 0.1 --pos-prior-sd 0.9",
+    f"{SMALL} --counts 0 1 --x-size 40 --scale-mean 1.5 --scale-sd 0.05 --min-gap 2 "
+    "--data-seed 3 --digits embedded --recipe air --cache-dir cache",
+    "--data mine.npz -n 2 -b 8",
+]
+# Run by tests of their own, with a server, an earlier run, a GPU or full MNIST.
+ELSEWHERE = {"--viz", "--viz-every", "--visdom-env", "--resume", "--cuda", "--mnist-dir", "--help"}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One thread, and one cache of scenes for all."""
+    cache = tmp_path_factory.mktemp("cache")
+    return {**os.environ, "OMP_NUM_THREADS": "1", "AIR_CACHE": str(cache)}
+
+
+def run(
+    line: str, folder: Path, environment: dict[str, str], timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "main.py"), *line.split()]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def metrics(run_folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_scenes(path: Path, size: int = 50) -> None:
+    np.savez(path, x=np.random.default_rng(0).integers(0, 255, (60, size, size), np.uint8))
+
+
+def test_every_flag_is_run() -> None:
+    given = {word for line in LINES for word in line.split()} | ELSEWHERE
+    for action in build_parser()._actions:
+        options = set(action.option_strings)
+        assert options & given, f"{'/'.join(options)} is in no line"
+    on_off = {s for a in build_parser()._actions for s in a.option_strings if s.startswith("--no-")}
+    assert on_off <= given
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_lines_end_well(line: str, tmp_path: Path, environment: dict[str, str]) -> None:
+    if "--data" in line.split():
+        write_scenes(tmp_path / "mine.npz")
+    if "--load" in line:
+        done = run(f"{SMALL} -n 1 --output-dir first --save weights.pt", tmp_path, environment)
+        assert done.returncode == 0, done.stderr
+    done = run(line, tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    assert "held-out scenes: ELBO" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr.replace("torch.jit", "")
+
+
+def test_a_run_leaves_what_the_readme_says(tmp_path: Path, environment: dict[str, str]) -> None:
+    done = run(f"{SMALL} --eval-every 2 --output-dir out --save-every 2", tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    config = json.loads((out / "config.json").read_text())
+    assert config["batch_size"] == 8
+    assert set(config["versions"]) == {"python", "torch", "pyro-ppl", "numpy"}
+    assert re.fullmatch("[0-9a-f]{64}", config["data_sha256"])
+    lines = metrics(out)
+    assert [line["step"] for line in lines if "elbo" in line] == [2, 4]
+    evaluations = [line for line in lines if "eval_elbo" in line]
+    assert [line["step"] for line in evaluations] == [2, 4]
+    assert evaluations[-1]["eval_scenes"] == 40
+    assert np.array(evaluations[-1]["confusion"]).sum() == 40
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 4
+    names = {"inputs", "inferred", "reconstructions", "prior_samples", "scenes", "curves"}
+    assert {path.stem for path in (out / "figures").glob("*.png")} == names
+    for path in (out / "figures").glob("*.png"):
+        Image.open(path).verify()
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoint.pt", "figures",
+    }  # fmt: skip
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    line = f"{SMALL} -n 60 --progress-every 1 --anneal-prior lin --anneal-prior-duration 100"
+    assert run(f"{line} --output-dir whole", tmp_path, environment).returncode == 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        name = f"stopped{number}"
+        command = [sys.executable, str(ROOT / "main.py"), *line.split(), "--output-dir", name]
+        with subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+        ) as process:
+            log = tmp_path / name / "metrics.jsonl"
+            deadline = time.monotonic() + 60
+            while not log.exists() or len(log.read_text().splitlines()) < 3:
+                assert time.monotonic() < deadline, "no step was taken"
+                time.sleep(0.01)
+            process.send_signal(number)
+            output = process.communicate(timeout=60)[0]
+        assert process.returncode == 128 + number
+        assert f"python main.py --resume {name}" in output
+        assert torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["step"] < 60
+        done = run(f"--resume {name}", tmp_path, environment)
+        assert done.returncode == 0, done.stderr
+        whole, resumed = (
+            torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True)
+            for folder in ("whole", name)
+        )
+        for key, weight in whole["model"].items():
+            assert torch.equal(weight, resumed["model"][key]), key
+        expected, found = (
+            [{k: v for k, v in line.items() if "second" not in k} for line in metrics(folder)]
+            for folder in (tmp_path / "whole", tmp_path / name)
+        )
+        assert found == expected
+
+
+def test_resume_refuses_what_would_be_another_run(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    assert run(f"{SMALL} --output-dir run", tmp_path, environment).returncode == 0
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    for line, message in [
+        ("--resume run -b 9", "--resume keeps the settings of the run, where batch_size is 8"),
+        ("--resume run --counts 1", "where counts is [0, 1, 2]"),
+        ("--resume run -n 2", "--num-steps must be at least the 4"),
+        ("--resume nothing", "nothing is no folder of a run"),
+    ]:
+        done = run(line, tmp_path, environment)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    done = run("--resume run -n 6", tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in metrics(tmp_path / "run") if "elbo" in line] == [2, 4, 6]
+
+
+def test_wrong_input_ends_in_one_line_with_exit_code_2(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    write_scenes(tmp_path / "mine.npz")
+    (tmp_path / "text.npz").write_text("no scenes")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("precious")
+    for line, message in [
+        ("--learning-rate 0", "argument -lr/--learning-rate: expected a number above 0"),
+        ("--device cuda:77", "--device"),
+        ("--device toaster", "--device"),
+        ("--data missing.npz", "missing.npz"),
+        ("--data text.npz", "text.npz"),
+        ("--load missing.pt --data mine.npz", "there is no file missing.pt"),
+        ("--load mine.npz --data mine.npz", "mine.npz"),
+        ("--save mine.npz --data mine.npz", "--save never overwrites, and mine.npz exists"),
+        ("--output-dir taken --data mine.npz", "--output-dir must be a new or empty folder"),
+        ("--counts 0 99", "counts"),
+        ("--digits mnist --mnist-dir nowhere", "nowhere"),
+    ]:
+        done = run(line, tmp_path, environment)
+        assert done.returncode == 2, (line, done.stderr)
+        assert message in done.stderr, (line, done.stderr)
+        assert done.stderr.count("\n") == 1, (line, done.stderr)
+        assert not (tmp_path / "runs").exists()
+    assert (tmp_path / "taken" / "mine.txt").read_text() == "precious"
+
+
+def test_viz_without_a_server_ends_before_training(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    # A port where nothing listens: visdom's own would find a server that someone runs.
+    done = run(f"{SMALL} --viz --viz-every 2 --visdom-env test", tmp_path, environment)
+    if done.returncode == 0:
+        pytest.skip("a visdom server runs on the default port")
+    assert done.returncode == 2
+    assert "no visdom server answers" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_visdom_is_not_imported_without_viz() -> None:
+    code = "import sys, main; assert not {m for m in sys.modules if m.startswith('visdom')}"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)

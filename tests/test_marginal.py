@@ -1,0 +1,139 @@
+"""The exact expectation over the count, against the sum over all counts and against sampling."""
+
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from conftest import small_air
+from pyro import poutine
+from pyro.infer import SVI, TraceGraph_ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from air import AIR
+from air.marginal import MarginalAIR
+from air.priors import count_log_probs, geometric_count_prior
+
+
+class Fixed(Messenger):
+    """Gives sites the values of an earlier run as far as they are named, as fresh samples."""
+
+    def __init__(self, noise: dict[str, Tensor], count: int | None = None) -> None:
+        super().__init__()
+        self.noise, self.count = noise, count
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if name in self.noise:
+            msg["value"], msg["done"] = fn.mean + fn.variance.sqrt() * self.noise[name], True
+        elif name.startswith("z_pres") and self.count is not None:
+            on = float(self.count > int(name.rpartition("_")[2]))
+            msg["value"], msg["done"] = torch.full_like(fn.mean, on), True
+
+
+def log_joint_terms(air: AIR, images: Tensor, prior: list[float], fixed: Fixed) -> Any:  # noqa: ANN401
+    """log p(x, z) - log q(z) and log q(n) of each image for one count, by Pyro's traces of AIR."""
+    arguments: Any = {"data": images, "z_pres_prior_p": prior.__getitem__}
+    guide: Any = poutine.trace(fixed(air.guide)).get_trace(**arguments)
+    model: Any = poutine.trace(poutine.replay(air.model, guide)).get_trace(**arguments)
+    guide.compute_log_prob()
+    model.compute_log_prob()
+    sites = [site for site in guide.nodes.values() if site["type"] == "sample"]
+    log_q_n = sum(s["log_prob"] for s in sites if s["name"].startswith("z_pres"))
+    log_q = sum(s["log_prob"] for s in sites)
+    log_p = sum(s["log_prob"] for s in model.nodes.values() if s["type"] == "sample")
+    return log_p - log_q, log_q_n
+
+
+def draw_noise(num_steps: int, n: int) -> dict[str, Tensor]:
+    noise = {f"z_where_{t}": torch.randn(n, 3).double() for t in range(num_steps)}
+    return noise | {f"z_what_{t}": torch.randn(n, 5).double() for t in range(num_steps)}
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 5])
+def test_value_and_gradients_equal_the_sum_over_all_counts(num_steps: int) -> None:
+    air = small_air(num_steps=num_steps).double()
+    images = torch.rand(6, 12, 12, dtype=torch.float64)
+    prior, noise = geometric_count_prior(0.2, num_steps), draw_noise(num_steps, 6)
+    program = MarginalAIR(air)
+    loss = TraceGraph_ELBO().loss_and_grads(
+        program.model, Fixed(noise)(program.guide), images, z_pres_prior_p=prior.__getitem__
+    )
+    ours = {name: p.grad for name, p in air.named_parameters()}
+    air.zero_grad()
+
+    total = torch.zeros((), dtype=torch.float64)
+    for count in range(num_steps + 1):
+        elbo, log_q_n = log_joint_terms(air, images, prior, Fixed(noise, count))
+        total = total + (log_q_n.exp() * elbo).sum()
+    (-total).backward()
+
+    assert -loss == pytest.approx(total.item(), rel=1e-10)
+    for name, p in air.named_parameters():
+        if name.startswith("bl_"):
+            assert ours[name] is None, name
+        else:
+            torch.testing.assert_close(ours[name], p.grad, msg=name, rtol=1e-7, atol=1e-8)
+
+
+def test_subsampling_scales_like_the_other_estimator() -> None:
+    air = small_air().double()
+    one = torch.rand(1, 12, 12, dtype=torch.float64)
+    program, noise = MarginalAIR(air), draw_noise(3, 4)
+    noise = {name: z[:1].expand_as(z) for name, z in noise.items()}
+    losses = [
+        TraceGraph_ELBO().loss(program.model, Fixed(noise)(program.guide), data, batch_size=4)
+        for data in (one.repeat(4, 1, 1), one.repeat(40, 1, 1))
+    ]
+    assert losses[1] == pytest.approx(10 * losses[0])
+
+
+@pytest.mark.parametrize("steps", [0, 60])
+def test_mean_agrees_with_sampling(steps: int) -> None:
+    air, images = small_air(), torch.rand(30, 12, 12)
+    program = MarginalAIR(air)
+    adam = pyro.optim.Adam({"lr": 0.01})
+    svi = SVI(program.model, program.guide, adam, loss=TraceGraph_ELBO())
+    for _ in range(steps):
+        svi.step(images)
+    draws = [
+        torch.tensor([TraceGraph_ELBO().loss(p.model, p.guide, images) for _ in range(60)])
+        for p in (air, program)
+    ]
+    (sampled, exact), (sampled_se, exact_se) = (
+        [d.mean().item() for d in draws],
+        [d.std().item() / len(d) ** 0.5 for d in draws],
+    )
+    assert exact_se < sampled_se
+    assert abs(sampled - exact) < 4 * (sampled_se**2 + exact_se**2) ** 0.5
+
+
+def test_the_mean_gradient_agrees_with_the_score_functions() -> None:
+    air, images = small_air(num_steps=2), torch.rand(20, 12, 12)
+    parameter = air.predict.mlp.seq[-1].bias
+
+    def draw(program: Any) -> Tensor:  # noqa: ANN401
+        gradients = []
+        for _ in range(150):
+            air.zero_grad()
+            TraceGraph_ELBO().loss_and_grads(program.model, program.guide, images)
+            gradients.append(parameter.grad.clone())
+        return torch.stack(gradients)
+
+    sampled, exact = draw(air), draw(MarginalAIR(air))
+    se = ((sampled.var(0) + exact.var(0)) / 150).sqrt()
+    assert ((sampled.mean(0) - exact.mean(0)).abs() < 4.5 * se).all()
+    assert exact[:, 0].var() < sampled[:, 0].var() / 5, "of the logit of z_pres"
+
+
+def test_count_log_probs_by_hand_and_at_the_edges() -> None:
+    p = count_log_probs(torch.tensor([0.5, 0.2])).exp()
+    torch.testing.assert_close(p, torch.tensor([0.5, 0.4, 0.1]))
+    edges = torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]], requires_grad=True)
+    logs = count_log_probs(edges)
+    assert logs.isfinite().all()
+    torch.testing.assert_close(logs.exp().sum(1), torch.ones(3))
+    assert logs.argmax(1).tolist() == [0, 2, 1]
+    (gradient,) = torch.autograd.grad(logs.sum(), edges)
+    assert gradient.isfinite().all()

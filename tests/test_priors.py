@@ -1,0 +1,66 @@
+"""The count prior and its annealing."""
+
+import math
+
+import pytest
+import torch
+
+from air.priors import AnnealedPresencePrior, anneal, geometric_count_prior
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7])
+@pytest.mark.parametrize("ratio", [1.0, 0.5, 0.01, 1e-9])
+def test_counts_are_geometric(num_steps: int, ratio: float) -> None:
+    going_on = geometric_count_prior(ratio, num_steps)
+    assert len(going_on) == num_steps
+    p, reached = [], 1.0
+    for q in going_on:
+        p.append(reached * (1 - q))
+        reached *= q
+    p.append(reached)
+    assert sum(p) == pytest.approx(1)
+    for n in range(num_steps + 1):  # the last terms are tiny: compare logarithms
+        total = sum(ratio**j for j in range(num_steps + 1))
+        assert math.log(p[n]) == pytest.approx(n * math.log(ratio) - math.log(total), abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [0.01, 0.5, 1.0])
+def test_equal_to_pyros_formula_at_three_steps(k: float) -> None:
+    u = 1 / (1 + k + k**2 + k**3)
+    p0 = 1 - u
+    p1 = 1 - k * u / p0
+    p2 = 1 - k**2 * u / (p0 * p1)
+    assert geometric_count_prior(k, 3) == pytest.approx([p0, p1, p2])
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5, math.nan])
+def test_a_ratio_out_of_range_is_refused(ratio: float) -> None:
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\], got"):
+        geometric_count_prior(ratio, 3)
+
+
+def test_annealing_at_begin_middle_end_and_after() -> None:
+    assert [anneal(0.8, 0.2, 10, 20, "lin", t) for t in (0, 10, 20, 30, 99)] == pytest.approx(
+        [0.8, 0.8, 0.5, 0.2, 0.2]
+    )
+    assert [anneal(0.8, 0.2, 10, 20, "exp", t) for t in (0, 10, 20, 30, 99)] == pytest.approx(
+        [0.8, 0.8, 0.4, 0.2, 0.2]
+    )
+    assert anneal(0.8, 0.2, 10, 20, "none", 99) == 0.8
+
+
+def test_annealing_equals_pyros_formulas() -> None:
+    for t in range(0, 50, 7):
+        lin = max(min((1e-4 - 0.9) * (t - 5) / 30 + 0.9, 0.9), 1e-4)
+        exp = max(min(0.9 * math.exp(-math.log(0.9 / 1e-4) / 30 * (t - 5)), 0.9), 1e-4)
+        assert anneal(0.9, 1e-4, 5, 30, "lin", t) == pytest.approx(lin)
+        assert anneal(0.9, 1e-4, 5, 30, "exp", t) == pytest.approx(exp)
+
+
+def test_the_annealed_prior_is_one_tensor() -> None:
+    prior = AnnealedPresencePrior([0.5, 0.25], "lin", 0.0, 0, 100)
+    tensor = prior.probs
+    prior.set_step(50)
+    assert prior.probs is tensor
+    torch.testing.assert_close(tensor, torch.tensor([0.25, 0.125]))
+    assert float(prior(1)) == 0.125

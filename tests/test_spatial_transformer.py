@@ -1,0 +1,147 @@
+"""The geometry, against torch's grid_sample and against pictures one can check by eye."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+
+from air import image_to_window, window_boxes, window_to_image
+from air.spatial_transformer import MIN_SCALE, positive_scale
+
+WINDOW, IMAGE = 7, 20
+
+
+def by_grid_sample(pictures: Tensor, scale: Tensor, shift: Tensor, out_size: int) -> Tensor:
+    zero = torch.zeros_like(scale)
+    theta = torch.stack(
+        [torch.stack([scale, zero, shift[:, 0]], 1), torch.stack([zero, scale, shift[:, 1]], 1)], 1
+    )
+    grid = affine_grid(theta, [len(scale), 1, out_size, out_size], align_corners=False)
+    return grid_sample(pictures[:, None], grid, align_corners=False)[:, 0]
+
+
+def some_z_where(n: int) -> Tensor:
+    scale = torch.rand(n, 1, dtype=torch.float64) * 4 + 0.3
+    return torch.cat((scale, torch.randn(n, 2, dtype=torch.float64)), 1)
+
+
+def test_window_to_image_equals_grid_sample_with_its_gradients() -> None:
+    z = some_z_where(50).requires_grad_()
+    windows = torch.rand(50, WINDOW, WINDOW, dtype=torch.float64, requires_grad=True)
+    ours = window_to_image(z, WINDOW, IMAGE, windows)
+    theirs = by_grid_sample(windows, z[:, 0], z[:, 1:], IMAGE)
+    torch.testing.assert_close(ours, theirs)
+    weight = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad((ours * weight).sum(), (z, windows)),
+        torch.autograd.grad((theirs * weight).sum(), (z, windows)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_image_to_window_equals_grid_sample_with_its_gradients() -> None:
+    z = some_z_where(50).requires_grad_()
+    images = torch.rand(50, IMAGE, IMAGE, dtype=torch.float64)
+    ours = image_to_window(z, WINDOW, IMAGE, images)
+    theirs = by_grid_sample(images, 1 / z[:, 0], -z[:, 1:] / z[:, :1], WINDOW).flatten(1)
+    torch.testing.assert_close(ours, theirs)
+    weight = torch.randn_like(ours)
+    (a,) = torch.autograd.grad((ours * weight).sum(), z)
+    (b,) = torch.autograd.grad((theirs * weight).sum(), z)
+    torch.testing.assert_close(a, b)
+
+
+def test_flat_and_square_windows_are_the_same() -> None:
+    z, windows = some_z_where(3), torch.rand(3, WINDOW, WINDOW, dtype=torch.float64)
+    flat = window_to_image(z, WINDOW, IMAGE, windows.flatten(1))
+    torch.testing.assert_close(flat, window_to_image(z, WINDOW, IMAGE, windows))
+
+
+def test_identity() -> None:
+    z = torch.tensor([[1.0, 0.0, 0.0]])
+    picture = torch.rand(1, IMAGE, IMAGE)
+    torch.testing.assert_close(window_to_image(z, IMAGE, IMAGE, picture), picture)
+    torch.testing.assert_close(image_to_window(z, IMAGE, IMAGE, picture), picture.flatten(1))
+
+
+def test_positive_x_moves_left_and_positive_y_moves_up() -> None:
+    windows = torch.ones(3, WINDOW, WINDOW)
+    z = torch.tensor([[3.0, 0.0, 0.0], [3.0, 1.0, 0.0], [3.0, 0.0, 1.0]])
+    middle, left, up = window_to_image(z, WINDOW, 30, windows)
+    columns, rows = torch.arange(30.0), torch.arange(30.0)[:, None]
+
+    def centre(image: Tensor) -> tuple[float, float]:
+        return float((image * columns).sum() / image.sum()), float(
+            (image * rows).sum() / image.sum()
+        )
+
+    assert centre(middle) == pytest.approx((14.5, 14.5))
+    assert centre(left) == pytest.approx((9.5, 14.5))
+    assert centre(up) == pytest.approx((14.5, 9.5))
+
+
+def test_window_to_image_and_back_returns_a_smooth_window() -> None:
+    ramp = torch.linspace(-2, 2, 28)
+    window = torch.exp(-(ramp**2) - (ramp[:, None] - 0.5) ** 2)[None]
+    z = torch.tensor([[2.0, 0.3, -0.4]])
+    back = image_to_window(z, 28, 100, window_to_image(z, 28, 100, window)).view(28, 28)
+    # the border, where the zeros outside are blended in, is left out
+    torch.testing.assert_close(back[1:-1, 1:-1], window[0, 1:-1, 1:-1], atol=0.01, rtol=0)
+
+
+def test_boxes_enclose_what_is_painted() -> None:
+    z = some_z_where(200)
+    painted = window_to_image(z, WINDOW, IMAGE, torch.ones(200, WINDOW, WINDOW).double())
+    boxes = window_boxes(z, IMAGE)
+    centres = torch.arange(IMAGE) + 0.5
+    for image, (x0, y0, x1, y1) in zip(painted, boxes, strict=True):
+        inside_x, inside_y = (centres > x0) & (centres < x1), (centres > y0) & (centres < y1)
+        inside = inside_y[:, None] & inside_x
+        # bilinear blending reaches half a window pixel past the outline
+        reach = (x1 - x0) / WINDOW / 2
+        near_x = (centres > x0 - reach) & (centres < x1 + reach)
+        near_y = (centres > y0 - reach) & (centres < y1 + reach)
+        assert (image[inside] >= 0.2499).all()  # a half in each direction at the very corner
+        assert (image[~(near_y[:, None] & near_x)] == 0).all()
+
+
+def test_boxes_of_a_centred_third() -> None:
+    boxes = window_boxes(torch.tensor([[[3.0, 0.0, 0.0], [3.0, 2.0, -2.0]]]), 30)
+    torch.testing.assert_close(
+        boxes, torch.tensor([[[10.0, 10.0, 20.0, 20.0], [0.0, 20.0, 10.0, 30.0]]])
+    )
+
+
+def test_positive_scale_is_positive_smooth_and_else_the_identity() -> None:
+    scale = torch.linspace(-5, 5, 10_001, dtype=torch.float64, requires_grad=True)
+    mapped = positive_scale(scale)
+    (slope,) = torch.autograd.grad(mapped.sum(), scale)
+    above = scale >= MIN_SCALE
+    assert (mapped > 0).all()
+    assert torch.equal(mapped[above], scale[above])
+    assert (slope > 0).all()
+    assert (slope.diff().abs() < 0.02).all(), "the slope must not jump"
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-30, -1e-6, MIN_SCALE, -3.0, -1e6, 1e6, 1e15])
+def test_no_scale_gives_nan_or_infinity(scale: float) -> None:
+    z = torch.tensor([[scale, 0.5, -2.0]], requires_grad=True)
+    picture = torch.rand(1, IMAGE, IMAGE)
+    outputs = [
+        window_to_image(z, WINDOW, IMAGE, torch.rand(1, WINDOW, WINDOW)),
+        image_to_window(z, WINDOW, IMAGE, picture),
+        window_boxes(z, IMAGE),
+    ]
+    for output in outputs:
+        (gradient,) = torch.autograd.grad(output.sum(), z)
+        assert output.isfinite().all()
+        assert gradient.isfinite().all()
+
+
+def test_wrong_sizes_are_named() -> None:
+    z = torch.tensor([[3.0, 0.0, 0.0]])
+    with pytest.raises(ValueError, match=r"windows must be \[1, 7, 7\].*got \[1, 48\]"):
+        window_to_image(z, 7, 20, torch.rand(1, 48))
+    with pytest.raises(ValueError, match=r"images must be \[1, 20, 20\], got \[1, 20, 19\]"):
+        image_to_window(z, 7, 20, torch.rand(1, 20, 19))

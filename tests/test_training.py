@@ -1,0 +1,127 @@
+"""The loop: its events, and that a run taken up again ends as one that never stopped."""
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from conftest import small_air
+from pyro.infer import JitTraceGraph_ELBO
+
+from air.training import CheckpointDue, Evaluated, Progress, Trainer, TrainingSettings
+
+SETTINGS = TrainingSettings(
+    num_steps=12, batch_size=4, progress_every=3, eval_every=4, eval_scenes=5, save_every=5,
+    anneal_prior="lin", anneal_prior_to=1e-3, anneal_prior_duration=10, z_pres_prior=0.5,
+)  # fmt: skip
+
+
+def trainer(settings: TrainingSettings = SETTINGS, seed: int = 0) -> Trainer:
+    torch.manual_seed(99)
+    images, held_out, counts = torch.rand(20, 12, 12), torch.rand(7, 12, 12), torch.arange(7) % 3
+    pyro.set_rng_seed(seed)
+    return Trainer(small_air(), images, held_out, counts, settings)
+
+
+def weights(done: Trainer) -> list[torch.Tensor]:
+    return list(done.air.state_dict().values())
+
+
+def without_times(event: Any) -> Any:  # noqa: ANN401
+    times = {"images_per_second": 0.0, "seconds": 0.0}
+    return replace(event, **times) if isinstance(event, Progress) else event
+
+
+def test_events_come_when_they_are_due() -> None:
+    events = list(trainer().train())
+    steps = {
+        kind: [e.step for e in events if isinstance(e, kind)]
+        for kind in (Progress, Evaluated, CheckpointDue)
+    }
+    assert steps == {Progress: [3, 6, 9, 12], Evaluated: [4, 8, 12], CheckpointDue: [5, 10, 12]}
+    assert [e.scenes for e in events if isinstance(e, Evaluated)] == [5, 5, 7]
+
+
+def test_zero_means_only_at_the_end() -> None:
+    rarely = replace(SETTINGS, progress_every=0, eval_every=0, save_every=0)
+    assert [type(e) for e in trainer(rarely).train()] == [Progress, Evaluated, CheckpointDue]
+
+
+def test_same_seed_same_run_and_evaluations_change_nothing() -> None:
+    def run(settings: TrainingSettings, seed: int) -> tuple[list[float], list[torch.Tensor]]:
+        running = trainer(settings, seed)
+        return [e.elbo for e in running.train() if isinstance(e, Progress)], weights(running)
+
+    elbos, final = run(SETTINGS, 0)
+    same_elbos, same_final = run(replace(SETTINGS, eval_every=1), 0)
+    assert elbos == same_elbos
+    assert all(torch.equal(x, y) for x, y in zip(final, same_final, strict=True))
+    assert elbos != run(SETTINGS, 1)[0]
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5, 11])
+def test_resumed_is_as_if_never_stopped(stop: int) -> None:
+    whole = trainer()
+    expected = [without_times(e) for e in whole.train() if e.step > stop]
+
+    stopped = trainer()
+    for event in trainer_events_until(stopped, stop):
+        assert event.step <= stop
+    file = io.BytesIO()
+    torch.save(stopped.state_dict(), file)
+    file.seek(0)
+    resumed = trainer(seed=7)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    found = [without_times(e) for e in resumed.train()]
+
+    assert found == expected
+    assert all(torch.equal(x, y) for x, y in zip(weights(whole), weights(resumed), strict=True))
+
+
+def trainer_events_until(running: Trainer, stop: int) -> list[Any]:
+    """Runs to the end of step `stop` as a signal would end it there."""
+    take_step = running._take_step
+
+    def step_and_stop() -> None:
+        take_step()
+        running.stop_requested = running.step == stop
+
+    running._take_step = step_and_stop  # type: ignore[method-assign]
+    return list(running.train())
+
+
+def test_a_run_that_is_done_only_evaluates_again() -> None:
+    done = trainer()
+    list(done.train())
+    before = weights(done)
+    assert [type(e) for e in done.train()] == [Evaluated, CheckpointDue]
+    assert all(torch.equal(x, y) for x, y in zip(before, weights(done), strict=True))
+
+
+def test_zero_steps_evaluate() -> None:
+    events = list(trainer(replace(SETTINGS, num_steps=0)).train())
+    assert [type(e) for e in events] == [Evaluated, CheckpointDue]
+
+
+def test_records_carry_the_documented_keys() -> None:
+    for event in trainer().train():
+        if isinstance(event, Progress):
+            assert {"step", "elbo"} <= set(event.record())
+        elif isinstance(event, Evaluated):
+            keys = {"step", "eval_elbo", "accuracy_mode", "accuracy_sample", "confusion"}
+            assert keys <= set(event.record())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_jit_is_asked_for_and_not_traced_again_under_annealing() -> None:
+    jitted = trainer(replace(SETTINGS, jit=True, num_steps=5))
+    list(jitted.train())
+    assert isinstance(jitted.svi.loss, JitTraceGraph_ELBO)
+    assert len(jitted.svi.loss._jit_loss_and_surrogate_loss.compiled) == 1
+
+
+def test_raw_prior_is_the_probability_at_each_step() -> None:
+    raw = trainer(replace(SETTINGS, z_pres_prior=0.3, z_pres_prior_raw=True, anneal_prior="none"))
+    assert raw.prior.probs.tolist() == pytest.approx([0.3] * 3)
