@@ -1,6 +1,6 @@
 """Scenes of real digits (Multi-MNIST) for Attend, Infer, Repeat: make, cache, load.
 
-A scene is 50 x 50 pixels with 0, 1 or 2 MNIST digits (section 4.1 of Eslami et al., NIPS 2016,
+A scene is 50 x 50 pixels with 0, 1 or 2 MNIST digits (section 3.1 of Eslami et al., NIPS 2016,
 https://arxiv.org/abs/1603.08575). A digit is resized to int(28 / scale) pixels a side, scale ~
 Normal(1.3, 0.1), and put anywhere inside; digits add up; a scene brighter than 255 anywhere is
 redrawn with the same count. Test scenes use other digits than train scenes. Recipe "air" takes them
@@ -90,12 +90,12 @@ class SceneSettings:
             if isinstance(low, str):
                 right, expected = value in (low, *names, high), " or ".join((low, *names, high))
             elif self.recipe != "air":
-                right, expected = False, f"{spec.default}, as recipe {self.recipe} fixes it"
+                right, expected = value == spec.default, f"{spec.default}, as {self.recipe} has it"
             else:
                 values = (value or (None,)) if spec.name == "counts" else (value,)
                 right = all(isinstance(v, int | type(low)) and low <= v <= high for v in values)
                 expected = f"{type(low).__name__} from {low} to {high}"
-            if not right and value != spec.default:
+            if not right and value is not spec.default:
                 raise ValueError(f"{spec.name}: expected {expected}, got {value!r}")
         if 28 / self.scale_mean > self.x_size:
             raise ValueError(f"scale_mean: expected 28 / x_size or more, got {self.scale_mean}")
@@ -156,7 +156,7 @@ def download_mnist(folder: Path, mirrors: Sequence[str] = MIRRORS) -> None:
 def resize_digit(digit: Array, side: int, recipe: str = "air") -> Array:
     """Resizes uint8 [28, 28] to [side, side]: by area average in recipe "air", else by Pillow."""
     if recipe == "air":  # sums of whole numbers below 2**24: exact, in whatever order BLAS adds
-        return ((_overlaps(side) @ digit @ _overlaps(side).T + 392) / 784).astype(np.uint8)
+        return np.asarray((_overlaps(side) @ digit @ _overlaps(side).T + 392) / 784, np.uint8)
     how = Image.Resampling[recipe.removeprefix("pyro-").upper()]
     return np.asarray(Image.fromarray(digit).resize((side, side), how))
 
@@ -231,7 +231,7 @@ def _read_split(archive: Any, prefix: str, sizes: dict[str, int]) -> Scenes:  # 
 def load_file(path: Path) -> SceneSplits:
     """Loads x and, if there, counts, ..., test_x, ... (else a tenth is held out) of an .npz."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             train = _read_split(archive, "", {"4": 4})
             sizes = {"4": 4, "H": train.x.shape[1]}
             test = _read_split(archive, "test_", sizes) if "test_x" in archive else None

@@ -1,8 +1,7 @@
 """Pictures of what AIR infers: boxes on scenes, PNG figures, and a live visdom dashboard.
 
-Draws NumPy arrays and computes no geometry. N scenes, M samples, T model steps, H pixels a side; a
-box is (x0, y0, x1, y1) in pixels, x to the right, y down, pixel i reaching from i to i + 1. Only
-`Dashboard` imports visdom.
+Draws NumPy arrays and computes no geometry. A box is (x0, y0, x1, y1) in pixels, x to the right, y
+down, pixel i reaching from i to i + 1. Only `Dashboard` imports visdom. M counts samples.
 """
 
 import logging
@@ -98,7 +97,7 @@ def save_scene_figures(
     """Write PNG files into `folder`, made if missing; each is replaced as a whole or not at all.
 
     `inputs`, `inferred`, `reconstructions` and `prior_samples` show up to 64 pictures; `scenes`
-    sets inputs, boxes and reconstructions of the first eight scenes beside each other.
+    sets eight scenes, those that are not empty first, beside what is inferred in them.
     `samples` [M, H, H] come with `sample_boxes` [M, T, 4] and `sample_counts` [M].
     """
     images, reconstructions, boxes, counts, true_counts = scenes.pick(slice(64))
@@ -110,7 +109,8 @@ def save_scene_figures(
     }
     for name, pictures in sheets.items():
         _save(Path(folder, f"{name}.png"), Image.fromarray(tile(pictures, 8)).save)
-    _save(Path(folder, "scenes.png"), FigureCanvasAgg(_overview(scenes.pick(slice(8)))).print_png)
+    eight = scenes.pick(np.argsort(~scenes.images.any((1, 2)), kind="stable")[:8])
+    _save(Path(folder, "scenes.png"), FigureCanvasAgg(_overview(eight)).print_png)
 
 
 def _save(path: Path, write: Callable[..., object]) -> None:

@@ -139,7 +139,7 @@ class AIR(nn.Module):
         if use_cuda:
             self.cuda()
 
-    # The generative model, section 2.1.
+    # The generative model, section 2.
 
     def model(
         self,
@@ -183,7 +183,7 @@ class AIR(nn.Module):
         window = self.decode(z_what)
         return z_where, window_to_image(z_where, self.window_size, self.x_size, window)
 
-    # The inference network, section 2.2.
+    # The inference network, section 2.1.
 
     def guide(
         self,

@@ -42,7 +42,7 @@ class TrainingSettings:
     jit: bool = False
     seed: int = 0
     progress_every: int = 10
-    eval_every: int = 1000
+    eval_every: int = 500
     eval_scenes: int = 2000
     save_every: int = 1000
 

@@ -32,8 +32,10 @@ LINES = [
     f"{SMALL} --output-dir run --eval-every 2 --eval-scenes 10 --save-every 3 --save out.pt -v",
     f"{SMALL} --load weights.pt --device cpu -lr 1e-3 --clip-grad-norm 5 --baseline-scalar 2 "
     "--estimator score",
-    f"{SMALL} -t 1 --estimator score --no-baselines --no-masking --embed-net 20 10 --non-linearity Tanh",
-    f"{SMALL} -t 5 --estimator marginal --window-size 20 --no-decoder-output-use-sigmoid --likelihood-sd 0.2 --jit",
+    f"{SMALL} -t 1 --estimator score --no-baselines --no-masking --embed-net 20 10 "
+    "--non-linearity Tanh",
+    f"{SMALL} -t 5 --estimator marginal --window-size 20 --no-decoder-output-use-sigmoid "
+    "--likelihood-sd 0.2 --jit",
     f"{SMALL} --z-pres-prior 0.9 --z-pres-prior-raw --anneal-prior exp --anneal-prior-to 1e-3 "
     "--anneal-prior-begin 1 --anneal-prior-duration 1e6",
     f"{SMALL} --scale-prior-mean 2 --scale-prior-sd 0.3 --pos-prior-mean 0.1 --pos-prior-sd 0.9",
@@ -218,3 +220,11 @@ def test_viz_without_a_server_ends_before_training(
 def test_visdom_is_not_imported_without_viz() -> None:
     code = "import sys, main; assert not {m for m in sys.modules if m.startswith('visdom')}"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_readme_names_every_flag() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for action in build_parser()._actions:
+        for option in action.option_strings:
+            if option.startswith("--") and not option.startswith(("--no-decoder", "--help")):
+                assert option in readme, f"{option} is not in README.md"

@@ -1,0 +1,402 @@
+"""Scenes of real digits: what is in them, that they stay the same, that no file is ever spoilt."""
+
+import argparse
+import gzip
+import hashlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import multi_mnist
+from multi_mnist import (
+    MNIST_FILES,
+    Array,
+    DataError,
+    SceneSettings,
+    load_file,
+    load_scenes,
+    resize_digit,
+)
+
+ROOT = Path(__file__).parent.parent
+MNIST = ROOT.parent / "shared" / "mnist"
+SMALL = partial(SceneSettings, num_scenes=300, num_test_scenes=40)
+TRAIN_IMAGES, _, TEST_IMAGES, TEST_LABELS = MNIST_FILES
+X = np.random.default_rng(0).integers(0, 256, (30, 12, 12), np.uint8)
+COUNTS, LABELS, BOXES = np.arange(30) % 3, np.zeros((30, 2), int), np.zeros((30, 2, 4))
+
+
+@pytest.fixture(scope="module")
+def digits() -> list[Array]:
+    """Train images and labels, test images and labels."""
+    return multi_mnist._load_digits(SceneSettings(), Path())
+
+
+def train(folder: Path, **settings: object) -> list[Array]:
+    """The arrays x, counts, labels and boxes of a few scenes."""
+    scenes = load_scenes(SMALL(**settings), cache_dir=folder).train  # type: ignore[arg-type]
+    return [array for array in scenes if array is not None]
+
+
+def write_idx(folder: Path, digits: list[Array], *, packed: bool = True) -> Path:
+    """Writes digits in the form in which MNIST is published."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in zip(MNIST_FILES, digits, strict=True):
+        data = np.array([2048 + array.ndim, *array.shape], ">u4").tobytes() + array.tobytes()
+        path = folder / (f"{name}.gz" if packed else name)
+        path.write_bytes(gzip.compress(data, 1) if packed else data)
+    return folder
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def start(cwd: Path, *words: str) -> subprocess.Popen[str]:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *words], cwd=cwd, **pipes)
+
+
+def script(cwd: Path, line: str) -> tuple[int, str, str]:
+    """Exit code, output and errors."""
+    process = start(cwd, str(ROOT / "multi_mnist.py"), *line.split())
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_arrays_are_as_told(tmp_path: Path) -> None:
+    arrays = x, counts, labels, boxes = train(tmp_path, num_scenes=2000, counts=(0, 3, 1))
+    assert [array.dtype.name for array in arrays] == ["uint8", "int64", "int64", "float32"]
+    assert [array.shape for array in arrays] == [(2000, 50, 50), (2000,), (2000, 3), (2000, 3, 4)]
+    found, numbers = np.unique(counts, return_counts=True)
+    assert found.tolist() == [0, 1, 3]
+    assert np.allclose(numbers / 2000, 1 / 3, atol=0.05)  # though crowded scenes are redrawn
+    absent = np.arange(3) >= counts[:, None]
+    assert np.array_equal(labels == -1, absent)
+    assert np.array_equal(np.isnan(boxes).all(2), absent)
+    assert not x[counts == 0].any()
+    centres = boxes[counts == 1, 0].reshape(-1, 2, 2).mean(1)
+    assert np.allclose(centres.mean(0), 25, atol=1.2)  # they are all over the scene
+    assert np.all((centres.min(0) < 13) & (centres.max(0) > 37))
+
+
+def test_boxes_are_tight_and_hold_all_ink(tmp_path: Path) -> None:
+    for image, count, _, boxes in zip(*train(tmp_path, counts=(1, 2)), strict=True):
+        rest = image.copy()
+        for left, top, right, bottom in boxes[:count].astype(int):
+            part = image[top:bottom, left:right]
+            assert all(edge.any() for edge in (part[0], part[-1], part[:, 0], part[:, -1]))
+            rest[top:bottom, left:right] = 0
+        assert not rest.any()
+
+
+def test_digits_add_up_and_never_wrap_around(digits: list[Array]) -> None:
+    settings = SMALL(counts=(2,), scale_mean=1.0, scale_sd=0.0)  # nothing is resized
+    x = multi_mnist._draw(settings, False, digits[0][:1], digits[1][:1]).x
+    assert np.all(x.sum((1, 2), dtype=int) == 2 * digits[0][0].sum(dtype=int))
+
+
+def test_min_gap_is_kept(tmp_path: Path) -> None:
+    for gap in (0, 5.0):
+        boxes = train(tmp_path, counts=(3,), min_gap=gap, x_size=60)[3]
+        pairs = [pair for places in boxes for pair in combinations(places, 2)]
+        gaps = [max(*(a[:2] - b[2:]), *(b[:2] - a[2:])) for a, b in pairs]
+        assert gap <= min(gaps) < gap + 3
+
+
+def test_size_follows_scale() -> None:
+    bank, label = np.full((1, 28, 28), 200, np.uint8), np.zeros(1, np.uint8)
+    for mean, sd, least, most in ((2.0, 0.0, 14, 14), (0.7, 0.0, 40, 40), (1.0, 7.0, 4, 49)):
+        settings = SMALL(counts=(1,), scale_mean=mean, scale_sd=sd)
+        boxes: Any = multi_mnist._draw(settings, False, bank, label).boxes
+        sides = boxes[:, 0, 2] - boxes[:, 0, 0]
+        assert (sides.min(), sides.max()) == (least, most)
+    boxes = multi_mnist._draw(SMALL(counts=(1,), num_scenes=2000), False, bank, label).boxes
+    scales = 28 / (boxes[:, 0, 2] - boxes[:, 0, 0] + 0.5)
+    assert [scales.mean(), scales.std()] == pytest.approx([1.3, 0.1], abs=0.01)
+
+
+def test_each_split_shows_its_own_digits(digits: list[Array], tmp_path: Path) -> None:
+    assert [np.bincount(labels).tolist() for labels in digits[1::2]] == [[400] * 10, [100] * 10]
+    assert not {image.tobytes() for image in digits[0]} & {image.tobytes() for image in digits[2]}
+    as_they_are = {"counts": (1,), "x_size": 28, "scale_mean": 1.0, "scale_sd": 0.0}
+    splits = load_scenes(SMALL(num_test_scenes=300, **as_they_are), cache_dir=tmp_path)  # type: ignore[arg-type]
+    for (x, _, labels, _), bank in ((splits.train, digits[:2]), (splits.test, digits[2:])):
+        known = {image.tobytes(): label for image, label in zip(*bank, strict=True)}
+        assert [[known[image.tobytes()]] for image in x] == np.asarray(labels).tolist()
+        assert len({image.tobytes() for image in x}) > 200
+
+
+def test_resizing_averages_areas(digits: list[Array]) -> None:
+    for digit, side in product(digits[0][::400], [4, 9, 16, 21, 22, 28, 31, 50]):
+        fine = np.kron(digit.astype(int), np.ones((side, side), int))  # a grid both sizes share
+        sums = fine.reshape(side, 28, side, 28).sum((1, 3))
+        assert np.array_equal(resize_digit(digit, side), (sums + 392) // 784)
+
+
+def test_same_settings_give_the_same_bytes(tmp_path: Path) -> None:
+    before = str(np.random.get_state()), random.getstate()  # noqa: NPY002
+    train(tmp_path / "one", counts=(2, 0, 1))
+    assert (str(np.random.get_state()), random.getstate()) == before  # noqa: NPY002
+    line = "--num-scenes 3e2 --num-test-scenes 40 --cache-dir two --out"
+    command = [str(ROOT / "multi_mnist.py"), *line.split()]
+    at_once = [start(tmp_path, *command, name) for name in ("a.npz", "b.npz")]
+    assert [process.communicate(timeout=60)[1] for process in at_once] == ["", ""]
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    paths = [*tmp_path.glob("*/scenes-*.npz"), *tmp_path.glob("?.npz")]
+    assert [len(paths), len({path.read_bytes() for path in paths})] == [4, 1]
+    with zipfile.ZipFile(paths[0]) as archive:
+        assert {entry.date_time[0] for entry in archive.infolist()} == {1980}  # not of a clock
+
+
+def test_other_settings_give_other_scenes(tmp_path: Path) -> None:
+    one = load_scenes(SMALL(), cache_dir=tmp_path)
+    changes = ({"seed": 1}, {"counts": (0, 1)}, {"x_size": 51}, {"scale_sd": 0.2}, {"min_gap": 3.0})
+    others = {load_scenes(SMALL(**change), cache_dir=tmp_path).sha256 for change in changes}
+    assert len({one.sha256, *others}) == len(files(tmp_path)) == 6
+    assert not np.array_equal(one.train.x[:40], one.test.x)
+
+
+def pyro_scene(images: Array, rng: np.random.RandomState, how: Image.Resampling) -> Array:
+    """Pyro's recipe once more: digits padded to full size, crowded scenes drawn again."""
+    count, total = rng.randint(3), np.full((50, 50), 256)
+    while total.max() > 255:
+        total = np.zeros((50, 50), int)
+        for _ in range(count):
+            image = Image.fromarray(images[rng.randint(len(images))])
+            side = int(28 / (0.1 * rng.randn() + 1.3))
+            above, before = rng.randint(0, 50 - side), rng.randint(0, 50 - side)
+            margins = ((above, 50 - side - above), (before, 50 - side - before))
+            total += np.pad(np.asarray(image.resize((side, side), how)), margins)
+    return total
+
+
+@pytest.mark.parametrize("name", ["nearest", "bicubic"])
+def test_pyro_recipe_is_pyros(name: str, digits: list[Array], tmp_path: Path) -> None:
+    settings, rng = SceneSettings(recipe=f"pyro-{name}"), np.random.RandomState(681307)
+    object.__setattr__(settings, "num_scenes", 200)  # which its users cannot
+    expected = [pyro_scene(digits[0], rng, Image.Resampling[name.upper()]) for _ in range(200)]
+    assert np.array_equal(multi_mnist._draw(settings, False, *digits[:2]).x, expected)
+    with pytest.raises(DataError, match=f"expected MNIST for recipe pyro-{name}, got others"):
+        load_scenes(settings, cache_dir=tmp_path, mnist_dir=write_idx(tmp_path / "idx", digits))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MNIST.is_dir(), reason=f"needs full MNIST in {MNIST}")
+@pytest.mark.parametrize(("name", "total"), [("nearest", 883_114_919), ("bicubic", 894_575_454)])
+def test_pyro_sets_have_their_published_pixel_sums(name: str, total: int, tmp_path: Path) -> None:
+    splits = load_scenes(SceneSettings(recipe=f"pyro-{name}"), cache_dir=tmp_path, mnist_dir=MNIST)
+    assert (splits.train.x.shape, len(splits.test.x)) == ((60_000, 50, 50), 10_000)
+    assert splits.train.x.sum(dtype=np.int64) == total
+
+
+def test_bad_setting_is_named() -> None:
+    cases: list[tuple[str, str, list[object]]] = [
+        ("digits", "embedded or mnist", ["emnist"]),
+        ("recipe", "air or pyro-nearest or pyro-bicubic", ["pyro", None]),
+        ("counts", "int from 0 to 50", [(), (0, -1), (1.5,), (51,)]),
+        ("x_size", "int from 8 to 1000", [7, 50.0, "50", None]),
+        ("num_scenes", "int from 2 to", [1, 10**9]),
+        ("scale_mean", "float from 0.01 to 7", [0, float("nan"), None]),
+        ("scale_mean", "28 / x_size or more", [0.4]),
+        ("scale_sd", "float from 0.0 to 7", [-0.1, 8]),
+        ("min_gap", "float from 0.0 to 1000", [-1, float("inf")]),
+        ("seed", "int from 0 to", [-1, 0.5]),
+    ]
+    for name, expected, values in cases:
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{name}: expected {expected}.*, got "):
+                SceneSettings(**{name: value})  # type: ignore[arg-type]
+
+
+def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^x_size: expected 50, as pyro-nearest has it, got 60"):
+        SceneSettings(recipe="pyro-nearest", x_size=60)
+    with pytest.raises(ValueError, match=r"counts: no room for 9 digits; try fewer"):
+        train(tmp_path, counts=(9,), x_size=30)
+    with pytest.raises(ValueError, match=r"mnist_dir: expected digits mnist with it, got"):
+        load_scenes(SMALL(), cache_dir=tmp_path, mnist_dir=tmp_path)
+    assert not files(tmp_path)
+
+
+def test_second_load_reads_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = train(folder := tmp_path / ".cache" / "air")
+    monkeypatch.delattr(multi_mnist, "_draw")
+    assert [a.tobytes() for a in train(folder)] == [a.tobytes() for a in first]
+    places = {"AIR_CACHE": folder, "XDG_CACHE_HOME": folder.parent, "HOME": tmp_path}
+    for variable, place in places.items():  # each is asked if those before are not set
+        monkeypatch.setenv(variable, str(place))
+        load_scenes(SMALL())
+        monkeypatch.delenv(variable)
+
+
+def test_spoilt_cache_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    train(tmp_path)
+    path = next(tmp_path.iterdir())
+    middle = len(whole := path.read_bytes()) // 2
+    for spoilt in (whole[:middle], whole[:middle] + b"spoilt" + whole[middle + 6 :], b""):
+        path.write_bytes(spoilt)
+        with pytest.raises(DataError, match=f"^{path}: expected scenes, got .*; if cached, delete"):
+            train(tmp_path)
+        assert path.read_bytes() == spoilt
+    with pytest.raises(DataError, match=r"scenes-\w+.npz: cannot be written .*another place"):
+        train(path)  # a file, not a folder
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_killed_while_writing(end: signal.Signals, tmp_path: Path) -> None:
+    code = f"""import sys, time; sys.path.insert(0, {str(ROOT)!r}); import multi_mnist, numpy
+numpy.save = lambda file, array, allow_pickle: print(file.write(b"x"), flush=True) or time.sleep(60)
+multi_mnist.main("--out out.npz --cache-dir . --num-scenes 300 --num-test-scenes 40".split())"""
+    process: Any = start(tmp_path, "-c", code)
+    assert process.stdout.readline() == "1\n"  # byte of the file written
+    process.send_signal(end)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not list(tmp_path.glob("*.npz"))
+    assert end == signal.SIGKILL or not files(tmp_path)
+    assert len(train(tmp_path)[0]) == 300
+
+
+def test_files_of_others(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=X, y=np.array([[1], [2, 3]], object))  # y: as in Pyro's file
+    train, test, _ = load_file(tmp_path / "x.npz")
+    assert [train.x.tobytes(), test.x.tobytes()] == [X[:27].tobytes(), X[27:].tobytes()]
+    assert train[1:] == test[1:] == (None, None, None)
+    some: dict[str, Any] = {"counts": COUNTS.astype("i1"), "boxes": BOXES, "test_x": X[:5]}
+    np.savez(tmp_path / "all.npz", x=X, labels=LABELS.astype("i4"), test_counts=COUNTS[:5], **some)
+    train, test, _ = load_file(tmp_path / "all.npz")
+    assert [a.dtype.name for a in train if a is not None] == ["uint8", "int64", "int64", "float32"]
+    assert np.array_equal(test.x, X[:5])
+    assert test[2:] == (None, None)
+
+
+def test_foreign_arrays_are_named(tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"y": X}, "x is not a file in the archive"),
+        ({"x": X.astype("f4")}, r"x float32 \(30, 12, 12\), not uint8 NHH"),
+        ({"x": X[:, :9]}, r"x uint8 \(30, 9, 12\), not uint8 NHH"),
+        ({"x": X[:1]}, r"x uint8 \(1, 12, 12\), not .* with N > 1"),
+        ({"x": X.astype(object)}, "Object arrays cannot be loaded"),
+        ({"x": X, "counts": COUNTS[1:]}, r"counts int64 \(29,\), not int64 N"),
+        ({"x": X, "counts": COUNTS / 1}, r"counts float64 \(30,\), not int64 N"),
+        ({"x": X, "counts": -COUNTS}, "counts int64"),
+        ({"x": X, "boxes": BOXES[..., :3]}, r"boxes float64 \(30, 2, 3\), not float32 NM4"),
+        ({"x": X, "labels": LABELS[:, :1], "boxes": BOXES}, r"boxes float64 \(30, 2, 4\)"),
+        ({"x": X, "test_x": X[:, 1:, 1:]}, r"test_x uint8 \(30, 11, 11\), not uint8 NHH"),
+    ]
+    for arrays, problem in cases:
+        np.savez(path := tmp_path / "mine.npz", **arrays)
+        with pytest.raises(DataError, match=f"^{path}: expected scenes, got .*{problem}"):
+            load_file(path)
+
+
+def test_foreign_files_are_refused_and_never_unpickled(tmp_path: Path) -> None:
+    (tmp_path / "pickle.npz").write_bytes(b"cbuiltins\nexit\n(tR.")  # would end the program
+    (tmp_path / "text.npz").write_text("x")
+    np.save(tmp_path / "array.npy", X)
+    for path in map(tmp_path.joinpath, [*files(tmp_path), "missing.npz", "."]):
+        with pytest.raises(DataError, match=f"^{path}: expected scenes, got [^\n]*$"):
+            load_file(path)
+
+
+def test_idx_files_in_any_dress_are_the_same(digits: list[Array], tmp_path: Path) -> None:
+    load = partial(load_scenes, SMALL(digits="mnist"), cache_dir=tmp_path / "cache")
+    write_idx(tmp_path / "torch" / "MNIST" / "raw", digits)
+    embedded = load_scenes(SMALL(), cache_dir=tmp_path / "cache").sha256
+    assert load(mnist_dir=tmp_path / "torch").sha256 == embedded
+    assert load(mnist_dir=write_idx(tmp_path / "plain", digits, packed=False)).sha256 == embedded
+    other = write_idx(tmp_path / "other", [255 - digits[0], *digits[1:]])
+    assert load(mnist_dir=other).sha256 != embedded
+    for images in (digits[0][:9], digits[0] * 0):
+        folder = write_idx(tmp_path / "bad", [images, *digits[1:]])
+        with pytest.raises(DataError, match=r"bad: expected a label for each image, and no image"):
+            load(mnist_dir=folder)
+
+
+def test_spoilt_idx_is_named(digits: list[Array], tmp_path: Path) -> None:
+    for name, old, new, problem in (
+        (TRAIN_IMAGES, slice(-1, None), b"", "cannot reshape array"),
+        (TRAIN_IMAGES, slice(9, None), b"", "buffer is smaller"),
+        (TRAIN_IMAGES, slice(None), gzip.compress(b"1234567")[:-9], "end-of-stream"),
+        (TEST_IMAGES, slice(4, None), bytes(12), r"header \[2051, 0, 0, 0\]"),
+        (TEST_LABELS, slice(0, 4), b"\0\0\x08\x03", r"header \[2051, 1000\]"),
+    ):
+        data = bytearray((path := write_idx(tmp_path, digits, packed=False) / name).read_bytes())
+        data[old] = new
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=f"^{path}: expected IDX .*, got .*{problem}"):
+            load_scenes(SMALL(digits="mnist"), cache_dir=tmp_path / "c", mnist_dir=tmp_path)
+
+
+def test_download(digits: list[Array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served, folder = write_idx(tmp_path / "served", digits), tmp_path / "mnist"
+    sums = {n: hashlib.sha256((served / f"{n}.gz").read_bytes()).hexdigest() for n in MNIST_FILES}
+    monkeypatch.setattr(multi_mnist, "MNIST_FILES", sums)
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *arguments: None)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(served))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        mirrors = "http://127.0.0.1:9/", f"http://127.0.0.1:{server.server_port}/"  # 9 is down
+        whole = (first := served / f"{TRAIN_IMAGES}.gz").read_bytes()
+        first.write_bytes(gzip.compress(b"other"))
+        tried = rf"{mirrors[0]} \(ConnectionError\), {mirrors[1]} \(ValueError\)"
+        with pytest.raises(DataError, match=f"^MNIST: tried {tried}; get its .* --mnist-dir$"):
+            multi_mnist.download_mnist(folder, mirrors)
+        assert not files(folder)
+        first.write_bytes(whole)
+        multi_mnist.download_mnist(folder, mirrors)
+        server.shutdown()
+    assert files(folder) == files(served)
+    assert len(load_scenes(SMALL(digits="mnist"), cache_dir=tmp_path).train.x) == 300
+
+
+def test_command_line_writes_a_file_once(tmp_path: Path) -> None:
+    line = "--out s.npz --num-scenes 2e2 --num-test-scenes 30 --counts 1 3 --cache-dir c --seed 4"
+    code, out, err = script(tmp_path, f"{line} --x-size 60 --min-gap 1")
+    splits, before = load_file(tmp_path / "s.npz"), (tmp_path / "s.npz").read_bytes()
+    assert (code, out.count("\n"), err) == (0, 1, "")
+    assert all(f in out for f in ("s.npz", "num_scenes=200", "counts=(1, 3)", splits.sha256))
+    assert splits.train.x.shape == (200, 60, 60)
+    code, out, err = script(tmp_path, line)
+    assert (code, out) == (2, "")
+    assert err.startswith("multi_mnist.py: error: s.npz: expected a new file for --out, got")
+    assert (tmp_path / "s.npz").read_bytes() == before
+
+
+def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
+    for line, problem in (
+        ("", "--out"),
+        ("--out s.npz --x-size big", "argument --x-size: invalid number value: 'big'"),
+        ("--out s.npz --x-size 50.5", "x_size: expected int from 8 to 1000, got 50.5"),
+        ("--out s.npz --num-scenes inf", "num_scenes: expected int"),
+        ("--out s.npz --recipe pyro", "argument --recipe: invalid choice: 'pyro'"),
+        ("--out s.npz --digits mnist --mnist-dir none", "No such file"),
+    ):
+        code, out, err = script(tmp_path, line)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert re.match(f"multi_mnist.py: error: .*{problem}", err)
+
+
+def test_flags_are_the_settings() -> None:
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    multi_mnist.add_arguments(parser, seed_flag="--data-seed")
+    assert vars(parser.parse_args([])) == {}
+    given = vars(
+        parser.parse_args(["--data-seed", "1e4", "--counts", "0", "2", "--scale-sd", "0.2"])
+    )
+    assert given == {"data_seed": 10_000, "counts": [0, 2], "scale_sd": 0.2}
+    assert "(default: 60000)" in parser.format_help()
