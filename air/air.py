@@ -197,7 +197,7 @@ class AIR(nn.Module):
             data: Images, [N, H, H]: floats in [0, 1], or uint8 in [0, 255].
             batch_size: Use this many of them, drawn anew by the plate "data"; None for all.
             z_pres_prior_p: Step t -> p(z_pres_t = 1 | z_pres_{t-1} = 1), used by `model`; None
-                for the truncated geometric count prior with ratio 0.01.
+                for the truncated geometric count prior of ratio 1e-4.
 
         Returns:
             (z_where, z_pres): lists over steps of [B, 3] and [B, 1].

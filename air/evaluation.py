@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import pyro.poutine as poutine
 import torch
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from air.air import AIR
@@ -69,35 +68,70 @@ def infer(air: AIR, images: Tensor) -> Inference:
     return Inference(count_probs, counts, z_where, window_boxes(z_where, air.x_size), canvas)
 
 
+class ElboTerms(NamedTuple):
+    """One sample of each image's ELBO in nats, term by term, [B] each."""
+
+    log_likelihood: Tensor
+    kl_pres: Tensor  # log q(z_pres) - log p(z_pres), and so on
+    kl_where: Tensor
+    kl_what: Tensor
+    counts: Tensor  # of the same sample
+
+    @property
+    def elbo(self) -> Tensor:
+        """Their sum, which is also the log of an importance weight of p(x)."""
+        return self.log_likelihood - self.kl_pres - self.kl_where - self.kl_what
+
+
 @torch.no_grad()
-def sample_elbo(
-    air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None = None
-) -> tuple[Tensor, Tensor]:
-    """One sample of each image's ELBO in nats, [B], and of its count, [B]."""
+def sample_elbo(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None = None) -> ElboTerms:
+    """Draws z from the guide once for each image, [B, H, H]."""
     arguments: Any = {"data": images, "z_pres_prior_p": z_pres_prior_p}
-    guide_trace: Any = poutine.trace(air.guide).get_trace(**arguments)
-    model = poutine.replay(air.model, trace=guide_trace)
-    model_trace = poutine.trace(model).get_trace(**arguments)
-    elbo = _log_prob(model_trace) - _log_prob(guide_trace)
-    counts = sum(guide_trace.nodes[f"z_pres_{t}"]["value"][:, 0] for t in range(air.num_steps))
-    return elbo, torch.as_tensor(counts).long()
+    guide: Any = poutine.trace(air.guide).get_trace(**arguments)
+    model: Any = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(**arguments)
+    guide.compute_log_prob()
+    model.compute_log_prob()
+    steps = range(air.num_steps)
+
+    def kl(kind: str) -> Tensor:
+        names = [f"{kind}_{t}" for t in steps]
+        return sum(guide.nodes[n]["log_prob"] - model.nodes[n]["log_prob"] for n in names)
+
+    counts = sum(guide.nodes[f"z_pres_{t}"]["value"][:, 0] for t in steps).long()
+    likelihood = model.nodes["obs"]["log_prob"]
+    return ElboTerms(likelihood, kl("z_pres"), kl("z_where"), kl("z_what"), counts)
 
 
-def _log_prob(trace: Trace) -> Tensor:
-    """The log probability of each image's choices in a trace, [B]."""
-    trace.compute_log_prob()
-    terms = [s["log_prob"] for s in trace.nodes.values() if s["type"] == "sample"]
-    return torch.as_tensor(sum(terms))
+@torch.no_grad()
+def importance_weighted_bound(
+    air: AIR, images: Tensor, samples: int, z_pres_prior_p: PresencePrior | None = None
+) -> Tensor:
+    """A lower bound of each image's log p(x) in nats, [B]: log of the mean of K weights p / q.
+
+    One sample is drawn at a time, so that memory does not grow with their number. With more of
+    them the bound rises from the ELBO to log p(x) (Burda et al. 2016, arXiv:1509.00519).
+    """
+    log_sum = torch.full((len(images),), -math.inf, device=images.device)
+    for _ in range(samples):
+        log_weights = sample_elbo(air, images, z_pres_prior_p).elbo
+        log_sum = torch.logaddexp(log_sum.to(log_weights), log_weights)
+    return log_sum - math.log(samples)
 
 
 class Evaluation(NamedTuple):
-    """Measures of one model on one set of scenes; the last three need true counts."""
+    """Measures of one model on one set of scenes, in nats per image where nothing else is said."""
 
-    elbo: float  # nats per image
-    elbo_se: float  # its standard error over images
+    elbo: float
+    elbo_se: float  # standard error over images
+    log_likelihood: float  # the ELBO's terms: log_likelihood - kl_pres - kl_where - kl_what
+    kl_pres: float
+    kl_where: float
+    kl_what: float
+    bound: float | None  # importance-weighted bound of log p(x); None where it was not asked for
+    bound_se: float | None
     count_histogram: list[int]  # images by inferred count (mode), 0..T
-    accuracy_mode: float | None  # share of images whose count is the mode of q(n)
-    accuracy_sample: float | None  # the same for the count of one sample from the guide
+    accuracy_mode: float | None  # share of images whose count is the mode of q(n); from here on
+    accuracy_sample: float | None  # None without true counts. The same for a sample's count
     confusion: list[list[int]] | None  # images by true count (rows) and inferred count (mode)
 
 
@@ -115,6 +149,7 @@ def evaluate(
     z_pres_prior_p: PresencePrior | None = None,
     batch_size: int = 500,
     seed: int = 0,
+    iwae_samples: int = 0,
 ) -> Evaluation:
     """Evaluates a model on held-out scenes, in batches of which the last may be short.
 
@@ -126,6 +161,7 @@ def evaluate(
         batch_size: Images at a time.
         seed: Of the samples. The state of the global generators is left as it was, so that
             training goes on the same whether and whenever it is evaluated.
+        iwae_samples: Samples in the importance-weighted bound; 0 for no bound.
 
     Raises:
         ValueError: If there are no images.
@@ -133,25 +169,39 @@ def evaluate(
     if not len(images):
         raise ValueError("there are no scenes to evaluate on")
     device = air.h_init.device
-    elbos, modes, samples = [], [], []
+    modes, terms, bounds = [], [], []
     with forked_rng(seed, device):
         for batch in torch.split(images, batch_size):
             on_device = batch.to(device)
             modes.append(infer(air, on_device).counts.cpu())
-            elbo, count = sample_elbo(air, on_device, z_pres_prior_p)
-            elbos.append(elbo.double().cpu())
-            samples.append(count.cpu())
-    elbo, mode, sample = torch.cat(elbos), torch.cat(modes), torch.cat(samples)
-    elbo_se = float(elbo.std()) / math.sqrt(len(elbo)) if len(elbo) > 1 else math.nan
-    histogram = torch.bincount(mode, minlength=air.num_steps + 1).tolist()
-    if true_counts is None:
-        return Evaluation(float(elbo.mean()), elbo_se, histogram, None, None, None)
-    true = true_counts.cpu().long()
+            terms.append(sample_elbo(air, on_device, z_pres_prior_p))
+            if iwae_samples:
+                bounds.append(
+                    importance_weighted_bound(air, on_device, iwae_samples, z_pres_prior_p)
+                )
+    joined = ElboTerms(*(torch.cat(parts).cpu() for parts in zip(*terms, strict=True)))
+    mode, true = torch.cat(modes), None if true_counts is None else true_counts.cpu().long()
+    elbo, elbo_se = mean_and_se(joined.elbo)
+    bound, bound_se = mean_and_se(torch.cat(bounds)) if bounds else (None, None)
+    likelihood, pres, where, what = (float(term.double().mean()) for term in joined[:4])
     return Evaluation(
-        float(elbo.mean()),
+        elbo,
         elbo_se,
-        histogram,
-        float((mode == true).double().mean()),
-        float((sample == true).double().mean()),
-        confusion_matrix(true, mode, air.num_steps).tolist(),
+        likelihood,
+        pres,
+        where,
+        what,
+        bound,
+        bound_se,
+        torch.bincount(mode, minlength=air.num_steps + 1).tolist(),
+        None if true is None else float((mode == true).double().mean()),
+        None if true is None else float((joined.counts == true).double().mean()),
+        None if true is None else confusion_matrix(true, mode, air.num_steps).tolist(),
     )
+
+
+def mean_and_se(values: Tensor) -> tuple[float, float]:
+    """The mean of [N] values and its standard error, NaN for a single one."""
+    values = values.double()
+    se = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), se

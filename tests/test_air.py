@@ -268,9 +268,9 @@ def test_the_prior_paints_what_it_draws(air: AIR) -> None:
 
 
 def test_the_default_prior_is_geometric(air: AIR) -> None:
-    _, z_pres = air.prior(20_000)[0]
+    _, z_pres = air.prior(100_000)[0]
     share = torch.cat(z_pres, 1)[:, 0].mean().item()
-    assert share == pytest.approx(0.01 * 1.0101 / 1.010101, abs=0.003)
+    assert 0 < share < 0.001
 
 
 def test_a_far_off_guide_stays_finite(air: AIR, images: Tensor) -> None:

@@ -12,7 +12,14 @@ from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
 
 from air import AIR
-from air.evaluation import confusion_matrix, evaluate, forked_rng, infer, sample_elbo
+from air.evaluation import (
+    confusion_matrix,
+    evaluate,
+    forked_rng,
+    importance_weighted_bound,
+    infer,
+    sample_elbo,
+)
 
 
 def count_on(air: AIR, t: int, logit: float) -> None:
@@ -66,11 +73,56 @@ def test_reconstructions_hold_the_counted_objects(images: Tensor) -> None:
 
 def test_sampled_elbo_equals_pyros(air: AIR, images: Tensor) -> None:
     torch.manual_seed(4)
-    ours, counts = sample_elbo(air, images)
+    ours = sample_elbo(air, images)
     torch.manual_seed(4)
     theirs = TraceGraph_ELBO().loss(air.model, air.guide, images)
-    assert ours.shape == counts.shape == (10,)
-    assert ours.sum().item() == pytest.approx(-theirs, rel=1e-5)
+    assert all(term.shape == (10,) for term in ours)
+    assert ours.elbo.sum().item() == pytest.approx(-theirs, rel=1e-5)
+
+
+def test_terms_of_a_model_without_objects(images: Tensor) -> None:
+    air = small_air()
+    count_on(air, 0, -30.0)
+    found = sample_elbo(air, images, lambda t: 0.25)
+    pixels = torch.distributions.Normal(0.0, 0.3).log_prob(images).sum((1, 2))
+    torch.testing.assert_close(found.log_likelihood, pixels)
+    torch.testing.assert_close(found.kl_pres, torch.full((10,), -math.log(0.75)))
+    assert (found.kl_where == 0).all()
+    assert (found.kl_what == 0).all()
+
+
+def test_the_bound_approaches_exact_integration() -> None:
+    """A model so small that log p(x) can be summed: at most one object, which paints nothing.
+
+    Then p(x) = p(x | black), whatever the latents; the guide's are far from the prior's.
+    """
+    air = small_air(num_steps=1).double()
+    with torch.no_grad():
+        air.decode.mlp.seq[-1].weight.zero_()
+        air.decode.mlp.seq[-1].bias.fill_(-1e4)
+        air.encode.mlp.seq[-1].weight.zero_()  # q(z_what) = p(z_what): all that differs is
+        air.encode.mlp.seq[-1].bias[:5] = 0.0  # z_pres and z_where
+        air.encode.mlp.seq[-1].bias[5:] = math.log(math.e - 1)
+    images = torch.rand(5, 12, 12).double()
+    exact = torch.distributions.Normal(0.0, 0.3).log_prob(images).sum((1, 2))
+    prior = [0.4]
+    elbo = torch.stack([sample_elbo(air, images, prior.__getitem__).elbo for _ in range(400)]).mean(
+        0
+    )
+    bound = importance_weighted_bound(air, images, 400, prior.__getitem__)
+    assert (elbo < exact - 0.1).all()
+    assert ((bound - exact).abs() < 0.25 * (exact - elbo)).all()
+
+
+def test_the_bound_is_that_of_all_weights_at_once(air: AIR, images: Tensor) -> None:
+    torch.manual_seed(6)
+    weights = torch.stack([sample_elbo(air, images).elbo for _ in range(7)])
+    torch.manual_seed(6)
+    bound = importance_weighted_bound(air, images, 7)
+    torch.testing.assert_close(bound, weights.logsumexp(0) - math.log(7))
+    found = evaluate(air, images, None, batch_size=4, iwae_samples=7)
+    assert found.bound is not None
+    assert found.bound > found.elbo
 
 
 def test_confusion_matrix_by_hand() -> None:
@@ -93,7 +145,7 @@ def test_every_scene_counts_once_in_any_batch_size(air: AIR, batch_size: int) ->
 def test_elbo_and_its_standard_error(air: AIR, images: Tensor) -> None:
     found = evaluate(air, images, None, batch_size=10, seed=7)
     torch.manual_seed(7)
-    elbo, _ = sample_elbo(air, images)
+    elbo = sample_elbo(air, images).elbo
     assert found.elbo == pytest.approx(elbo.mean().item(), rel=1e-5)
     assert found.elbo_se == pytest.approx(elbo.std().item() / math.sqrt(10), rel=1e-4)
     assert found.accuracy_mode is found.accuracy_sample is found.confusion is None

@@ -125,6 +125,7 @@ def test_size_follows_scale() -> None:
         sides = boxes[:, 0, 2] - boxes[:, 0, 0]
         assert (sides.min(), sides.max()) == (least, most)
     boxes = multi_mnist._draw(SMALL(counts=(1,), num_scenes=2000), False, bank, label).boxes
+    assert (boxes.min(), boxes.max()) == (0, 50)  # edge to edge
     scales = 28 / (boxes[:, 0, 2] - boxes[:, 0, 0] + 0.5)
     assert [scales.mean(), scales.std()] == pytest.approx([1.3, 0.1], abs=0.01)
 
@@ -167,7 +168,7 @@ def test_other_settings_give_other_scenes(tmp_path: Path) -> None:
     changes = ({"seed": 1}, {"counts": (0, 1)}, {"x_size": 51}, {"scale_sd": 0.2}, {"min_gap": 3.0})
     others = {load_scenes(SMALL(**change), cache_dir=tmp_path).sha256 for change in changes}
     assert len({one.sha256, *others}) == len(files(tmp_path)) == 6
-    assert not np.array_equal(one.train.x[:40], one.test.x)
+    assert np.any(one.train.counts[:40] != one.test.counts)  # type: ignore[index]
 
 
 def pyro_scene(images: Array, rng: np.random.RandomState, how: Image.Resampling) -> Array:
@@ -280,14 +281,13 @@ def test_files_of_others(tmp_path: Path) -> None:
     np.savez(tmp_path / "all.npz", x=X, labels=LABELS.astype("i4"), test_counts=COUNTS[:5], **some)
     train, test, _ = load_file(tmp_path / "all.npz")
     assert [a.dtype.name for a in train if a is not None] == ["uint8", "int64", "int64", "float32"]
-    assert np.array_equal(test.x, X[:5])
-    assert test[2:] == (None, None)
+    assert (len(test.x), *test[2:]) == (5, None, None)
 
 
 def test_foreign_arrays_are_named(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"y": X}, "x is not a file in the archive"),
-        ({"x": X.astype("f4")}, r"x float32 \(30, 12, 12\), not uint8 NHH"),
+        ({"x": X.astype("u2")}, r"x uint16 \(30, 12, 12\), not uint8 NHH"),
         ({"x": X[:, :9]}, r"x uint8 \(30, 9, 12\), not uint8 NHH"),
         ({"x": X[:1]}, r"x uint8 \(1, 12, 12\), not .* with N > 1"),
         ({"x": X.astype(object)}, "Object arrays cannot be loaded"),
@@ -382,7 +382,6 @@ def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
         ("", "--out"),
         ("--out s.npz --x-size big", "argument --x-size: invalid number value: 'big'"),
         ("--out s.npz --x-size 50.5", "x_size: expected int from 8 to 1000, got 50.5"),
-        ("--out s.npz --num-scenes inf", "num_scenes: expected int"),
         ("--out s.npz --recipe pyro", "argument --recipe: invalid choice: 'pyro'"),
         ("--out s.npz --digits mnist --mnist-dir none", "No such file"),
     ):
@@ -394,7 +393,6 @@ def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
 def test_flags_are_the_settings() -> None:
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     multi_mnist.add_arguments(parser, seed_flag="--data-seed")
-    assert vars(parser.parse_args([])) == {}
     given = vars(
         parser.parse_args(["--data-seed", "1e4", "--counts", "0", "2", "--scale-sd", "0.2"])
     )
