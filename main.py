@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     given = vars(parser.parse_args(argv))
     try:
+        save_as = given.get("save")
+        if save_as and Path(save_as).exists() and "resume" not in given:
+            raise ValueError(f"--save never overwrites, and {save_as} exists; name another file")
         session = prepare(given)
     except (ValueError, ConnectionError, ModuleNotFoundError) as error:  # what the user can mend
         parser.error(str(error))
@@ -96,8 +99,6 @@ def prepare(given: Config) -> Session:
         run = RunFolder.open(Path(config["resume"]))
         state = run.load()
         config = flags.merge_resumed(state["config"], flags.plain(given))
-    elif config["save"] and Path(config["save"]).exists():
-        raise ValueError(f"--save never overwrites, and {config['save']} exists; name another file")
     device = flags.pick_device(config["device"])
     scenes = load_scenes(config)
     trainer = build_trainer(config, scenes, device)
@@ -116,7 +117,8 @@ def prepare(given: Config) -> Session:
         output_dir = config["output_dir"]
         run = RunFolder.create(output_dir and Path(output_dir), config["seed"])
     run.rewind_metrics(trainer.step)
-    run.write_config({**config, "data_sha256": scenes.sha256, "versions": versions()})
+    about = {"data_sha256": scenes.sha256, "versions": versions()}
+    run.write_json("config.json", {**config, **about})
     if config["verbose"]:
         print(trainer.air, config, sep="\n")
     return Session(config, scenes.sha256, trainer, run, dashboard)
@@ -124,6 +126,7 @@ def prepare(given: Config) -> Session:
 
 def build_trainer(config: Config, scenes: multi_mnist.SceneSplits, device: torch.device) -> Trainer:
     """The model, seeded and with the weights of --load, and what trains it."""
+    torch.set_num_threads(config["threads"])
     pyro.enable_validation(False)  # its checks read from the device at every site of every step
     pyro.set_rng_seed(config["seed"])
     arguments = {name: config[flag] for name, flag in flags.AIR_ARGUMENTS.items()}
@@ -170,13 +173,36 @@ def train(session: Session) -> int:
             run.log(event.record())
             show(session, event)
             if isinstance(event, Evaluated):
-                bar.write(describe_evaluation(event))
+                bar.write(str(event))
+                if event.alarm:
+                    bar.write(f"WARNING: {event.alarm}")
+                if event.alarm and session.config["restarts"] > 0:
+                    break
                 continue
-            bar.set_postfix_str(describe_progress(event), refresh=False)
+            bar.set_postfix_str(str(event), refresh=False)
             bar.update(event.step - bar.n)
             if bar.disable and time.monotonic() - shown_at > QUIET_SECONDS:
                 shown_at = time.monotonic()
-                print(f"step {event.step:,} of {total:,}: {describe_progress(event)}", flush=True)
+                print(f"step {event.step:,} of {total:,}: {event}", flush=True)
+        else:
+            return finish(session, received)
+    return start_over(session)
+
+
+def start_over(session: Session) -> int:
+    """Trains from the next seed, in a folder of its own beside that of the collapsed run."""
+    save(session)
+    config, folder = session.config, session.config["output_dir"]
+    seed = config["seed"] + 1
+    print(f"Starting over with --seed {seed}; {session.run.path} is left as it is.", flush=True)
+    changed = {"seed": seed, "restarts": config["restarts"] - 1, "resume": None}
+    changed["output_dir"] = folder and f"{folder}-seed{seed}"
+    return train(prepare({**config, **changed}))
+
+
+def finish(session: Session, received: Sequence[int]) -> int:
+    """Draws, saves where there is a need to, and says how the run ended."""
+    trainer, run, total = session.trainer, session.run, session.trainer.settings.num_steps
     draw_figures(session)
     if trainer.step < total:
         save(session)
@@ -185,6 +211,10 @@ def train(session: Session) -> int:
             f"Go on with: python main.py --resume {run.path}"
         )
         return 128 + received[0]
+    if session.config["evaluate"]:
+        found = trainer.evaluate(len(trainer.held_out), session.config["iwae_samples"])
+        run.write_json("evaluation.json", found.record())
+        print(f"log p(x) is at least {found.result.bound:.1f} ± {found.result.bound_se:.1f} nats.")
     print(f"Done. Pictures and curves are in {run.figures}, all else in {run.path}.")
     return 0
 
@@ -214,31 +244,6 @@ def save(session: Session) -> None:
     session.run.save({**about, **trainer.state_dict()})
     if file:
         save_weights(trainer.air, Path(file))
-
-
-def describe_progress(event: Progress) -> str:
-    """The figures beside the progress bar."""
-    return f"ELBO {event.elbo:.1f} nats, {event.images_per_second:.0f} images/s"
-
-
-def describe_evaluation(event: Evaluated) -> str:
-    """An evaluation for reading, with its confusion matrix."""
-    result = event.result
-    text = (
-        f"step {event.step:,}, {event.scenes:,} held-out scenes: "
-        f"ELBO {result.elbo:.1f} ± {result.elbo_se:.1f} nats"
-    )
-    if result.confusion is None:
-        return f"{text}, scenes by inferred count {result.count_histogram}"
-    lines = [
-        f"{text}, count accuracy {result.accuracy_mode:.1%} by mode, "
-        f"{result.accuracy_sample:.1%} by sample",
-        "  true \\ inferred" + "".join(f"{n:7}" for n in range(len(result.confusion[0]))),
-    ]
-    lines += [
-        f"{true:17}" + "".join(f"{n:7}" for n in row) for true, row in enumerate(result.confusion)
-    ]
-    return "\n".join(lines)
 
 
 def inferred_scenes(trainer: Trainer, number: int) -> viz.InferredScenes:

@@ -3,6 +3,7 @@
     config.json     the settings, the versions of the packages, the hash of the data
     metrics.jsonl   one object per line: progress and evaluations
     checkpoint.pt   weights, optimiser, step and random state, from which a run goes on
+    evaluation.json the last evaluation with the importance-weighted bound, where it is asked for
     figures/        pictures
 
 Only tensors and plain values are stored, and read with ``weights_only=True``.
@@ -85,19 +86,15 @@ class RunFolder:
         run.figures.mkdir(exist_ok=True)
         return run
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        """Writes config.json."""
-        text = json.dumps(config, indent=2) + "\n"
-        write_atomically(self.path / "config.json", lambda path: path.write_text(text))
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Writes a file such as config.json."""
+        text = json.dumps(_finite(values), indent=2) + "\n"
+        write_atomically(self.path / name, lambda path: path.write_text(text))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Adds a line to metrics.jsonl; a number that is not finite becomes null."""
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
         with self.metrics.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
+            file.write(json.dumps(_finite(record)) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, less one that was cut off in writing."""
@@ -131,6 +128,14 @@ class RunFolder:
                 f"{FORMAT}; use the program that wrote it"
             )
         return state
+
+
+def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -109,13 +109,14 @@ def importance_weighted_bound(
     """A lower bound of each image's log p(x) in nats, [B]: log of the mean of K weights p / q.
 
     One sample is drawn at a time, so that memory does not grow with their number. With more of
-    them the bound rises from the ELBO to log p(x) (Burda et al. 2016, arXiv:1509.00519).
+    them the bound rises from the ELBO to log p(x) (Burda et al. 2016, arXiv:1509.00519); with
+    none it is minus infinity.
     """
     log_sum = torch.full((len(images),), -math.inf, device=images.device)
     for _ in range(samples):
         log_weights = sample_elbo(air, images, z_pres_prior_p).elbo
         log_sum = torch.logaddexp(log_sum.to(log_weights), log_weights)
-    return log_sum - math.log(samples)
+    return log_sum - math.log(max(samples, 1))
 
 
 class Evaluation(NamedTuple):
@@ -159,8 +160,8 @@ def evaluate(
         true_counts: [N], or None where they are not known.
         z_pres_prior_p: The prior the ELBO is taken under, as for `AIR.model`.
         batch_size: Images at a time.
-        seed: Of the samples. The state of the global generators is left as it was, so that
-            training goes on the same whether and whenever it is evaluated.
+        seed: Of the samples. The global generators are left as they were, so that training goes
+            on the same whether and whenever it is evaluated.
         iwae_samples: Samples in the importance-weighted bound; 0 for no bound.
 
     Raises:
@@ -168,29 +169,23 @@ def evaluate(
     """
     if not len(images):
         raise ValueError("there are no scenes to evaluate on")
-    device = air.h_init.device
-    modes, terms, bounds = [], [], []
-    with forked_rng(seed, device):
-        for batch in torch.split(images, batch_size):
-            on_device = batch.to(device)
-            modes.append(infer(air, on_device).counts.cpu())
-            terms.append(sample_elbo(air, on_device, z_pres_prior_p))
-            if iwae_samples:
-                bounds.append(
-                    importance_weighted_bound(air, on_device, iwae_samples, z_pres_prior_p)
-                )
-    joined = ElboTerms(*(torch.cat(parts).cpu() for parts in zip(*terms, strict=True)))
+    with forked_rng(seed, air.h_init.device):
+        parts = [
+            _measure(air, batch.to(air.h_init.device), z_pres_prior_p, iwae_samples)
+            for batch in torch.split(images, batch_size)
+        ]
+    modes, terms, bounds = zip(*parts, strict=True)
+    joined = ElboTerms(*map(torch.cat, zip(*terms, strict=True)))
     mode, true = torch.cat(modes), None if true_counts is None else true_counts.cpu().long()
     elbo, elbo_se = mean_and_se(joined.elbo)
-    bound, bound_se = mean_and_se(torch.cat(bounds)) if bounds else (None, None)
-    likelihood, pres, where, what = (float(term.double().mean()) for term in joined[:4])
+    bound, bound_se = mean_and_se(torch.cat(bounds)) if iwae_samples else (None, None)
     return Evaluation(
         elbo,
         elbo_se,
-        likelihood,
-        pres,
-        where,
-        what,
+        float(joined.log_likelihood.mean()),
+        float(joined.kl_pres.mean()),
+        float(joined.kl_where.mean()),
+        float(joined.kl_what.mean()),
         bound,
         bound_se,
         torch.bincount(mode, minlength=air.num_steps + 1).tolist(),
@@ -198,6 +193,15 @@ def evaluate(
         None if true is None else float((joined.counts == true).double().mean()),
         None if true is None else confusion_matrix(true, mode, air.num_steps).tolist(),
     )
+
+
+def _measure(
+    air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None, iwae_samples: int
+) -> tuple[Tensor, ElboTerms, Tensor]:
+    """The modes of q(n), a sample of the ELBO and the bounds of one batch, on the CPU."""
+    modes, terms = infer(air, images).counts, sample_elbo(air, images, z_pres_prior_p)
+    bounds = importance_weighted_bound(air, images, iwae_samples, z_pres_prior_p)
+    return modes.cpu(), ElboTerms(*(term.cpu() for term in terms)), bounds.cpu()
 
 
 def mean_and_se(values: Tensor) -> tuple[float, float]:

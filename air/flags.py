@@ -31,15 +31,30 @@ DEFAULTS: dict[str, Any] = {
     **asdict(TrainingSettings()),
     **dict.fromkeys(("load", "save", "output_dir", "resume", "data")),
     "device": "auto",
+    "threads": 1,  # more gain little on these small nets, and lose much on a busy machine
     "viz": False,
     "viz_every": 100,
     "visdom_env": "main",
+    "restarts": 0,
+    "evaluate": False,
+    "iwae_samples": 100,
     "verbose": False,
 }
 # What may be given anew when a run goes on: it does not change what the run learns.
 RESUMABLE = {
     *("num_steps", "progress_every", "eval_every", "eval_scenes", "save_every", "save"),
-    *("device", "viz", "viz_every", "visdom_env", "verbose", "resume", "mnist_dir", "cache_dir"),
+    *("restarts", "alarm_after", "evaluate", "iwae_samples"),
+    *(
+        "device",
+        "threads",
+        "viz",
+        "viz_every",
+        "visdom_env",
+        "verbose",
+        "resume",
+        "mnist_dir",
+        "cache_dir",
+    ),
 }
 
 
@@ -189,8 +204,10 @@ def _add_training(add: Add) -> None:
         help="train z_pres without data-dependent baselines",
     )
     add("--baseline-scalar", type=REAL, help="multiplies the baseline's output (default: 1)")
+    add("--restarts", type=NATURAL, help="times to start over from the next seed on collapse")
     add("--seed", type=NATURAL, help="of the weights, the batches and the samples")
     add("--device", help="auto, cpu, cuda, cuda:1, ... or mps; auto is cuda if there is one")
+    add("--threads", type=COUNT, help="threads of a CPU; more may be faster on an idle machine")
     add("--cuda", dest="device", action="store_const", const="cuda", help="short for --device cuda")
     add("--jit", action="store_true", help="trace the step once by torch.jit")
 
@@ -257,6 +274,14 @@ def _add_output(add: Add) -> None:
     add("--progress-every", type=NATURAL, help="steps between progress records; 0: only the last")
     add("--eval-every", type=NATURAL, help="steps between evaluations; 0: only at the end")
     add("--eval-scenes", type=COUNT, help="held-out scenes in these; the last takes them all")
+    add(
+        "--evaluate",
+        action="store_true",
+        help="at the end, bound log p(x) by importance weighting and write evaluation.json; "
+        "with -n 0 --load FILE of a model as it is",
+    )
+    add("--iwae-samples", type=COUNT, help="importance-weighted samples of each scene")
+    add("--alarm-after", type=NATURAL, help="steps before a sign of collapse is an alarm")
     add("--viz", action="store_true", help="draw curves and scenes live on a visdom server")
     add("--viz-every", type=COUNT, help="steps between drawings")
     add("--visdom-env", metavar="NAME", help="visdom environment to draw in")

@@ -10,6 +10,7 @@ from pyro.infer import JitTraceGraph_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
 from air.air import AIR
+from air.alarms import collapse_alarm, empty_canvas_elbo
 from air.evaluation import Evaluation, evaluate
 from air.marginal import MarginalAIR
 from air.priors import (
@@ -45,6 +46,7 @@ class TrainingSettings:
     eval_every: int = 500
     eval_scenes: int = 2000
     save_every: int = 1000
+    alarm_after: int = 1000
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ class Progress:
         """The line for metrics.jsonl."""
         return vars(self)
 
+    def __str__(self) -> str:
+        """The figures beside a progress bar."""
+        return f"ELBO {self.elbo:.1f} nats, {self.images_per_second:.0f} images/s"
+
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -68,6 +74,7 @@ class Evaluated:
     step: int
     scenes: int
     result: Evaluation
+    alarm: str | None  # a sign of collapse, from step `alarm_after` on
 
     def record(self) -> dict[str, Any]:
         """The line for metrics.jsonl."""
@@ -79,7 +86,26 @@ class Evaluated:
             "eval_elbo_se": elbo_se,
             "eval_scenes": self.scenes,
             **measures,
+            "alarm": self.alarm,
         }
+
+    def __str__(self) -> str:
+        """The evaluation for reading, with its confusion matrix."""
+        result = self.result
+        text = (
+            f"step {self.step:,}, {self.scenes:,} held-out scenes: "
+            f"ELBO {result.elbo:.1f} ± {result.elbo_se:.1f} nats"
+        )
+        if result.confusion is None:
+            return f"{text}, scenes by inferred count {result.count_histogram}"
+        lines = [
+            f"{text}, count accuracy {result.accuracy_mode:.1%} by mode, "
+            f"{result.accuracy_sample:.1%} by sample",
+            "  true \\ inferred" + "".join(f"{n:7}" for n in range(len(result.confusion[0]))),
+        ]
+        for true, row in enumerate(result.confusion):
+            lines.append(f"{true:17}" + "".join(f"{n:7}" for n in row))
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -160,13 +186,19 @@ class Trainer:
         self.step += 1
         self.seconds += time.perf_counter() - start
 
-    def evaluate(self, num_scenes: int) -> Evaluated:
+    def evaluate(self, num_scenes: int, iwae_samples: int = 0) -> Evaluated:
         """Evaluates on the first held-out scenes, under the prior of the present step."""
         counts = self.held_out_counts
         images = self.held_out[:num_scenes]
         counts = None if counts is None else counts[:num_scenes]
-        result = evaluate(self.air, images, counts, self.prior, seed=self.settings.seed)
-        return Evaluated(self.step, len(images), result)
+        seed = self.settings.seed
+        result = evaluate(
+            self.air, images, counts, self.prior, seed=seed, iwae_samples=iwae_samples
+        )
+        alarm = None
+        if self.step >= self.settings.alarm_after:
+            alarm = collapse_alarm(result, empty_canvas_elbo(images, self.air.likelihood_sd))
+        return Evaluated(self.step, len(images), result, alarm)
 
     def state_dict(self) -> dict[str, Any]:
         """All that it takes to go on exactly from here: tensors and plain values."""

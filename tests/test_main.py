@@ -30,8 +30,9 @@ TUTORIAL = (  # with few steps, and few scenes
 LINES = [
     TUTORIAL,
     f"{SMALL} --output-dir run --eval-every 2 --eval-scenes 10 --save-every 3 --save out.pt -v",
-    f"{SMALL} --load weights.pt --device cpu -lr 1e-3 --clip-grad-norm 5 --baseline-scalar 2 "
-    "--estimator score",
+    f"{SMALL} -n 0 --load weights.pt --evaluate --iwae-samples 3 --device cpu "
+    "--threads 2 -lr 1e-3 --clip-grad-norm 5 "
+    "--estimator score --baseline-scalar 2 --restarts 1 --alarm-after 1e6",
     f"{SMALL} -t 1 --estimator score --no-baselines --no-masking --embed-net 20 10 "
     "--non-linearity Tanh",
     f"{SMALL} -t 5 --estimator marginal --window-size 20 --no-decoder-output-use-sigmoid "
@@ -49,9 +50,9 @@ ELSEWHERE = {"--viz", "--viz-every", "--visdom-env", "--resume", "--cuda", "--mn
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """One thread, and one cache of scenes for all."""
+    """One cache of scenes for all."""
     cache = tmp_path_factory.mktemp("cache")
-    return {**os.environ, "OMP_NUM_THREADS": "1", "AIR_CACHE": str(cache)}
+    return {**os.environ, "AIR_CACHE": str(cache)}
 
 
 def run(
@@ -91,6 +92,10 @@ def test_lines_end_well(line: str, tmp_path: Path, environment: dict[str, str]) 
     assert done.returncode == 0, done.stderr
     assert "held-out scenes: ELBO" in done.stdout
     assert "Traceback" not in done.stderr
+    if "--evaluate" in line:
+        (written,) = tmp_path.glob("runs/*/evaluation.json")
+        found = json.loads(written.read_text())
+        assert found["bound"] > found["eval_elbo"]
     assert "Warning" not in done.stderr.replace("torch.jit", "")
 
 
@@ -202,6 +207,20 @@ def test_wrong_input_ends_in_one_line_with_exit_code_2(
         assert done.stderr.count("\n") == 1, (line, done.stderr)
         assert not (tmp_path / "runs").exists()
     assert (tmp_path / "taken" / "mine.txt").read_text() == "precious"
+
+
+def test_a_collapsed_run_starts_over_from_the_next_seed(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    line = f"{SMALL} --eval-every 2 --alarm-after 2 --restarts 1 --seed 7 --output-dir run"
+    done = run(line, tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Starting over with --seed 8") == 1
+    assert "WARNING: the ELBO" in done.stdout
+    assert metrics(tmp_path / "run")[-1]["alarm"]
+    config = json.loads((tmp_path / "run-seed8" / "config.json").read_text())
+    assert (config["seed"], config["restarts"]) == (8, 0)
+    assert metrics(tmp_path / "run-seed8")[-1]["step"] == 4
 
 
 def test_viz_without_a_server_ends_before_training(

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import combinations, product
@@ -105,8 +104,10 @@ def test_boxes_are_tight_and_hold_all_ink(tmp_path: Path) -> None:
 
 def test_digits_add_up_and_never_wrap_around(digits: list[Array]) -> None:
     settings = SMALL(counts=(2,), scale_mean=1.0, scale_sd=0.0)  # nothing is resized
-    x = multi_mnist._draw(settings, False, digits[0][:1], digits[1][:1]).x
-    assert np.all(x.sum((1, 2), dtype=int) == 2 * digits[0][0].sum(dtype=int))
+    bank = [array[:1] for array in digits[:2]]
+    x, held_out = (multi_mnist._draw(settings, test, *bank).x for test in (False, True))
+    assert np.all(x.sum((1, 2), dtype=int) == 2 * bank[0].sum(dtype=int))
+    assert not np.array_equal(x[:40], held_out)  # the splits have random numbers of their own
 
 
 def test_min_gap_is_kept(tmp_path: Path) -> None:
@@ -159,8 +160,7 @@ def test_same_settings_give_the_same_bytes(tmp_path: Path) -> None:
     assert files(tmp_path / "one") == files(tmp_path / "two")
     paths = [*tmp_path.glob("*/scenes-*.npz"), *tmp_path.glob("?.npz")]
     assert [len(paths), len({path.read_bytes() for path in paths})] == [4, 1]
-    with zipfile.ZipFile(paths[0]) as archive:
-        assert {entry.date_time[0] for entry in archive.infolist()} == {1980}  # not of a clock
+    assert paths[0].read_bytes()[10:14] == b"\0\0\x21\0"  # the zip says 1980, not what a clock says
 
 
 def test_other_settings_give_other_scenes(tmp_path: Path) -> None:
@@ -168,7 +168,6 @@ def test_other_settings_give_other_scenes(tmp_path: Path) -> None:
     changes = ({"seed": 1}, {"counts": (0, 1)}, {"x_size": 51}, {"scale_sd": 0.2}, {"min_gap": 3.0})
     others = {load_scenes(SMALL(**change), cache_dir=tmp_path).sha256 for change in changes}
     assert len({one.sha256, *others}) == len(files(tmp_path)) == 6
-    assert np.any(one.train.counts[:40] != one.test.counts)  # type: ignore[index]
 
 
 def pyro_scene(images: Array, rng: np.random.RandomState, how: Image.Resampling) -> Array:

@@ -122,6 +122,16 @@ def test_jit_is_asked_for_and_not_traced_again_under_annealing() -> None:
     assert len(jitted.svi.loss._jit_loss_and_surrogate_loss.compiled) == 1
 
 
+def test_a_collapse_is_an_alarm_from_the_given_step_on() -> None:
+    running = trainer(replace(SETTINGS, alarm_after=8, learning_rate=1e-9))
+    with torch.no_grad():
+        running.air.predict.mlp.seq[-1].bias[0] = -30.0
+    alarms = {e.step: e.alarm for e in running.train() if isinstance(e, Evaluated)}
+    assert alarms[4] is None
+    assert "leaving every canvas empty" in str(alarms[8])
+    assert "leaving every canvas empty" in str(alarms[12])
+
+
 def test_raw_prior_is_the_probability_at_each_step() -> None:
     raw = trainer(replace(SETTINGS, z_pres_prior=0.3, z_pres_prior_raw=True, anneal_prior="none"))
     assert raw.prior.probs.tolist() == pytest.approx([0.3] * 3)

@@ -1,0 +1,59 @@
+"""Signs of collapse that need no labels.
+
+AIR fails in two ways: it explains nothing and leaves every canvas empty, or it uses every step on
+every scene that holds anything. The first shows in the ELBO, the second only in the counts.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from air.evaluation import Evaluation
+
+EMPTY_MARGIN = 2.0  # nats above the empty canvas that still count as having learnt nothing
+ALMOST_ALL = 0.98  # of the scenes
+
+
+def empty_canvas_elbo(images: Tensor, likelihood_sd: float) -> float:
+    """The mean log likelihood of images, [N, H, H], under a black canvas, in nats per image.
+
+    It is what an AIR that never sees an object reaches, but for the log prior of zero objects.
+    """
+    constant = math.log(likelihood_sd) + 0.5 * math.log(2 * math.pi)
+    squares = torch.stack([_to_unit(part).square().sum() for part in torch.split(images, 1000)])
+    per_image = squares.sum().item() / len(images)
+    return -images[0].numel() * constant - per_image / (2 * likelihood_sd**2)
+
+
+def _to_unit(images: Tensor) -> Tensor:
+    return images.double() if images.is_floating_point() else images.double() / 255
+
+
+def collapse_alarm(result: Evaluation, empty_elbo: float) -> str | None:
+    """One line that says how a model has collapsed and what to try, or None.
+
+    Args:
+        result: An evaluation, its scenes those of `empty_elbo`.
+        empty_elbo: From `empty_canvas_elbo`.
+    """
+    histogram = result.count_histogram
+    scenes, used, every_step = sum(histogram), sum(histogram[1:]), histogram[-1]
+    if result.elbo < empty_elbo + EMPTY_MARGIN:
+        return (
+            f"the ELBO, {result.elbo:.1f} nats, is no better than that of leaving every canvas "
+            f"empty, {empty_elbo:.1f}: nothing is explained; train longer, or try another --seed "
+            f"or a higher --z-pres-prior"
+        )
+    if histogram[0] >= ALMOST_ALL * scenes:
+        return (
+            f"{histogram[0]} of {scenes} scenes are counted as empty; if they are not, try another "
+            f"--seed or a higher --z-pres-prior"
+        )
+    if len(histogram) > 2 and every_step >= ALMOST_ALL * used:
+        return (
+            f"every one of the {len(histogram) - 1} steps is used on {every_step} of the {used} "
+            f"scenes that are not counted as empty; if they hold fewer objects, try another "
+            f"--seed or a lower --z-pres-prior"
+        )
+    return None
