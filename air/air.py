@@ -180,8 +180,11 @@ class AIR(nn.Module):
         z_where = pyro.sample(f"z_where_{t}", self._choice(where, z_pres))
         code = dist.Normal(self.h_init.new_zeros(n, self.z_what_size), 1.0)
         z_what = pyro.sample(f"z_what_{t}", self._choice(code, z_pres))
-        window = self.decode(z_what)
-        return z_where, window_to_image(z_where, self.window_size, self.x_size, window)
+        return z_where, self.paint(z_where, z_what)
+
+    def paint(self, z_where: Tensor, z_what: Tensor) -> Tensor:
+        """The object with that code, at that place of an otherwise black image: [B, H, H]."""
+        return window_to_image(z_where, self.window_size, self.x_size, self.decode(z_what))
 
     # The inference network, section 2.1.
 

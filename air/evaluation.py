@@ -11,6 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from air.air import AIR
+from air.boxes import score_boxes, tight_boxes
 from air.priors import PresencePrior
 from air.spatial_transformer import window_boxes
 
@@ -43,7 +44,8 @@ class Inference(NamedTuple):
     counts: Tensor  # its mode, [B]
     z_where: Tensor  # means, [B, T, 3]; those of steps >= count are not in use
     boxes: Tensor  # (x0, y0, x1, y1) of the windows in pixels, [B, T, 4]
-    reconstructions: Tensor  # the canvas painted from the first `counts` objects, [B, H, H]
+    objects: Tensor  # each painted alone, [B, T, H, H]
+    reconstructions: Tensor  # the canvas of the first `counts` of them, [B, H, H]
 
 
 @torch.no_grad()
@@ -61,11 +63,15 @@ def infer(air: AIR, images: Tensor) -> Inference:
     count_probs = reached * torch.cat((1 - going_on, 1 - none), 1)
     counts = count_probs.argmax(1)
 
-    choices = {name: s["value"] for name, s in trace.nodes.items() if name.startswith("z_")}
-    choices |= {f"z_pres_{t}": (counts > t).to(going_on)[:, None] for t in steps}
-    _, canvas = poutine.condition(air.prior, data=choices)(len(images))
-    z_where = torch.stack([choices[f"z_where_{t}"] for t in steps], 1)
-    return Inference(count_probs, counts, z_where, window_boxes(z_where, air.x_size), canvas)
+    z_where, z_what = (
+        [trace.nodes[f"{kind}_{t}"]["value"] for t in steps] for kind in ("z_where", "z_what")
+    )
+    objects = torch.stack([air.paint(z_where[t], z_what[t]) for t in steps], 1)
+    in_use = torch.arange(air.num_steps, device=counts.device) < counts[:, None]
+    canvas = (objects * in_use[:, :, None, None]).sum(1)
+    where = torch.stack(z_where, 1)
+    boxes = window_boxes(where, air.x_size)
+    return Inference(count_probs, counts, where, boxes, objects, canvas)
 
 
 class ElboTerms(NamedTuple):
@@ -119,8 +125,24 @@ def importance_weighted_bound(
     return log_sum - math.log(max(samples, 1))
 
 
+class HeldOut(NamedTuple):
+    """Scenes to evaluate on, and what is known of them."""
+
+    images: Tensor  # [N, H, H], uint8 in [0, 255] or floats in [0, 1], on any device
+    counts: Tensor | None = None  # true counts, [N]
+    boxes: Tensor | None = None  # tight boxes of the objects in pixels, [N, M, 4]
+    overlaps: Tensor | None = None  # pixels that two objects share, [N]
+
+    def first(self, number: int) -> "HeldOut":
+        """The first so many of them."""
+        return HeldOut._make(part if part is None else part[:number] for part in self)
+
+
 class Evaluation(NamedTuple):
-    """Measures of one model on one set of scenes, in nats per image where nothing else is said."""
+    """Measures of one model on one set of scenes; None where what they need is not known.
+
+    Nats are per image; an accuracy is the share of scenes whose count is right.
+    """
 
     elbo: float
     elbo_se: float  # standard error over images
@@ -128,12 +150,17 @@ class Evaluation(NamedTuple):
     kl_pres: float
     kl_where: float
     kl_what: float
-    bound: float | None  # importance-weighted bound of log p(x); None where it was not asked for
-    bound_se: float | None
     count_histogram: list[int]  # images by inferred count (mode), 0..T
-    accuracy_mode: float | None  # share of images whose count is the mode of q(n); from here on
-    accuracy_sample: float | None  # None without true counts. The same for a sample's count
-    confusion: list[list[int]] | None  # images by true count (rows) and inferred count (mode)
+    bound: float | None = None  # importance-weighted bound of log p(x)
+    bound_se: float | None = None
+    accuracy_mode: float | None = None  # by the mode of q(n)
+    accuracy_sample: float | None = None  # by one sample
+    accuracy_apart: float | None = None  # by mode, over scenes of several objects apart: those
+    # that share no pixel
+    confusion: list[list[int]] | None = None  # images by true count (rows) and inferred (mode)
+    box_iou: float | None = None  # of the objects as painted; see `boxes.BoxScores`
+    box_f1: float | None = None
+    box_ap: float | None = None
 
 
 def confusion_matrix(true: Tensor, inferred: Tensor, num_steps: int) -> Tensor:
@@ -145,8 +172,7 @@ def confusion_matrix(true: Tensor, inferred: Tensor, num_steps: int) -> Tensor:
 
 def evaluate(
     air: AIR,
-    images: Tensor,
-    true_counts: Tensor | None,
+    scenes: HeldOut,
     z_pres_prior_p: PresencePrior | None = None,
     batch_size: int = 500,
     seed: int = 0,
@@ -156,8 +182,7 @@ def evaluate(
 
     Args:
         air: The model.
-        images: [N, H, H], uint8 in [0, 255] or floats in [0, 1], on any device.
-        true_counts: [N], or None where they are not known.
+        scenes: To evaluate on.
         z_pres_prior_p: The prior the ELBO is taken under, as for `AIR.model`.
         batch_size: Images at a time.
         seed: Of the samples. The global generators are left as they were, so that training goes
@@ -165,43 +190,62 @@ def evaluate(
         iwae_samples: Samples in the importance-weighted bound; 0 for no bound.
 
     Raises:
-        ValueError: If there are no images.
+        ValueError: If there are no scenes.
     """
-    if not len(images):
+    if not len(scenes.images):
         raise ValueError("there are no scenes to evaluate on")
     with forked_rng(seed, air.h_init.device):
         parts = [
             _measure(air, batch.to(air.h_init.device), z_pres_prior_p, iwae_samples)
-            for batch in torch.split(images, batch_size)
+            for batch in torch.split(scenes.images, batch_size)
         ]
-    modes, terms, bounds = zip(*parts, strict=True)
-    joined = ElboTerms(*map(torch.cat, zip(*terms, strict=True)))
-    mode, true = torch.cat(modes), None if true_counts is None else true_counts.cpu().long()
-    elbo, elbo_se = mean_and_se(joined.elbo)
-    bound, bound_se = mean_and_se(torch.cat(bounds)) if iwae_samples else (None, None)
+    count_probs, boxes, bounds, *terms = map(torch.cat, zip(*parts, strict=True))
+    sampled, mode = ElboTerms(*terms), count_probs.argmax(1)
+    elbo, elbo_se = mean_and_se(sampled.elbo)
     return Evaluation(
         elbo,
         elbo_se,
-        float(joined.log_likelihood.mean()),
-        float(joined.kl_pres.mean()),
-        float(joined.kl_where.mean()),
-        float(joined.kl_what.mean()),
-        bound,
-        bound_se,
+        float(sampled.log_likelihood.mean()),
+        float(sampled.kl_pres.mean()),
+        float(sampled.kl_where.mean()),
+        float(sampled.kl_what.mean()),
         torch.bincount(mode, minlength=air.num_steps + 1).tolist(),
-        None if true is None else float((mode == true).double().mean()),
-        None if true is None else float((joined.counts == true).double().mean()),
-        None if true is None else confusion_matrix(true, mode, air.num_steps).tolist(),
+        *(mean_and_se(bounds) if iwae_samples else (None, None)),
+        **_against_truth(scenes, count_probs, sampled.counts, boxes),
     )
 
 
 def _measure(
     air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None, iwae_samples: int
-) -> tuple[Tensor, ElboTerms, Tensor]:
-    """The modes of q(n), a sample of the ELBO and the bounds of one batch, on the CPU."""
-    modes, terms = infer(air, images).counts, sample_elbo(air, images, z_pres_prior_p)
+) -> tuple[Tensor, ...]:
+    """q(n), boxes, bounds and the terms of a sampled ELBO for one batch, on the CPU."""
+    found, terms = infer(air, images), sample_elbo(air, images, z_pres_prior_p)
     bounds = importance_weighted_bound(air, images, iwae_samples, z_pres_prior_p)
-    return modes.cpu(), ElboTerms(*(term.cpu() for term in terms)), bounds.cpu()
+    measured = (found.count_probs, tight_boxes(found.objects), bounds, *terms)
+    return tuple(part.cpu() for part in measured)
+
+
+def _against_truth(
+    scenes: HeldOut, count_probs: Tensor, sampled_counts: Tensor, boxes: Tensor
+) -> dict[str, Any]:
+    """The measures that need true counts, and those that need boxes or overlaps too."""
+    if scenes.counts is None:
+        return {}
+    true, mode = scenes.counts.cpu().long(), count_probs.argmax(1)
+    right = (mode == true).double()
+    measures = {
+        "accuracy_mode": float(right.mean()),
+        "accuracy_sample": float((sampled_counts == true).double().mean()),
+        "confusion": confusion_matrix(true, mode, count_probs.size(1) - 1).tolist(),
+    }
+    if scenes.overlaps is not None:
+        apart = (true > 1) & (scenes.overlaps.cpu() == 0)
+        measures["accuracy_apart"] = float(right[apart].mean())
+    if scenes.boxes is not None:
+        reached = count_probs.flip(1).cumsum(1).flip(1)[:, 1:]  # q(n >= t)
+        scores = score_boxes(boxes, reached, mode, scenes.boxes.cpu(), true)
+        measures |= {f"box_{name}": score for name, score in scores._asdict().items()}
+    return measures
 
 
 def mean_and_se(values: Tensor) -> tuple[float, float]:

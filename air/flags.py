@@ -186,6 +186,11 @@ def _add_training(add: Add) -> None:
     add("-lr", "--learning-rate", type=POSITIVE, help="of model and guide")
     add("-blr", "--baseline-learning-rate", type=POSITIVE, help="of the baseline's nets")
     add(
+        "--lr-schedule",
+        choices=["constant", "cosine"],
+        help="of both rates: constant, or falling to a hundredth at the last step",
+    )
+    add(
         "--clip-grad-norm",
         type=POSITIVE,
         help="bound on the gradient of model and guide, "

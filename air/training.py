@@ -1,5 +1,6 @@
 """The training loop: steps, evaluations, and the state from which both go on. Prints nothing."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from air.air import AIR
 from air.alarms import collapse_alarm, empty_canvas_elbo
-from air.evaluation import Evaluation, evaluate
+from air.evaluation import Evaluation, HeldOut, evaluate
 from air.marginal import MarginalAIR
 from air.priors import (
     DEFAULT_COUNT_RATIO,
@@ -22,6 +23,7 @@ from air.priors import (
 from air.svi import SVI, make_optimizer
 
 Estimator = Literal["score", "marginal"]
+Schedule = Literal["constant", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class TrainingSettings:
     batch_size: int = 64
     learning_rate: float = 1e-3
     baseline_learning_rate: float = 1e-2
+    lr_schedule: Schedule = "constant"
     clip_grad_norm: float | None = None
     estimator: Estimator = "marginal"
     z_pres_prior: float = DEFAULT_COUNT_RATIO
@@ -124,8 +127,7 @@ class Trainer:
     Args:
         air: The model, on the device to train on.
         images: Training scenes, [N, H, H], on the same device.
-        held_out: Scenes to evaluate on, [M, H, H], on any device.
-        held_out_counts: Their true counts, [M]; None where they are not known.
+        held_out: Scenes to evaluate on.
         settings: How to train.
     """
 
@@ -133,12 +135,11 @@ class Trainer:
         self,
         air: AIR,
         images: Tensor,
-        held_out: Tensor,
-        held_out_counts: Tensor | None,
+        held_out: HeldOut,
         settings: TrainingSettings,
     ) -> None:
         self.air, self.images, self.settings = air, images, settings
-        self.held_out, self.held_out_counts = held_out, held_out_counts
+        self.held_out = held_out
         self.optimizer = make_optimizer(
             air, settings.learning_rate, settings.baseline_learning_rate, settings.clip_grad_norm
         )
@@ -173,12 +174,16 @@ class Trainer:
             if not last and _due(self.step, settings.save_every):
                 yield CheckpointDue(self.step)
         if self.step == settings.num_steps:
-            yield self.evaluate(len(self.held_out))
+            yield self.evaluate(len(self.held_out.images))
             yield CheckpointDue(self.step)
 
     def _take_step(self) -> None:
         start = time.perf_counter()
         self.prior.set_step(self.step + 1)
+        factor = learning_rate_factor(self.settings.lr_schedule, self.step, self.settings.num_steps)
+        rates = self.settings.learning_rate, self.settings.baseline_learning_rate
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
         loss = self.svi.step(
             self.images, batch_size=self.settings.batch_size, z_pres_prior_p=self.prior
         )
@@ -188,17 +193,13 @@ class Trainer:
 
     def evaluate(self, num_scenes: int, iwae_samples: int = 0) -> Evaluated:
         """Evaluates on the first held-out scenes, under the prior of the present step."""
-        counts = self.held_out_counts
-        images = self.held_out[:num_scenes]
-        counts = None if counts is None else counts[:num_scenes]
-        seed = self.settings.seed
-        result = evaluate(
-            self.air, images, counts, self.prior, seed=seed, iwae_samples=iwae_samples
-        )
+        scenes, seed = self.held_out.first(num_scenes), self.settings.seed
+        result = evaluate(self.air, scenes, self.prior, seed=seed, iwae_samples=iwae_samples)
         alarm = None
         if self.step >= self.settings.alarm_after:
-            alarm = collapse_alarm(result, empty_canvas_elbo(images, self.air.likelihood_sd))
-        return Evaluated(self.step, len(images), result, alarm)
+            empty = empty_canvas_elbo(scenes.images, self.air.likelihood_sd)
+            alarm = collapse_alarm(result, empty)
+        return Evaluated(self.step, len(scenes.images), result, alarm)
 
     def state_dict(self) -> dict[str, Any]:
         """All that it takes to go on exactly from here: tensors and plain values."""
@@ -223,6 +224,13 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.images.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.images.device)
+
+
+def learning_rate_factor(schedule: Schedule, step: int, num_steps: int) -> float:
+    """What the learning rates are multiplied by at a step: "cosine" falls from 1 to 0.01."""
+    if schedule == "constant":
+        return 1.0
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
 def _due(step: int, every: int) -> bool:

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from air.alarms import collapse_alarm, empty_canvas_elbo
-from air.evaluation import Evaluation, evaluate
+from air.evaluation import Evaluation, HeldOut, evaluate
 
 
 def evaluation(elbo: float, histogram: list[int]) -> Evaluation:
-    return Evaluation(elbo, 0.0, elbo, 0.0, 0.0, 0.0, None, None, histogram, None, None, None)
+    return Evaluation(elbo, 0.0, elbo, 0.0, 0.0, 0.0, histogram)
 
 
 def test_the_empty_canvas_by_hand() -> None:
@@ -54,6 +54,6 @@ def test_a_model_that_never_sees_anything_raises_the_alarm(images: Tensor) -> No
         for parameter in air.predict.parameters():
             parameter.zero_()
         air.predict.mlp.seq[-1].bias[0] = -30.0
-    message = collapse_alarm(evaluate(air, images, None), empty_canvas_elbo(images, 0.3))
+    message = collapse_alarm(evaluate(air, HeldOut(images)), empty_canvas_elbo(images, 0.3))
     assert message is not None
     assert "leaving every canvas empty" in message

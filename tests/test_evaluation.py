@@ -12,7 +12,9 @@ from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
 
 from air import AIR
+from air.boxes import tight_boxes
 from air.evaluation import (
+    HeldOut,
     confusion_matrix,
     evaluate,
     forked_rng,
@@ -120,7 +122,7 @@ def test_the_bound_is_that_of_all_weights_at_once(air: AIR, images: Tensor) -> N
     torch.manual_seed(6)
     bound = importance_weighted_bound(air, images, 7)
     torch.testing.assert_close(bound, weights.logsumexp(0) - math.log(7))
-    found = evaluate(air, images, None, batch_size=4, iwae_samples=7)
+    found = evaluate(air, HeldOut(images), batch_size=4, iwae_samples=7)
     assert found.bound is not None
     assert found.bound > found.elbo
 
@@ -134,7 +136,7 @@ def test_confusion_matrix_by_hand() -> None:
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 100])
 def test_every_scene_counts_once_in_any_batch_size(air: AIR, batch_size: int) -> None:
     images, counts = torch.rand(10, 12, 12), torch.randint(6, (10,))
-    found = evaluate(air, images, counts, batch_size=batch_size)
+    found = evaluate(air, HeldOut(images, counts), batch_size=batch_size)
     mode = infer(air, images).counts
     assert found.count_histogram == torch.bincount(mode, minlength=4).tolist()
     assert found.accuracy_mode == pytest.approx((mode == counts).float().mean().item())
@@ -143,7 +145,7 @@ def test_every_scene_counts_once_in_any_batch_size(air: AIR, batch_size: int) ->
 
 
 def test_elbo_and_its_standard_error(air: AIR, images: Tensor) -> None:
-    found = evaluate(air, images, None, batch_size=10, seed=7)
+    found = evaluate(air, HeldOut(images), batch_size=10, seed=7)
     torch.manual_seed(7)
     elbo = sample_elbo(air, images).elbo
     assert found.elbo == pytest.approx(elbo.mean().item(), rel=1e-5)
@@ -153,9 +155,9 @@ def test_elbo_and_its_standard_error(air: AIR, images: Tensor) -> None:
 
 def test_evaluation_leaves_random_state_and_gradients_alone(air: AIR, images: Tensor) -> None:
     state = torch.get_rng_state()
-    first = evaluate(air, images, torch.zeros(10))
+    first = evaluate(air, HeldOut(images, torch.zeros(10)))
     assert torch.equal(state, torch.get_rng_state())
-    assert first == evaluate(air, images, torch.zeros(10))
+    assert first == evaluate(air, HeldOut(images, torch.zeros(10)))
     assert all(p.grad is None for p in air.parameters())
     with forked_rng(1, torch.device("cpu")):
         torch.rand(3)
@@ -163,6 +165,28 @@ def test_evaluation_leaves_random_state_and_gradients_alone(air: AIR, images: Te
 
 
 def test_one_scene_and_none(air: AIR) -> None:
-    assert math.isnan(evaluate(air, torch.rand(1, 12, 12), torch.tensor([1])).elbo_se)
+    assert math.isnan(evaluate(air, HeldOut(torch.rand(1, 12, 12), torch.tensor([1]))).elbo_se)
     with pytest.raises(ValueError, match="no scenes"):
-        evaluate(air, torch.rand(0, 12, 12), None)
+        evaluate(air, HeldOut(torch.rand(0, 12, 12)))
+
+
+def test_accuracy_apart_is_of_several_objects_that_share_no_pixel(images: Tensor) -> None:
+    air = small_air()
+    count_on(air, 0, 9.0)  # it sees three objects everywhere
+    counts = torch.tensor([0, 1, 2, 2, 3, 3, 3, 1, 3, 2])
+    overlaps = torch.tensor([0, 0, 0, 5, 0, 0, 1, 0, 0, 1])
+    found = evaluate(air, HeldOut(images, counts, overlaps=overlaps))
+    assert found.accuracy_apart == pytest.approx(3 / 4)  # 2, 3, 3, 3 are left
+    assert evaluate(air, HeldOut(images, counts)).accuracy_apart is None
+
+
+def test_boxes_are_scored_against_the_objects_as_painted(images: Tensor) -> None:
+    air = small_air()
+    count_on(air, 0, 9.0)
+    boxes = tight_boxes(infer(air, images).objects)
+    scenes = HeldOut(images, torch.full((10,), 3), boxes)
+    found = evaluate(air, scenes)
+    assert (found.box_iou, found.box_f1, found.box_ap) == (1.0, 1.0, 1.0)
+    moved = evaluate(air, scenes._replace(boxes=boxes + 30))
+    assert (moved.box_iou, moved.box_f1, moved.box_ap) == (0.0, 0.0, 0.0)
+    assert evaluate(air, HeldOut(images, torch.full((10,), 3))).box_f1 is None

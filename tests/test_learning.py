@@ -1,6 +1,5 @@
 """Real training on real digits: the default recipe learns to count, the paper's learns to see."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,8 @@ import pytest
 import torch
 
 from air import AIR
-from air.evaluation import Evaluation
+from air.alarms import empty_canvas_elbo
+from air.evaluation import Evaluation, HeldOut
 from air.training import Evaluated, Trainer, TrainingSettings
 from multi_mnist import SceneSettings, load_scenes
 
@@ -28,13 +28,11 @@ def _fast() -> Iterator[None]:
 def train(settings: TrainingSettings, cache: Path) -> tuple[Evaluation, float]:
     """Trains; returns the last evaluation and the ELBO of leaving every canvas empty."""
     scenes = load_scenes(SceneSettings(num_scenes=20_000, num_test_scenes=2_000), cache_dir=cache)
-    held_out, counts = torch.from_numpy(scenes.test.x), torch.from_numpy(scenes.test.counts)
+    x, counts = map(torch.from_numpy, scenes.test[:2])
     air = AIR(use_baselines=settings.estimator == "score")
-    trainer = Trainer(air, torch.from_numpy(scenes.train.x), held_out, counts, settings)
+    trainer = Trainer(air, torch.from_numpy(scenes.train.x), HeldOut(x, counts), settings)
     *_, last = (event for event in trainer.train() if isinstance(event, Evaluated))
-    pixels = held_out.double() / 255
-    constant = held_out[0].numel() * (math.log(0.3) + 0.5 * math.log(2 * math.pi))
-    return last.result, -constant - (pixels**2).sum((1, 2)).mean().item() / (2 * 0.3**2)
+    return last.result, empty_canvas_elbo(x, 0.3)
 
 
 @pytest.mark.slow

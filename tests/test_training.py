@@ -10,7 +10,15 @@ import torch
 from conftest import small_air
 from pyro.infer import JitTraceGraph_ELBO
 
-from air.training import CheckpointDue, Evaluated, Progress, Trainer, TrainingSettings
+from air.evaluation import HeldOut
+from air.training import (
+    CheckpointDue,
+    Evaluated,
+    Progress,
+    Trainer,
+    TrainingSettings,
+    learning_rate_factor,
+)
 
 SETTINGS = TrainingSettings(
     num_steps=12, batch_size=4, progress_every=3, eval_every=4, eval_scenes=5, save_every=5,
@@ -22,7 +30,7 @@ def trainer(settings: TrainingSettings = SETTINGS, seed: int = 0) -> Trainer:
     torch.manual_seed(99)
     images, held_out, counts = torch.rand(20, 12, 12), torch.rand(7, 12, 12), torch.arange(7) % 3
     pyro.set_rng_seed(seed)
-    return Trainer(small_air(), images, held_out, counts, settings)
+    return Trainer(small_air(), images, HeldOut(held_out, counts), settings)
 
 
 def weights(done: Trainer) -> list[torch.Tensor]:
@@ -135,3 +143,19 @@ def test_a_collapse_is_an_alarm_from_the_given_step_on() -> None:
 def test_raw_prior_is_the_probability_at_each_step() -> None:
     raw = trainer(replace(SETTINGS, z_pres_prior=0.3, z_pres_prior_raw=True, anneal_prior="none"))
     assert raw.prior.probs.tolist() == pytest.approx([0.3] * 3)
+
+
+def test_cosine_schedule_falls_from_one_to_a_hundredth() -> None:
+    factors = [learning_rate_factor("cosine", step, 100) for step in range(101)]
+    assert factors == sorted(factors, reverse=True)
+    assert [factors[0], factors[50], factors[100]] == pytest.approx([1.0, 0.505, 0.01])
+    assert learning_rate_factor("constant", 70, 100) == 1.0
+
+
+def test_schedule_moves_both_rates() -> None:
+    settings = replace(SETTINGS, lr_schedule="cosine", learning_rate=0.5, num_steps=2)
+    running = trainer(settings)
+    list(running.train())
+    factor = learning_rate_factor("cosine", 1, 2)
+    rates = [group["lr"] for group in running.optimizer.param_groups]
+    assert rates == pytest.approx([0.5 * factor, 1e-2 * factor])

@@ -1,0 +1,100 @@
+"""How well inferred boxes cover the true ones: matched IoU, F1 and average precision.
+
+Boxes are (x0, y0, x1, y1) in pixels, x to the right and y downwards, x1 and y1 exclusive.
+"""
+
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+GOOD_IOU = 0.5  # at least which a box counts as found
+VISIBLE = 0.1  # of an object's brightest pixel: darker ones do not belong to it
+
+
+def tight_boxes(objects: Tensor) -> Tensor:
+    """The boxes around objects painted alone, [..., H, H] to [..., 4].
+
+    A window has a margin; this is the box around what is painted in it, and so what to compare
+    with the tight boxes of digits. An object that is black everywhere has an empty box.
+    """
+    peak = objects.amax((-2, -1), keepdim=True)
+    visible = (objects > VISIBLE * peak) & (peak > 0)
+    corners = []
+    for used in (visible.any(-2), visible.any(-1)):  # columns, then rows, [..., H]
+        index = torch.arange(used.size(-1), device=used.device).expand_as(used)
+        first = torch.where(used, index, used.size(-1)).amin(-1)
+        end = torch.where(used, index + 1, 0).amax(-1)
+        corners.append((torch.minimum(first, end), end))
+    (x0, x1), (y0, y1) = corners
+    return torch.stack((x0, y0, x1, y1), -1).to(objects.dtype)
+
+
+def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Intersection over union of every box with every other: [P, 4], [M, 4] to [P, M]."""
+    low = torch.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = torch.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    areas = [(b[:, 2:] - b[:, :2]).clamp(min=0).prod(-1) for b in (boxes, others)]
+    union = areas[0][:, None] + areas[1][None] - shared
+    return shared / union.clamp(min=1e-9)
+
+
+class BoxScores(NamedTuple):
+    """Scores over a set of scenes, in [0, 1]; NaN where there is nothing to score."""
+
+    iou: float  # mean IoU of matched pairs, by the assignment with the largest sum in each scene
+    f1: float  # of the pairs with an IoU of at least 0.5, among all inferred and all true boxes
+    ap: float  # area under precision over recall at IoU 0.5, boxes ranked by their probability
+
+
+def score_boxes(
+    boxes: Tensor, probs: Tensor, counts: Tensor, true_boxes: Tensor, true_counts: Tensor
+) -> BoxScores:
+    """Scores inferred boxes against true ones.
+
+    Args:
+        boxes: Of every step, in use or not, [N, T, 4].
+        probs: q(n >= t), the probability that each is there, [N, T].
+        counts: Steps in use, [N]: IoU and F1 are of these boxes, AP is of all.
+        true_boxes: [N, M, 4]; those beyond the true count are not looked at.
+        true_counts: [N].
+    """
+    matched: list[float] = []
+    ranked: list[tuple[float, bool]] = []  # probability, and whether it found an object
+    for scene in range(len(boxes)):
+        truth = true_boxes[scene, : int(true_counts[scene])]
+        ious = pairwise_iou(boxes[scene], truth)
+        used = ious[: int(counts[scene])].numpy()
+        matched += used[linear_sum_assignment(used, maximize=True)].tolist()
+        ranked += _rank(ious, probs[scene])
+    total, inferred = int(true_counts.sum()), int(counts.sum())
+    found = sum(iou >= GOOD_IOU for iou in matched)
+    return BoxScores(
+        sum(matched) / len(matched) if matched else float("nan"),
+        2 * found / (total + inferred) if total + inferred else float("nan"),
+        _average_precision(ranked, total),
+    )
+
+
+def _rank(ious: Tensor, probs: Tensor) -> list[tuple[float, bool]]:
+    """Gives each box of a scene, the most probable first, the best object not yet taken."""
+    free, hits = ious.clone(), []
+    for box in probs.argsort(descending=True, stable=True).tolist():
+        best = int(free[box].argmax()) if free.size(1) else 0
+        hit = bool(free.size(1)) and float(free[box, best]) >= GOOD_IOU
+        if hit:
+            free[:, best] = -1
+        hits.append((float(probs[box]), hit))
+    return hits
+
+
+def _average_precision(ranked: list[tuple[float, bool]], total: int) -> float:
+    """Area under the precision envelope over recall, at every recall reached."""
+    if not total:
+        return float("nan")
+    hits = torch.tensor([hit for _, hit in sorted(ranked, key=lambda r: -r[0])]).double()
+    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
+    envelope = precision.flip(0).cummax(0).values.flip(0)
+    return float((envelope * hits).sum() / total)

@@ -1,0 +1,102 @@
+"""How noisy the gradients of both estimators are, for each part of the model.
+
+    python tests/benchmarks/gradient_variance.py                        untrained weights
+    python tests/benchmarks/gradient_variance.py --load RUN/checkpoint.pt
+
+Draws the gradient of the ELBO of one batch of held-out scenes many times, at the same weights, by
+the score function without and with its baseline and by the exact expectation over the count. Prints
+a Markdown table, in nats per image: the length of the mean gradient, and by how much a single draw
+is off (the root of the variances' sum). A baseline helps when it is trained: load a run made with
+``--estimator score``.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.infer import TraceGraph_ELBO
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
+import main as program
+from air import AIR
+from air.marginal import MarginalAIR
+
+
+class Moments:
+    """The mean of vectors and the sum of their variances, by Welford's updates."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.mean = torch.zeros(1, dtype=torch.float64)
+        self.squares = 0.0
+
+    def add(self, vector: Tensor) -> None:
+        ahead = vector.double() - self.mean
+        self.number += 1
+        self.mean = self.mean + ahead / self.number
+        self.squares += float((ahead * (vector - self.mean)).sum())
+
+    def sd(self) -> float:
+        return math.sqrt(self.squares / (self.number - 1))
+
+
+def parts(air: AIR) -> dict[str, list[Tensor]]:
+    """Parameters of model and guide by the net they belong to, and all initial states together."""
+    found: dict[str, list[Tensor]] = {}
+    for name, parameter in air.named_parameters():
+        if not name.startswith("bl_"):
+            part = name.split(".")[0] if "." in name else "initial states"
+            found.setdefault(part, []).append(parameter)
+    return found
+
+
+def measure(air: AIR, estimator: Any, images: Tensor, draws: int) -> dict[str, Moments]:  # noqa: ANN401
+    """Moments of the gradient per image by the estimator's model and guide, for each part."""
+    moments = {part: Moments() for part in parts(air)}
+    torch.manual_seed(0)
+    for _ in range(draws):
+        air.zero_grad()
+        TraceGraph_ELBO().loss_and_grads(estimator.model, estimator.guide, images)
+        for part, parameters in parts(air).items():
+            gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+            moments[part].add(gradient / len(images))
+    return moments
+
+
+def main() -> None:
+    """Measures all three and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--load", help="a checkpoint.pt, or weights; default: untrained")
+    parser.add_argument("--draws", type=int, default=100, help="gradients of each estimator")
+    parser.add_argument("--batch-size", type=int, default=64, help="scenes")
+    parser.add_argument("flags", nargs="*", help="behind --: flags of main.py for data and nets")
+    args = parser.parse_args()
+    given = vars(program.build_parser().parse_args(args.flags))
+    config = {**program.DEFAULTS, **given, "load": args.load, "estimator": "score"}
+    trainer = program.build_trainer(config, program.load_scenes(config), torch.device("cpu"))
+    air, images = trainer.air, trainer.held_out.images[: args.batch_size]
+
+    air.use_baselines = False
+    alone = measure(air, air, images, args.draws)
+    exact = measure(air, MarginalAIR(air), images, args.draws)
+    air.use_baselines = True
+    with_baseline = measure(air, air, images, args.draws)
+
+    print(
+        "| part | mean | off: score | score and baseline | marginal | variance: score / marginal |"
+    )
+    print("|---|---|---|---|---|---|")
+    for part, moments in exact.items():
+        ratio = (with_baseline[part].sd() / moments.sd()) ** 2 if moments.sd() else math.inf
+        print(
+            f"| {part} | {float(moments.mean.norm()):.1f} | {alone[part].sd():.1f} | "
+            f"{with_baseline[part].sd():.1f} | {moments.sd():.1f} | {ratio:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
