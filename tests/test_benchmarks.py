@@ -1,0 +1,50 @@
+"""The scripts under tests/benchmarks, on scenes and nets too small for their figures to matter."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+TINY = (
+    "--num-scenes 20 --num-test-scenes 12 --rnn-hidden-size 16 --encoder-latent-size 5 "
+    "--encoder-net 12 --decoder-net 12 --predict-net 8 --bl-predict-net 8"
+)
+
+
+def run(script: str, line: str, folder: Path) -> str:
+    """What a script prints; it must end well."""
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *line.split()],
+        cwd=folder, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIR_CACHE", str(tmp_path / "cache"))
+
+
+def test_table_counts_every_seed_and_runs_none_twice(tmp_path: Path) -> None:
+    line = f"--out out --seeds 2 --estimators marginal -- -n 2 -b 4 --iwae-samples 2 {TINY}"
+    header, _, ours, *published = run("seeds.py", line, tmp_path).splitlines()
+    assert cells(ours)[:2] == ["marginal", "2"]
+    assert len(cells(header)) == len(cells(ours)) == 11
+    assert all(len(cells(row)) == 11 for row in published if row)
+    written = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.glob("out/*/*.*"))
+    assert run("seeds.py", line, tmp_path).splitlines()[2] == ours
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.glob("out/*/*.*")) == written
+
+
+def test_gradient_variance_of_every_part(tmp_path: Path) -> None:
+    rows = run("gradient_variance.py", f"--draws 3 --batch-size 4 -- {TINY}", tmp_path).splitlines()
+    names = [cells(row)[0] for row in rows[2:]]
+    assert names == ["initial states", "decode", "rnn", "predict", "encode"]
+    assert all(float(cell) > 0 for row in rows[2:] for cell in cells(row)[1:])
