@@ -8,15 +8,12 @@ The model is in ``air/``, its nets in ``modules.py``, the scenes in ``multi_mnis
 """
 
 import logging
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import pyro
@@ -26,10 +23,10 @@ from tqdm import tqdm
 import multi_mnist
 import viz
 from air import AIR, flags
-from air.checkpoint import CheckpointError, RunFolder, fit_weights, load_weights, save_weights
-from air.evaluation import HeldOut, forked_rng, infer
-from air.priors import geometric_count_prior
-from air.spatial_transformer import window_boxes
+from air.checkpoint import CheckpointError, RunFolder, fit_weights, read_weights, save_weights
+from air.config import AIR_ARGUMENTS, merge_loaded, merge_resumed, pick_device, plain
+from air.config import DEFAULTS as OWN_DEFAULTS
+from air.evaluation import HeldOut, infer, sample_prior
 from air.training import CheckpointDue, Evaluated, Progress, Trainer, TrainingSettings
 from multi_mnist import SceneSettings
 
@@ -43,11 +40,11 @@ SCENE_FLAGS = {
     field.name: "data_seed" if field.name == "seed" else field.name
     for field in fields(SceneSettings)
 }
-DEFAULTS: Config = {
-    **flags.DEFAULTS,
-    **{flag: getattr(SceneSettings(), name) for name, flag in SCENE_FLAGS.items()},
-    **dict.fromkeys(("cache_dir", "mnist_dir")),
-}
+DEFAULTS: Config = plain(
+    OWN_DEFAULTS
+    | {flag: getattr(SceneSettings(), name) for name, flag in SCENE_FLAGS.items()}
+    | dict.fromkeys(("cache_dir", "mnist_dir"))
+)
 
 
 class Session(NamedTuple):
@@ -64,20 +61,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     parser = build_parser()
-    given = vars(parser.parse_args(argv))
-    try:
-        save_as = given.get("save")
-        if save_as and Path(save_as).exists() and "resume" not in given:
-            raise ValueError(f"--save never overwrites, and {save_as} exists; name another file")
-        session = prepare(given)
-    except (ValueError, ConnectionError, ModuleNotFoundError) as error:  # what the user can mend
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted before training began\n")
-    try:
-        return train(session)
-    except FloatingPointError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}; the last checkpoint is whole\n")
+    given = plain(vars(parser.parse_args(argv)))
+    while True:
+        try:
+            session = prepare(given)
+        except (ValueError, ConnectionError, ModuleNotFoundError) as error:  # the user can mend it
+            parser.error(str(error))
+        except KeyboardInterrupt:
+            parser.exit(130, f"{parser.prog}: interrupted before training began\n")
+        try:
+            code = train(session)
+        except FloatingPointError as error:
+            parser.exit(1, f"{parser.prog}: error: {error}. {session.run.how_to_go_on()}\n")
+        except KeyboardInterrupt:
+            parser.exit(130, f"{parser.prog}: interrupted. {session.run.how_to_go_on()}\n")
+        if code is not None:
+            return code
+        given = with_next_seed(session)
 
 
 def build_parser() -> flags.Parser:
@@ -94,29 +94,35 @@ def prepare(given: Config) -> Session:
         ValueError: If flags, data or files do not fit; the message is one line for the user.
         ConnectionError: If visdom is asked for and no server answers.
     """
-    config, state, run = flags.plain({**DEFAULTS, **given}), None, None
-    if config["resume"]:
-        run = RunFolder.open(Path(config["resume"]))
+    config, run, state, weights = given, None, None, None
+    if given.get("resume"):
+        run = RunFolder.open(Path(given["resume"]))
         state = run.load()
-        config = flags.merge_resumed(state["config"], flags.plain(given))
-    device = flags.pick_device(config["device"])
+        config = merge_resumed(state["config"], given)
+        weights = state["model"]
+    elif given.get("load"):
+        weights, saved = read_weights(Path(given["load"]))
+        config = merge_loaded(saved, given)
+    config = {**DEFAULTS, **config}
+    check_flags(config, given, state["config"] if state else {})
+    device = pick_device(config["device"])
     scenes = load_scenes(config)
     trainer = build_trainer(config, scenes, device)
-    if run and state:
+    if weights:
+        fit_weights(trainer.air, weights, run.checkpoint if run else Path(config["load"]))
+    if state:
         if state["data_sha256"] != scenes.sha256:
-            raise CheckpointError(f"{run.path} was trained on other scenes than these")
-        fit_weights(trainer.air, state["model"], run.checkpoint)
+            raise CheckpointError(f"{given['resume']} was trained on other scenes than these")
         trainer.load_state_dict(state)
-        if trainer.step > config["num_steps"]:
-            raise ValueError(
-                f"--num-steps must be at least the {trainer.step} that {run.path} has taken, "
-                f"got {config['num_steps']}"
-            )
+    if trainer.step > config["num_steps"]:
+        raise ValueError(
+            f"--num-steps must be at least the {trainer.step} that {given['resume']} has taken, "
+            f"got {config['num_steps']}"
+        )
     dashboard = viz.Dashboard(config["visdom_env"]) if config["viz"] else None
     if run is None:
-        output_dir = config["output_dir"]
-        run = RunFolder.create(output_dir and Path(output_dir), config["seed"])
-    run.rewind_metrics(trainer.step)
+        run = RunFolder.create(config["output_dir"], config["seed"])
+    run.rewind_metrics(trainer.step, trainer.step == config["num_steps"])
     about = {"data_sha256": scenes.sha256, "versions": versions()}
     run.write_json("config.json", {**config, **about})
     if config["verbose"]:
@@ -124,23 +130,33 @@ def prepare(given: Config) -> Session:
     return Session(config, scenes.sha256, trainer, run, dashboard)
 
 
+def check_flags(config: Config, given: Config, saved: Config) -> None:
+    """Refuses flags that go nowhere, and a --save that would overwrite another run's file."""
+    for flag in SCENE_FLAGS.values():
+        if config["data"] and flag in given and given[flag] != saved.get(flag, DEFAULTS[flag]):
+            name = flag.replace("_", "-")
+            raise ValueError(f"--{name} is of scenes made here, but --data brings its own")
+    path = config["save"] and Path(config["save"])
+    if path and path.exists() and config["save"] != saved.get("save"):
+        raise ValueError(f"--save never overwrites, and {path} exists; name another file")
+    if path and not path.parent.is_dir():
+        raise ValueError(f"--save: there is no folder {path.parent} for {path.name}")
+
+
 def build_trainer(config: Config, scenes: multi_mnist.SceneSplits, device: torch.device) -> Trainer:
-    """The model, seeded and with the weights of --load, and what trains it."""
+    """The model, seeded, and what trains it."""
     torch.set_num_threads(config["threads"])
     pyro.enable_validation(False)  # its checks read from the device at every site of every step
     pyro.set_rng_seed(config["seed"])
-    arguments = {name: config[flag] for name, flag in flags.AIR_ARGUMENTS.items()}
+    arguments = {name: config[flag] for name, flag in AIR_ARGUMENTS.items()}
     if config["estimator"] == "marginal":
         arguments["use_baselines"] = False  # nothing is left for them to do
     air = AIR(x_size=scenes.train.x.shape[-1], **arguments)
-    if config["load"]:
-        load_weights(air, Path(config["load"]))
-    test = {n: a if a is None else torch.from_numpy(a) for n, a in scenes.test._asdict().items()}
-    known = (test["counts"], test["boxes"], test["overlaps"])
+    test = scenes.test
     return Trainer(
         air.to(device),
         torch.from_numpy(scenes.train.x).to(device),
-        HeldOut(torch.from_numpy(scenes.test.x), *known),
+        HeldOut.from_numpy(test.x, test.counts, test.boxes, test.overlaps),
         TrainingSettings(**{f.name: config[f.name] for f in fields(TrainingSettings)}),
     )
 
@@ -148,24 +164,32 @@ def build_trainer(config: Config, scenes: multi_mnist.SceneSplits, device: torch
 def load_scenes(config: Config) -> multi_mnist.SceneSplits:
     """The scenes of --data, or those that the other data flags describe, made if need be."""
     if config["data"]:
-        return multi_mnist.load_file(Path(config["data"]))
-    settings = SceneSettings(**{name: config[flag] for name, flag in SCENE_FLAGS.items()})
+        return multi_mnist.load_file(Path(config["data"]), hold_out_all=config["num_steps"] == 0)
+    try:
+        settings = SceneSettings(**{name: config[flag] for name, flag in SCENE_FLAGS.items()})
+    except ValueError as error:  # begins with the name of the setting
+        name, problem = str(error).split(":", 1)
+        raise ValueError(f"--{SCENE_FLAGS[name].replace('_', '-')}:{problem}") from error
     folders = {name: config[name] and Path(config[name]) for name in ("cache_dir", "mnist_dir")}
     return multi_mnist.load_scenes(settings, **folders)
 
 
 def versions() -> dict[str, str]:
     """Versions of what decides a run's numbers."""
-    packages = {name: version(name) for name in ("torch", "pyro-ppl", "numpy")}
-    return {"python": sys.version.split()[0], **packages}
+    packages = ("torch", "pyro-ppl", "numpy")
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
 
 
-def train(session: Session) -> int:
-    """Trains to the end or a signal; prints, logs, draws and saves on the way."""
-    trainer, run = session.trainer, session.run
+def train(session: Session) -> int | None:
+    """Trains to the end, a signal or a collapse; prints, logs, draws and saves on the way.
+
+    Returns:
+        The exit code, or None where training collapsed and is to start over.
+    """
+    trainer, run, collapsed = session.trainer, session.run, False
     total, shown_at = trainer.settings.num_steps, -QUIET_SECONDS
     bar = tqdm(total=total, initial=trainer.step, unit="step", disable=None, dynamic_ncols=True)
-    with stop_on_signals(trainer) as received, bar:
+    with trainer.stop_on_signals() as received, bar:
         for event in trainer.train():
             if isinstance(event, CheckpointDue):
                 save(session)
@@ -176,7 +200,8 @@ def train(session: Session) -> int:
                 bar.write(str(event))
                 if event.alarm:
                     bar.write(f"WARNING: {event.alarm}")
-                if event.alarm and session.config["restarts"] > 0:
+                    collapsed = session.config["restarts"] > 0
+                if collapsed:
                     break
                 continue
             bar.set_postfix_str(str(event), refresh=False)
@@ -184,20 +209,19 @@ def train(session: Session) -> int:
             if bar.disable and time.monotonic() - shown_at > QUIET_SECONDS:
                 shown_at = time.monotonic()
                 print(f"step {event.step:,} of {total:,}: {event}", flush=True)
-        else:
-            return finish(session, received)
-    return start_over(session)
+    return None if collapsed else finish(session, received)
 
 
-def start_over(session: Session) -> int:
-    """Trains from the next seed, in a folder of its own beside that of the collapsed run."""
-    save(session)
-    config, folder = session.config, session.config["output_dir"]
-    seed = config["seed"] + 1
+def with_next_seed(session: Session) -> Config:
+    """The flags of a run that starts over, in a folder beside that of the collapsed one."""
+    config = session.config
+    seed, folder = config["seed"] + 1, config["output_dir"]
+    session.run.save(state_of(session))
     print(f"Starting over with --seed {seed}; {session.run.path} is left as it is.", flush=True)
-    changed = {"seed": seed, "restarts": config["restarts"] - 1, "resume": None}
-    changed["output_dir"] = folder and f"{folder}-seed{seed}"
-    return train(prepare({**config, **changed}))
+    if folder:
+        folder = folder.removesuffix(f"-seed{config['seed']}") + f"-seed{seed}"
+    changed = {"seed": seed, "restarts": config["restarts"] - 1, "output_dir": folder}
+    return {**config, **changed, "resume": None}
 
 
 def finish(session: Session, received: Sequence[int]) -> int:
@@ -212,6 +236,7 @@ def finish(session: Session, received: Sequence[int]) -> int:
         )
         return 128 + received[0]
     if session.config["evaluate"]:
+        print("Bounding log p(x) of every held-out scene ...", flush=True)
         found = trainer.evaluate(len(trainer.held_out.images), session.config["iwae_samples"])
         run.write_json("evaluation.json", found.record())
         print(f"log p(x) is at least {found.result.bound:.1f} ± {found.result.bound_se:.1f} nats.")
@@ -219,31 +244,17 @@ def finish(session: Session, received: Sequence[int]) -> int:
     return 0
 
 
-@contextmanager
-def stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
-    """Lets Ctrl-C and SIGTERM end training after the step at hand; a second one ends at once."""
-    received: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        trainer.stop_requested = True
-        signal.signal(number, previous[signal.Signals(number)])
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def state_of(session: Session) -> dict[str, Any]:
+    """All that the checkpoint holds."""
+    about = {"config": session.config, "data_sha256": session.data_sha256}
+    return {**about, **session.trainer.state_dict()}
 
 
 def save(session: Session) -> None:
     """Writes the checkpoint, and the weights alone where --save asks for them."""
-    trainer, file = session.trainer, session.config["save"]
-    about = {"config": session.config, "data_sha256": session.data_sha256}
-    session.run.save({**about, **trainer.state_dict()})
-    if file:
-        save_weights(trainer.air, Path(file))
+    session.run.save(state_of(session))
+    if session.config["save"]:
+        save_weights(session.trainer.air, Path(session.config["save"]))
 
 
 def inferred_scenes(trainer: Trainer, number: int) -> viz.InferredScenes:
@@ -259,18 +270,9 @@ def inferred_scenes(trainer: Trainer, number: int) -> viz.InferredScenes:
     )
 
 
-def prior_samples(trainer: Trainer, number: int) -> tuple[Any, Any, Any]:
-    """Scenes drawn from the prior, with boxes and counts, for drawing.
-
-    All counts are drawn alike here: under the count prior of training nearly all are empty.
-    """
-    air = trainer.air
-    presence = geometric_count_prior(1.0, air.num_steps)
-    with torch.no_grad(), forked_rng(trainer.settings.seed, trainer.images.device):
-        (z_where, z_pres), canvas = air.prior(number, presence.__getitem__)
-    boxes = window_boxes(torch.stack(z_where, 1), air.x_size)
-    counts = torch.cat(z_pres, 1).sum(1).long()
-    return canvas.cpu().numpy(), boxes.cpu().numpy(), counts.cpu().numpy()
+def prior_samples(trainer: Trainer, number: int) -> Iterator[Any]:
+    """Scenes drawn from the prior, with boxes and counts, for drawing."""
+    return (part.cpu().numpy() for part in sample_prior(trainer.air, number, trainer.settings.seed))
 
 
 def draw_figures(session: Session) -> None:

@@ -227,15 +227,15 @@ def _read_split(archive: Any, prefix: str, sizes: dict[str, int]) -> Scenes:  # 
     return Scenes(**found)
 
 
-def load_file(path: Path) -> SceneSplits:
-    """Loads x and, if there, counts, ..., test_x, ... (else a tenth is held out) of an .npz."""
+def load_file(path: Path, *, hold_out_all: bool = False) -> SceneSplits:
+    """Loads x and, if there, counts, ..., test_x, ... (else a tenth or all of x) of an .npz."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             train = _read_split(archive, "", {"4": 4})
             sizes = {"4": 4, "H": train.x.shape[1]}
             test = _read_split(archive, "test_", sizes) if "test_x" in archive else None
         if test is None:
-            held = min(max(len(train.x) // 10, 1), 10_000)
+            held = 0 if hold_out_all else min(max(len(train.x) // 10, 1), 10_000)  # -0: all
             test = Scenes._make(a if a is None else a[-held:] for a in train)
             train = Scenes._make(a if a is None else a[:-held] for a in train)
     except Exception as error:  # foreign bytes make zipfile and NumPy raise anything

@@ -54,15 +54,16 @@ class RunFolder:
         self.figures = path / "figures"
 
     @classmethod
-    def create(cls, path: Path | None, seed: int) -> "RunFolder":
+    def create(cls, name: str | Path | None, seed: int) -> "RunFolder":
         """Makes the folder, by default runs/<time>-seed<k>.
 
         Raises:
             CheckpointError: If it exists and is not empty, or cannot be written.
         """
-        if path is None:
-            path = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}"
+        path = Path(name or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}")
         try:
+            if name is None:
+                path = _new_folder(path)
             if path.exists() and any(path.iterdir()):
                 raise CheckpointError(
                     f"--output-dir must be a new or empty folder, but {path} is not empty; "
@@ -103,10 +104,25 @@ class RunFolder:
         whole = [line for line in self.metrics.read_text().splitlines(True) if line[-1] == "\n"]
         return [json.loads(line) for line in whole]
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drops the lines after `step`, which a run that goes on from there writes again."""
-        lines = [json.dumps(r) + "\n" for r in self.read_metrics() if r["step"] <= step]
+    def rewind_metrics(self, step: int, finished: bool = False) -> None:
+        """Drops the lines that a run which goes on from `step` writes again.
+
+        Those are the lines after it and, of a run that has taken its last step, the evaluation.
+        """
+        kept = [
+            record
+            for record in self.read_metrics()
+            if record["step"] < step
+            or (record["step"] == step and not (finished and "eval_elbo" in record))
+        ]
+        lines = [json.dumps(record) + "\n" for record in kept]
         write_atomically(self.metrics, lambda path: path.write_text("".join(lines)))
+
+    def how_to_go_on(self) -> str:
+        """What to tell whose run ended badly."""
+        if not self.checkpoint.exists():
+            return "No checkpoint was written yet"
+        return f"Go on from the last checkpoint with: python main.py --resume {self.path}"
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Writes checkpoint.pt."""
@@ -120,14 +136,21 @@ class RunFolder:
             CheckpointError: If it is no checkpoint, or one of a newer program.
         """
         state = _load(self.checkpoint)
-        if "format" not in state:
+        if not _is_checkpoint(state, self.checkpoint):
             raise CheckpointError(f"{self.checkpoint} is no checkpoint of a run")
-        if state["format"] > FORMAT:
-            raise CheckpointError(
-                f"{self.checkpoint} has format {state['format']}, newer than this program's "
-                f"{FORMAT}; use the program that wrote it"
-            )
         return state
+
+
+def _new_folder(path: Path) -> Path:
+    """Makes a folder of that name, or with -2, -3, ... behind it where another run was first."""
+    number = 1
+    while True:
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,26 +176,45 @@ def _load(path: Path) -> dict[str, Any]:
     return state
 
 
+def _is_checkpoint(state: Mapping[str, Any], path: Path) -> bool:
+    """Whether it is the checkpoint of a run, which this program can read, and not weights alone."""
+    if "format" not in state:
+        return False
+    if state["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {state['format']}, newer than this program's {FORMAT}; "
+            "use the program that wrote it"
+        )
+    if not {"config", "model", "optimizer", "step"} <= state.keys():
+        raise CheckpointError(f"{path} is no whole checkpoint")
+    return True
+
+
 def save_weights(module: nn.Module, path: Path) -> None:
     """Writes a module's weights alone, as Pyro's example does."""
     write_atomically(path, lambda temporary: torch.save(module.state_dict(), temporary))
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Loads weights from a checkpoint.pt, or from a file of weights alone.
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights in a checkpoint.pt and the configuration of its run, or weights alone and {}.
 
     Raises:
-        CheckpointError: If the file is neither, or its weights are not those of the module.
+        CheckpointError: If the file is neither.
     """
     state = _load(path)
-    fit_weights(module, state["model"] if "format" in state else state, path)
+    return (state["model"], state["config"]) if _is_checkpoint(state, path) else (state, {})
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Loads the weights that `read_weights` finds, strictly."""
+    fit_weights(module, read_weights(path)[0], path)
 
 
 def fit_weights(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Loads weights strictly, and says in one line which do not fit.
 
     Raises:
-        CheckpointError: If names or shapes differ from the module's.
+        CheckpointError: If names or shapes differ from the module's, or constants of its prior.
     """
     own = module.state_dict()
     problems = [f"{name} is missing" for name in own if name not in weights]
@@ -181,6 +223,12 @@ def fit_weights(module: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
         f"{name} is {list(weights[name].shape)}, expected {list(tensor.shape)}"
         for name, tensor in own.items()
         if name in weights and weights[name].shape != tensor.shape
+    ]
+    problems += [
+        f"{name} is {weights[name].tolist()}, by the flags {constant.tolist()}"
+        for name, constant in module.named_buffers()
+        if name in weights and weights[name].shape == constant.shape
+        if not torch.allclose(weights[name].to(constant), constant)
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
 import torch
+from numpy.typing import NDArray
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from air.air import AIR
 from air.boxes import score_boxes, tight_boxes
-from air.priors import PresencePrior
+from air.priors import PresencePrior, geometric_count_prior
 from air.spatial_transformer import window_boxes
 
 
@@ -74,6 +75,19 @@ def infer(air: AIR, images: Tensor) -> Inference:
     return Inference(count_probs, counts, where, boxes, objects, canvas)
 
 
+@torch.no_grad()
+def sample_prior(air: AIR, number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws scenes from the prior with all counts equally likely: [N, H, H], boxes and counts.
+
+    Under the count prior of training nearly all would be empty. The boxes are as in `Inference`.
+    """
+    presence = geometric_count_prior(1.0, air.num_steps)
+    with forked_rng(seed, air.h_init.device):
+        (z_where, z_pres), canvas = air.prior(number, presence.__getitem__)
+    boxes = window_boxes(torch.stack(z_where, 1), air.x_size)
+    return canvas, boxes, torch.cat(z_pres, 1).sum(1).long()
+
+
 class ElboTerms(NamedTuple):
     """One sample of each image's ELBO in nats, term by term, [B] each."""
 
@@ -132,6 +146,11 @@ class HeldOut(NamedTuple):
     counts: Tensor | None = None  # true counts, [N]
     boxes: Tensor | None = None  # tight boxes of the objects in pixels, [N, M, 4]
     overlaps: Tensor | None = None  # pixels that two objects share, [N]
+
+    @classmethod
+    def from_numpy(cls, *arrays: NDArray[Any] | None) -> "HeldOut":
+        """The fields in their order, as NumPy arrays."""
+        return cls(*(None if a is None else torch.from_numpy(a) for a in arrays))  # type: ignore[arg-type]
 
     def first(self, number: int) -> "HeldOut":
         """The first so many of them."""

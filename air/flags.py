@@ -1,61 +1,17 @@
 """The flags of the program: names, meanings, and the checks of their values.
 
-Every flag of Pyro's AIR example is here under its name and with its meaning. Defaults stand where
-they are used, in the signature of `AIR` and in `TrainingSettings`, and are read from there. A flag
-that is not given leaves no value behind, so that a run that goes on can tell what is asked anew.
+Every flag of Pyro's AIR example is here under its name and with its meaning. A flag that is not
+given leaves no value behind, so that a run that goes on can tell what is asked anew.
 """
 
 import argparse
-import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 
-from air.air import AIR
-from air.training import TrainingSettings
-
-_RENAMED = {"num_steps": "model_steps", "z_what_size": "encoder_latent_size"}
-_SIGNATURE = inspect.signature(AIR).parameters
-
-# AIR's arguments and the flags they come from; the size of the images comes from the data.
-AIR_ARGUMENTS = {
-    name: _RENAMED.get(name, name) for name in _SIGNATURE if name not in ("x_size", "use_cuda")
-}
-DEFAULTS: dict[str, Any] = {
-    **{flag: _SIGNATURE[name].default for name, flag in AIR_ARGUMENTS.items()},
-    **asdict(TrainingSettings()),
-    **dict.fromkeys(("load", "save", "output_dir", "resume", "data")),
-    "device": "auto",
-    "threads": 1,  # more gain little on these small nets, and lose much on a busy machine
-    "viz": False,
-    "viz_every": 100,
-    "visdom_env": "main",
-    "restarts": 0,
-    "evaluate": False,
-    "iwae_samples": 100,
-    "verbose": False,
-}
-# What may be given anew when a run goes on: it does not change what the run learns.
-RESUMABLE = {
-    *("num_steps", "progress_every", "eval_every", "eval_scenes", "save_every", "save"),
-    *("restarts", "alarm_after", "evaluate", "iwae_samples"),
-    *(
-        "device",
-        "threads",
-        "viz",
-        "viz_every",
-        "visdom_env",
-        "verbose",
-        "resume",
-        "mnist_dir",
-        "cache_dir",
-    ),
-}
+from air.config import DEFAULTS
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,45 +36,6 @@ def build_parser(description: str) -> Parser:
     return parser
 
 
-def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of flags as JSON has them, for config.json and the checkpoint."""
-    paths = {name: str(value) for name, value in config.items() if isinstance(value, Path)}
-    lists = {name: list(value) for name, value in config.items() if isinstance(value, tuple)}
-    return {**config, **paths, **lists}
-
-
-def merge_resumed(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a run that goes on: the saved one, with what is given anew.
-
-    Raises:
-        ValueError: If a flag is given that would make it another run.
-    """
-    for name, value in given.items():
-        if name not in RESUMABLE and value != saved.get(name):
-            raise ValueError(
-                f"--resume keeps the settings of the run, where {name} is {saved.get(name)}, "
-                f"got {value}; leave that flag out, or begin a new run"
-            )
-    return {**saved, **given}
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA if it is there.
-
-    Raises:
-        ValueError: If there is no such device on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--device: cannot use {name!r} on this machine: {reason}") from error
-    return device
-
-
 Add = Callable[..., None]
 
 
@@ -131,7 +48,8 @@ def _adder(parser: argparse.ArgumentParser, title: str) -> Add:
         default = DEFAULTS[action.dest]
         if isinstance(default, list | tuple):
             default = " ".join(map(str, default))
-        shown = "" if default is None or action.nargs == 0 else f" (default: {default})"
+        switch = action.nargs == 0 and not isinstance(action, argparse.BooleanOptionalAction)
+        shown = "" if default is None or switch else f" (default: {default})"
         action.help = f"{help}{shown}".replace("%", "%%")
 
     return add
@@ -184,7 +102,7 @@ def _add_training(add: Add) -> None:
     add("-n", "--num-steps", type=NATURAL, help="optimisation steps")
     add("-b", "--batch-size", type=COUNT, help="images in a step")
     add("-lr", "--learning-rate", type=POSITIVE, help="of model and guide")
-    add("-blr", "--baseline-learning-rate", type=POSITIVE, help="of the baseline's nets")
+    add("-blr", "--baseline-learning-rate", type=POSITIVE, help="of the baseline's nets (score)")
     add(
         "--lr-schedule",
         choices=["constant", "cosine"],
@@ -206,11 +124,15 @@ def _add_training(add: Add) -> None:
         "--no-baselines",
         dest="use_baselines",
         action="store_false",
-        help="train z_pres without data-dependent baselines",
+        help="train z_pres without data-dependent baselines (score)",
     )
-    add("--baseline-scalar", type=REAL, help="multiplies the baseline's output (default: 1)")
+    add("--baseline-scalar", type=REAL, help="multiplies the baseline's output (score; default: 1)")
     add("--restarts", type=NATURAL, help="times to start over from the next seed on collapse")
-    add("--seed", type=NATURAL, help="of the weights, the batches and the samples")
+    add(
+        "--seed",
+        type=number(int, at_least=0, at_most=2**32 - 1),
+        help="of the weights, the batches and the samples",
+    )
     add("--device", help="auto, cpu, cuda, cuda:1, ... or mps; auto is cuda if there is one")
     add("--threads", type=COUNT, help="threads of a CPU; more may be faster on an idle machine")
     add("--cuda", dest="device", action="store_const", const="cuda", help="short for --device cuda")
@@ -230,7 +152,7 @@ def _add_prior(add: Add) -> None:
         choices=["none", "lin", "exp"],
         help="move the probabilities of z_pres over training, linearly or at a constant rate",
     )
-    add("--anneal-prior-to", type=probability, help="where to")
+    add("--anneal-prior-to", type=probability, help="where to; below 1.2e-7 is 1.2e-7")
     add("--anneal-prior-begin", type=NATURAL, help="step at which it begins")
     add("--anneal-prior-duration", type=COUNT, help="steps it takes")
     add("--scale-prior-mean", type=POSITIVE, help="of s: 3 shrinks the window threefold")
@@ -249,7 +171,11 @@ def _add_model(add: Add) -> None:
     add("--encoder-net", **sizes, help="hidden layers from the window to z_what")
     add("--decoder-net", **sizes, help="hidden layers from z_what to the window")
     add("--predict-net", **sizes, help="hidden layers from the LSTM to z_pres and z_where")
-    add("--bl-predict-net", **sizes, help="hidden layers from the baseline's LSTM to its value")
+    add(
+        "--bl-predict-net",
+        **sizes,
+        help="hidden layers from the baseline's LSTM to its value (score)",
+    )
     add(
         "--embed-net",
         **{**sizes, "nargs": "+"},
@@ -266,7 +192,7 @@ def _add_model(add: Add) -> None:
         "--no-masking",
         dest="use_masking",
         action="store_false",
-        help="count the costs of finished steps too",
+        help="count the costs of finished steps too (score)",
     )
 
 
@@ -293,7 +219,8 @@ def _add_output(add: Add) -> None:
     add(
         "--data",
         metavar="FILE",
-        help="train on the scenes in an .npz file with x, uint8 "
-        "[N, H, H], and, for the accuracies, counts, [N]",
+        help="train on the scenes in an .npz file with x, uint8 [N, H, H], and, for the "
+        "accuracies, counts, [N]; held out are its test_x, test_counts, ... or, where it has "
+        "none, the last tenth, with -n 0 all",
     )
     add("-v", "--verbose", action="store_true", help="print the nets and every setting")

@@ -53,6 +53,11 @@ class MarginalAIR:
     """
 
     def __init__(self, air: AIR) -> None:
+        if not air.use_masking:
+            raise ValueError(
+                "the exact expectation over the count needs masking: finished steps cost nothing; "
+                "use the score function (--estimator score) where they do"
+            )
         self.air = air
 
     def guide(
@@ -82,14 +87,15 @@ class MarginalAIR:
         with poutine.mask(mask=False):  # free of cost: its value comes from the guide
             going_on = pyro.sample("going_on", anything)
         presence_p = z_pres_prior_p or air.default_presence.__getitem__
-        steps = [torch.as_tensor(presence_p(t), dtype=going_on.dtype) for t in range(air.num_steps)]
+        steps = [torch.as_tensor(presence_p(t)).to(going_on) for t in range(air.num_steps)]
         log_prior, log_q = count_log_probs(torch.stack(steps)), count_log_probs(going_on)
         with pyro.plate("data", len(data), device=str(data.device)) as ix:
             images = air.to_images(data[ix])
             canvas, always = torch.zeros_like(images), images.new_ones(n, 1)
             log_likelihoods = [self._log_likelihood(images, canvas)]
+            tiny = torch.finfo(going_on.dtype).tiny  # a scale of zero is refused
             for t in range(air.num_steps):
-                with poutine.scale(scale=going_on[:, : t + 1].prod(1)):
+                with poutine.scale(scale=going_on[:, : t + 1].prod(1).clamp(min=tiny)):
                     _, painted = air.sample_object(t, always)
                 canvas = canvas + painted
                 log_likelihoods.append(self._log_likelihood(images, canvas))

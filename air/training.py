@@ -1,9 +1,12 @@
 """The training loop: steps, evaluations, and the state from which both go on. Prints nothing."""
 
 import math
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -77,6 +80,7 @@ class Evaluated:
     step: int
     scenes: int
     result: Evaluation
+    empty_elbo: float  # that of leaving every canvas empty
     alarm: str | None  # a sign of collapse, from step `alarm_after` on
 
     def record(self) -> dict[str, Any]:
@@ -88,6 +92,7 @@ class Evaluated:
             "eval_elbo": elbo,
             "eval_elbo_se": elbo_se,
             "eval_scenes": self.scenes,
+            "empty_elbo": self.empty_elbo,
             **measures,
             "alarm": self.alarm,
         }
@@ -177,6 +182,27 @@ class Trainer:
             yield self.evaluate(len(self.held_out.images))
             yield CheckpointDue(self.step)
 
+    @contextmanager
+    def stop_on_signals(self) -> Iterator[list[int]]:
+        """Lets Ctrl-C and SIGTERM end `train` after the step at hand; a second one ends at once.
+
+        Gives the list of signals received.
+        """
+        received: list[int] = []
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            received.append(number)
+            self.stop_requested = True
+            signal.signal(number, previous[signal.Signals(number)])
+
+        signals = signal.SIGINT, signal.SIGTERM
+        previous = {number: signal.signal(number, stop) for number in signals}
+        try:
+            yield received
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
     def _take_step(self) -> None:
         start = time.perf_counter()
         self.prior.set_step(self.step + 1)
@@ -195,11 +221,10 @@ class Trainer:
         """Evaluates on the first held-out scenes, under the prior of the present step."""
         scenes, seed = self.held_out.first(num_scenes), self.settings.seed
         result = evaluate(self.air, scenes, self.prior, seed=seed, iwae_samples=iwae_samples)
-        alarm = None
-        if self.step >= self.settings.alarm_after:
-            empty = empty_canvas_elbo(scenes.images, self.air.likelihood_sd)
-            alarm = collapse_alarm(result, empty)
-        return Evaluated(self.step, len(scenes.images), result, alarm)
+        empty = empty_canvas_elbo(scenes.images, self.air.likelihood_sd)
+        late = self.step >= self.settings.alarm_after
+        alarm = collapse_alarm(result, empty) if late else None
+        return Evaluated(self.step, len(scenes.images), result, empty, alarm)
 
     def state_dict(self) -> dict[str, Any]:
         """All that it takes to go on exactly from here: tensors and plain values."""

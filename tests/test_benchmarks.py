@@ -43,6 +43,25 @@ def test_table_counts_every_seed_and_runs_none_twice(tmp_path: Path) -> None:
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.glob("out/*/*.*")) == written
 
 
+def test_a_seed_that_fails_stands_in_the_table(tmp_path: Path) -> None:
+    command = f"--out out --seeds 2 --estimators marginal -- -n 1 -b 4 --iwae-samples 2 {TINY}"
+    (tmp_path / "out" / "marginal-seed1").mkdir(parents=True)
+    (tmp_path / "out" / "marginal-seed1" / "mine.txt").write_text("no place for a run")
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "seeds.py"), *command.split()],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    ours = cells(done.stdout.splitlines()[2])
+    assert ours[:2] == ["marginal", "2, of which 1 ended in an error"]
+    assert ours[3:5] == ["an error", "0 of 2"]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "seeds.py"), *command.replace("-n 1", "-n 3").split()],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "was begun with num_steps 1, not 3" in done.stderr
+
+
 def test_gradient_variance_of_every_part(tmp_path: Path) -> None:
     rows = run("gradient_variance.py", f"--draws 3 --batch-size 4 -- {TINY}", tmp_path).splitlines()
     names = [cells(row)[0] for row in rows[2:]]

@@ -22,7 +22,8 @@ from air.checkpoint import (
 
 def test_saved_and_loaded_state_is_the_same(tmp_path: Path, air: AIR) -> None:
     run = RunFolder.create(tmp_path / "run", 0)
-    run.save({"step": 3, "model": air.state_dict(), "config": {"a": [1, None, "x"]}})
+    about = {"config": {"a": [1, None, "x"]}, "optimizer": {}}
+    run.save({"step": 3, "model": air.state_dict(), **about})
     state = RunFolder.open(run.path).load()
     assert state["step"] == 3
     assert state["config"] == {"a": [1, None, "x"]}
@@ -128,9 +129,28 @@ def test_newer_formats_and_plain_weights_are_no_checkpoints(tmp_path: Path, air:
     torch.save({"format": FORMAT + 1}, run.checkpoint)
     with pytest.raises(CheckpointError, match="newer than this program's"):
         run.load()
+    torch.save({"format": FORMAT}, run.checkpoint)
+    with pytest.raises(CheckpointError, match="is no whole checkpoint"):
+        run.load()
     save_weights(air, run.checkpoint)
     with pytest.raises(CheckpointError, match="is no checkpoint of a run"):
         run.load()
+
+
+def test_runs_begun_in_the_same_second_have_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form: "now")
+    paths = [RunFolder.create(None, seed).path.name for seed in (4, 4, 5, 4)]
+    assert paths == ["now-seed4", "now-seed4-2", "now-seed5", "now-seed4-3"]
+
+
+def test_constants_of_the_prior_must_be_those_of_the_flags(tmp_path: Path) -> None:
+    save_weights(small_air(scale_prior_sd=0.1), tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"z_where_scale_prior is \[0.1.* by the flags \[0.2"):
+        load_weights(small_air(), tmp_path / "weights.pt")
+    load_weights(small_air(scale_prior_sd=0.1), tmp_path / "weights.pt")
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:

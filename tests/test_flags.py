@@ -1,12 +1,8 @@
 """The flags: their checks, where their defaults come from, and Pyro's own command line."""
 
-import inspect
-from dataclasses import fields
-
 import pytest
 
-from air import AIR, flags
-from air.training import TrainingSettings
+from air import config, flags
 
 TUTORIAL = (
     "-n 200000 -blr 0.1 --z-pres-prior 0.01 --scale-prior-sd 0.2 --predict-net 200 "
@@ -31,22 +27,14 @@ def test_only_what_is_given_leaves_a_value() -> None:
     assert parse("--no-masking --cuda") == {"use_masking": False, "device": "cuda"}
 
 
-def test_defaults_are_those_of_the_code() -> None:
-    signature = inspect.signature(AIR).parameters
-    for name, flag in flags.AIR_ARGUMENTS.items():
-        assert flags.DEFAULTS[flag] == signature[name].default
-    for field in fields(TrainingSettings):
-        assert flags.DEFAULTS[field.name] == field.default
-
-
 def test_every_default_has_a_flag_and_every_flag_a_default() -> None:
     actions = flags.build_parser("")._actions
-    assert {a.dest for a in actions} - {"help"} == set(flags.DEFAULTS)
+    assert {a.dest for a in actions} - {"help"} == set(config.DEFAULTS)
 
 
 def test_help_shows_each_default() -> None:
     text = " ".join(flags.build_parser("").format_help().split())
-    for shown in ("10000", "0.001", "200", "ReLU", "-2.0", "auto", "runs/<time>-seed<k>"):
+    for shown in ("10000", "True", "0.001", "200", "ReLU", "-2.0", "auto", "runs/<time>-seed<k>"):
         assert f"(default: {shown})" in text
 
 
@@ -79,14 +67,5 @@ def test_wrong_values_end_in_one_line_and_exit_code_2(
 
 def test_whole_numbers_may_be_written_as_floats() -> None:
     assert parse("--anneal-prior-duration 1e6")["anneal_prior_duration"] == 1_000_000
-    assert parse("--seed 12345678901234567")["seed"] == 12345678901234567
+    assert parse(f"--seed {2**32 - 1}")["seed"] == 2**32 - 1
     assert parse("--encoder-net")["encoder_net"] == []
-
-
-def test_a_run_that_goes_on_keeps_its_settings() -> None:
-    saved = {**flags.DEFAULTS, "seed": 4, "num_steps": 10}
-    merged = flags.merge_resumed(saved, {"resume": "run", "num_steps": 20, "seed": 4})
-    assert merged["num_steps"] == 20
-    assert merged["seed"] == 4
-    with pytest.raises(ValueError, match=r"--resume keeps the settings .* where batch_size is 64"):
-        flags.merge_resumed(saved, {"batch_size": 32})

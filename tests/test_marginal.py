@@ -51,7 +51,7 @@ def draw_noise(num_steps: int, n: int) -> dict[str, Tensor]:
     return noise | {f"z_what_{t}": torch.randn(n, 5).double() for t in range(num_steps)}
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5])
 def test_value_and_gradients_equal_the_sum_over_all_counts(num_steps: int) -> None:
     air = small_air(num_steps=num_steps).double()
     images = torch.rand(6, 12, 12, dtype=torch.float64)
@@ -125,6 +125,23 @@ def test_the_mean_gradient_agrees_with_the_score_functions() -> None:
     se = ((sampled.var(0) + exact.var(0)) / 150).sqrt()
     assert ((sampled.mean(0) - exact.mean(0)).abs() < 4.5 * se).all()
     assert exact[:, 0].var() < sampled[:, 0].var() / 5, "of the logit of z_pres"
+
+
+@pytest.mark.parametrize("logit", [-300.0, 300.0])
+def test_a_guide_as_sure_as_can_be(logit: float) -> None:
+    air, images = small_air(), torch.rand(4, 12, 12)
+    with torch.no_grad():
+        air.predict.mlp.seq[-1].bias[0] = logit
+    program = MarginalAIR(air)
+    with pyro.validation_enabled():  # which refuses a scale of zero
+        loss = TraceGraph_ELBO().loss_and_grads(program.model, program.guide, images)
+    assert torch.tensor(loss).isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in air.parameters())
+
+
+def test_it_needs_masking() -> None:
+    with pytest.raises(ValueError, match="needs masking"):
+        MarginalAIR(small_air(use_masking=False))
 
 
 def test_count_log_probs_by_hand_and_at_the_edges() -> None:

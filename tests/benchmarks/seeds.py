@@ -10,6 +10,7 @@ below ours are published figures of other programs, each by its own protocol.
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -19,10 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
+from air.config import plain
+from main import build_parser
+
 MAIN = Path(__file__).parents[2] / "main.py"
 ESTIMATORS = ("marginal", "score")
 
 
+MEASURES = ("accuracy_mode", "accuracy_apart", "eval_elbo", "bound", "box_f1")  # as in Result
 COLUMNS = (
     *("estimator", "seeds", "count accuracy", "worst seed", "seeds ≥ 98 %", "digits apart"),
     *("to 95 %", "to 98 %", "ELBO", "bound of log p(x)", "box F1"),
@@ -30,9 +36,13 @@ COLUMNS = (
 # What others report, by their papers and repositories; a dash where they give no figure.
 PUBLISHED = """\
 | Pyro's tutorial (training data, 200,000 steps, 4 h on a K80) | 1 | 98.7 % | — | 1 | — | — | — | ≈ 657 | — | — |
+| Pyro's example, as timed for GenJAX (training data) | 1 | ≈ 98.5 % | — | — | — | — | — | ≈ 645 | — | — |
 | addtt/attend-infer-repeat-pytorch (failed runs left out, about 1 in 5) | — | 98.3 ± 0.15 % | — | — | — | — | — | 627.4 ± 0.7 | 636.8 ± 0.8 | — |
+| akosiorek/attend_infer_repeat (300,000 steps) | — | 94 to 98 %, about 1 in 5 works | — | — | — | — | — | — | — | — |
 | aakhundov/tf-attend-infer-repeat (Concrete) | 10 | 98 % | — | — | — | — | 25,000 steps | — | — | — |
 | GenJAX, enumeration (training data) | 1 | 98.4 % | — | 1 | — | 53 s on a 4090 | — | 634 | — | — |
+| GenJAX, measure-valued derivatives (training data) | 1 | 98.4 % | — | 1 | — | — | — | 635 | — | — |
+| SuPAIR (another model) | 5 | ≈ 98 % | — | — | — | — | — | — | — | — |
 """  # noqa: E501
 
 
@@ -60,16 +70,30 @@ def is_done(folder: Path) -> bool:
     return (folder / "evaluation.json").exists()
 
 
-def run(folder: Path, estimator: str, seed: int, flags: Sequence[str]) -> int:
+def check_flags(folder: Path, arguments: Sequence[str]) -> None:
+    """Refuses to count a run that was begun with other flags than are asked for now."""
+    config = folder / "config.json"
+    begun = json.loads(config.read_text()) if config.exists() else {}
+    for name, value in plain(vars(build_parser().parse_args(arguments))).items():
+        if name in begun and begun[name] != value:
+            sys.exit(f"{folder} was begun with {name} {begun[name]}, not {value}; change --out")
+
+
+def arguments_of(run: tuple[Path, str, int], flags: Sequence[str]) -> list[str]:
+    """What main.py is called with for a new run."""
+    folder, estimator, seed = run
+    own = ["--output-dir", str(folder), "--estimator", estimator, "--seed", str(seed)]
+    return [*own, "--eval-every", "250", "--evaluate", *flags]
+
+
+def train(folder: Path, arguments: Sequence[str]) -> int:
     """Trains one seed, or goes on with it; returns the exit code, 0 where nothing is left."""
     if is_done(folder):
         return 0
     if (folder / "checkpoint.pt").exists():
         arguments = ["--resume", str(folder)]
-    else:
-        shutil.rmtree(folder, ignore_errors=True)  # stopped before its first checkpoint
-        arguments = ["--output-dir", str(folder), "--estimator", estimator, "--seed", str(seed)]
-        arguments += ["--eval-every", "250", "--evaluate", *flags]
+    elif (folder / "config.json").exists():
+        shutil.rmtree(folder)  # stopped before its first checkpoint
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".log").open("a") as log:
         command = [sys.executable, str(MAIN), *arguments]
@@ -77,46 +101,51 @@ def run(folder: Path, estimator: str, seed: int, flags: Sequence[str]) -> int:
 
 
 def read_result(folder: Path) -> Result:
-    """What a run that is done reached."""
+    """What a run that is done reached; NaN where the scenes do not tell."""
     lines, final = read_lines(folder), json.loads((folder / "evaluation.json").read_text())
     evaluations = [line for line in lines if "eval_elbo" in line]
-    seconds = {line["step"]: line["seconds"] for line in lines if "seconds" in line}
+
+    def seconds(step: int) -> float:
+        """Of training, by the first progress line at that step or behind it."""
+        return next(line["seconds"] for line in lines if "seconds" in line and line["step"] >= step)
+
     steps_to = {
         goal: next((e["step"] for e in evaluations if e["accuracy_mode"] >= goal), None)
         for goal in (0.95, 0.98)
     }
     return Result(
-        *(final[name] for name in ("accuracy_mode", "accuracy_apart", "eval_elbo", "bound")),
-        final["box_f1"],
+        *(math.nan if final[name] is None else final[name] for name in MEASURES),
         steps_to,
-        {goal: None if step is None else seconds[step] for goal, step in steps_to.items()},
+        {goal: None if step is None else seconds(step) for goal, step in steps_to.items()},
     )
 
 
-def row(estimator: str, results: Sequence[Result]) -> str:
-    """One line of the table, over all seeds of an estimator."""
+def row(estimator: str, results: Sequence[Result], seeds: int) -> str:
+    """One line of the table, over all seeds of an estimator, those that ended badly included."""
     accuracies = [100 * r.accuracy for r in results]
+    lost = seeds - len(results)
 
     def spread(values: Sequence[float], digits: int = 1) -> str:
+        if not values:
+            return "—"
         sd = statistics.stdev(values) if len(values) > 1 else 0.0
         return f"{statistics.mean(values):.{digits}f} ± {sd:.{digits}f}"
 
     def reached(goal: float) -> str:
-        steps = [r.steps_to[goal] for r in results]
-        seconds = [r.seconds_to[goal] for r in results]
-        got = [step for step in steps if step is not None]
-        if not got:
-            return f"0 of {len(steps)}"
-        middle = statistics.median(second for second in seconds if second is not None)
-        return f"{statistics.median(got):,.0f} steps, {middle:.0f} s ({len(got)} of {len(steps)})"
+        steps = [r.steps_to[goal] for r in results if r.steps_to[goal] is not None]
+        seconds = [r.seconds_to[goal] for r in results if r.seconds_to[goal] is not None]
+        if not steps:
+            return f"0 of {seeds}"
+        middle = f"{statistics.median(steps):,.0f} steps, {statistics.median(seconds):.0f} s"
+        return f"{middle} ({len(steps)} of {seeds})"
 
     good = sum(accuracy >= 98 for accuracy in accuracies)
     cells = [
         estimator,
-        str(len(results)),
+        f"{seeds}, of which {lost} ended in an error" if lost else str(seeds),
         f"{spread(accuracies)} %",
-        f"{min(accuracies):.1f} %",
-        f"{good} of {len(results)}",
+        "an error" if lost else f"{min(accuracies):.1f} %",
+        f"{good} of {seeds}",
         f"{spread([100 * r.apart for r in results])} %",
         reached(0.95),
         reached(0.98),
@@ -137,14 +166,15 @@ def main() -> int:
     parser.add_argument("flags", nargs="*", help="behind --: flags of main.py for every run")
     args = parser.parse_args()
     runs = [(args.out / f"{e}-seed{s}", e, s) for s in range(args.seeds) for e in args.estimators]
+    for run in runs:
+        check_flags(run[0], arguments_of(run, args.flags))
     with ThreadPoolExecutor(args.jobs) as pool:
-        codes = list(pool.map(lambda r: run(*r, args.flags), runs))
+        codes = list(pool.map(lambda run: train(run[0], arguments_of(run, args.flags)), runs))
     failed = [str(folder) for (folder, _, _), code in zip(runs, codes, strict=True) if code]
     rows = []
     for estimator in args.estimators:
         folders = [folder for folder, e, _ in runs if e == estimator and is_done(folder)]
-        if folders:
-            rows.append(row(estimator, [read_result(folder) for folder in folders]))
+        rows.append(row(estimator, [read_result(folder) for folder in folders], args.seeds))
     header = "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|"
     table = "\n".join([header, *rows, PUBLISHED])
     (args.out / "table.md").write_text(table)

@@ -1,0 +1,57 @@
+"""The configuration: where defaults come from, what a run that goes on or a model keeps."""
+
+import inspect
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from air import AIR, config
+from air.training import TrainingSettings
+
+
+def test_defaults_are_those_of_the_code() -> None:
+    signature = inspect.signature(AIR).parameters
+    for name, flag in config.AIR_ARGUMENTS.items():
+        assert config.DEFAULTS[flag] == signature[name].default
+    for field in fields(TrainingSettings):
+        assert config.DEFAULTS[field.name] == field.default
+
+
+@pytest.fixture
+def saved() -> dict[str, Any]:
+    return {**config.DEFAULTS, "seed": 4, "num_steps": 10, "likelihood_sd": 0.2, "counts": [1]}
+
+
+def test_a_run_that_goes_on_keeps_its_settings(saved: dict[str, Any]) -> None:
+    merged = config.merge_resumed(saved, {"resume": "run", "num_steps": 20, "seed": 4})
+    assert (merged["num_steps"], merged["seed"], merged["counts"]) == (20, 4, [1])
+    with pytest.raises(ValueError, match=r"--resume keeps the settings .* where batch_size is 64"):
+        config.merge_resumed(saved, {"batch_size": 32})
+
+
+def test_a_run_of_a_program_with_fewer_flags_goes_on(saved: dict[str, Any]) -> None:
+    del saved["lr_schedule"]
+    merged = config.merge_resumed(saved, {"num_steps": 20})
+    assert merged["lr_schedule"] == TrainingSettings().lr_schedule
+
+
+def test_the_number_of_steps_is_part_of_a_cosine_schedule(saved: dict[str, Any]) -> None:
+    saved["lr_schedule"] = "cosine"
+    config.merge_resumed(saved, {"num_steps": 10})
+    with pytest.raises(ValueError, match="where num_steps is 10, got 20"):
+        config.merge_resumed(saved, {"num_steps": 20})
+
+
+def test_a_model_that_is_loaded_brings_its_own_settings(saved: dict[str, Any]) -> None:
+    merged = config.merge_loaded(saved, {"batch_size": 32, "z_pres_prior": 0.1})
+    assert merged["likelihood_sd"] == 0.2
+    assert (merged["batch_size"], merged["z_pres_prior"]) == (32, 0.1)
+    assert not {"seed", "num_steps", "counts"} & merged.keys()
+    assert config.merge_loaded({}, {"batch_size": 32}) == {"batch_size": 32}
+
+
+@pytest.mark.parametrize("name", ["toaster", "cuda:77", "meta", ""])
+def test_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(ValueError, match="--device: cannot use"):
+        config.pick_device(name)
