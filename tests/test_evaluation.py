@@ -94,26 +94,43 @@ def test_terms_of_a_model_without_objects(images: Tensor) -> None:
 
 
 def test_the_bound_approaches_exact_integration() -> None:
-    """A model so small that log p(x) can be summed: at most one object, which paints nothing.
+    """A model so small that log p(x) is an integral over one number.
 
-    Then p(x) = p(x | black), whatever the latents; the guide's are far from the prior's.
+    At most one object, whose place is all but fixed and whose code is one-dimensional.
     """
-    air = small_air(num_steps=1).double()
+    air = small_air(
+        num_steps=1, z_what_size=1, decoder_net=[], scale_prior_sd=1e-4, pos_prior_sd=1e-4
+    ).double()
     with torch.no_grad():
-        air.decode.mlp.seq[-1].weight.zero_()
-        air.decode.mlp.seq[-1].bias.fill_(-1e4)
-        air.encode.mlp.seq[-1].weight.zero_()  # q(z_what) = p(z_what): all that differs is
-        air.encode.mlp.seq[-1].bias[:5] = 0.0  # z_pres and z_where
-        air.encode.mlp.seq[-1].bias[5:] = math.log(math.e - 1)
-    images = torch.rand(5, 12, 12).double()
-    exact = torch.distributions.Normal(0.0, 0.3).log_prob(images).sum((1, 2))
-    prior = [0.4]
-    elbo = torch.stack([sample_elbo(air, images, prior.__getitem__).elbo for _ in range(400)]).mean(
-        0
-    )
-    bound = importance_weighted_bound(air, images, 400, prior.__getitem__)
-    assert (elbo < exact - 0.1).all()
-    assert ((bound - exact).abs() < 0.25 * (exact - elbo)).all()
+        air.decode.mlp.seq[0].weight.normal_()
+        air.encode.mlp.seq[-1].weight.zero_()  # a q(z_what) that covers the posterior
+        air.encode.mlp.seq[-1].bias.fill_(0.5)
+        air.predict.mlp.seq[-1].weight.zero_()  # keeps q(z_where) where the prior is
+        air.predict.mlp.seq[-1].bias.copy_(torch.tensor([0.0] * 4 + [math.log(math.e - 1)] * 3))
+        place = air.z_where_loc_prior.expand(601, 3)
+        codes = torch.linspace(-6, 6, 601).double()
+        painted = air.paint(place, codes[:, None])
+        images = (painted[260:361:20] + 0.3 * torch.randn(6, 12, 12)).detach()
+        images[0] = 0.3 * torch.randn(12, 12)
+
+    def log_likelihood(canvas: Tensor) -> Tensor:  # of each image and canvas
+        pixels = torch.distributions.Normal(canvas, 0.3)
+        return pixels.log_prob(images[:, None]).sum((2, 3))
+
+    log_prior = torch.distributions.Normal(0.0, 1.0).log_prob(codes)
+    integral = (log_likelihood(painted) + log_prior).logsumexp(1) + math.log(0.02)  # the grid's
+    empty = log_likelihood(torch.zeros(1, 12, 12))[:, 0]
+    exact = torch.logaddexp(empty + math.log(0.6), integral + math.log(0.4)).detach()
+
+    # The mean of K weights is an unbiased estimate of p(x), whatever K is; its log is the bound.
+    prior, again = [0.4], images.repeat(200, 1, 1)
+    bounds = importance_weighted_bound(air, again, 20, prior.__getitem__).reshape(200, 6)
+    ratio = (bounds - exact).exp()
+    se = ratio.std(0) / 200**0.5
+    assert (se < 0.15).all()
+    assert ((ratio.mean(0) - 1).abs() < 4.5 * se).all()
+    elbo = sample_elbo(air, again, prior.__getitem__).elbo.reshape(200, 6).mean(0)
+    assert (elbo < bounds.mean(0)).all()
 
 
 def test_the_bound_is_that_of_all_weights_at_once(air: AIR, images: Tensor) -> None:
