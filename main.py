@@ -236,8 +236,8 @@ def finish(session: Session, received: Sequence[int]) -> int:
         )
         return 128 + received[0]
     if session.config["evaluate"]:
-        print("Bounding log p(x) of every held-out scene ...", flush=True)
-        found = trainer.evaluate(len(trainer.held_out.images), session.config["iwae_samples"])
+        iwae = {name: session.config[name] for name in ("iwae_samples", "iwae_scenes")}
+        found = trainer.evaluate(len(trainer.held_out.images), **iwae)
         run.write_json("evaluation.json", found.record())
         print(f"log p(x) is at least {found.result.bound:.1f} ± {found.result.bound_se:.1f} nats.")
     print(f"Done. Pictures and curves are in {run.figures}, all else in {run.path}.")

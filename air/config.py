@@ -34,13 +34,14 @@ DEFAULTS: dict[str, Any] = {
     "restarts": 0,
     "evaluate": False,
     "iwae_samples": 100,
+    "iwae_scenes": 2000,
     "verbose": False,
 }
 # What may be given anew when a run goes on: it does not change what the run learns.
 RESUMABLE = {
     "num_steps", "progress_every", "eval_every", "eval_scenes", "save_every", "save", "restarts",
-    "alarm_after", "evaluate", "iwae_samples", "device", "threads", "viz", "viz_every",
-    "visdom_env", "verbose", "resume", "data", "mnist_dir", "cache_dir",
+    "alarm_after", "evaluate", "iwae_samples", "iwae_scenes", "device", "threads", "viz",
+    "viz_every", "visdom_env", "verbose", "resume", "data", "mnist_dir", "cache_dir",
 }  # fmt: skip
 # What a model is, beside its weights: a checkpoint of it brings these along.
 _OF_THE_MODEL = {*AIR_ARGUMENTS.values(), "z_pres_prior", "z_pres_prior_raw"}

@@ -132,6 +132,7 @@ def importance_weighted_bound(
     them the bound rises from the ELBO to log p(x) (Burda et al. 2016, arXiv:1509.00519); with
     none it is minus infinity.
     """
+    images = images.to(air.h_init.device)
     log_sum = torch.full((len(images),), -math.inf, device=images.device)
     for _ in range(samples):
         log_weights = sample_elbo(air, images, z_pres_prior_p).elbo
@@ -196,6 +197,7 @@ def evaluate(
     batch_size: int = 500,
     seed: int = 0,
     iwae_samples: int = 0,
+    iwae_scenes: int = 2000,
 ) -> Evaluation:
     """Evaluates a model on held-out scenes, in batches of which the last may be short.
 
@@ -207,6 +209,7 @@ def evaluate(
         seed: Of the samples. The global generators are left as they were, so that training goes
             on the same whether and whenever it is evaluated.
         iwae_samples: Samples in the importance-weighted bound; 0 for no bound.
+        iwae_scenes: The bound is that of the first so many scenes.
 
     Raises:
         ValueError: If there are no scenes.
@@ -214,11 +217,13 @@ def evaluate(
     if not len(scenes.images):
         raise ValueError("there are no scenes to evaluate on")
     with forked_rng(seed, air.h_init.device):
-        parts = [
-            _measure(air, batch.to(air.h_init.device), z_pres_prior_p, iwae_samples)
-            for batch in torch.split(scenes.images, batch_size)
+        batches = torch.split(scenes.images, batch_size)
+        parts = [_measure(air, batch.to(air.h_init.device), z_pres_prior_p) for batch in batches]
+        bounds = [
+            importance_weighted_bound(air, batch, iwae_samples, z_pres_prior_p).cpu()
+            for batch in torch.split(scenes.images[:iwae_scenes], batch_size)
         ]
-    count_probs, boxes, bounds, *terms = map(torch.cat, zip(*parts, strict=True))
+    count_probs, boxes, *terms = map(torch.cat, zip(*parts, strict=True))
     sampled, mode = ElboTerms(*terms), count_probs.argmax(1)
     elbo, elbo_se = mean_and_se(sampled.elbo)
     return Evaluation(
@@ -229,18 +234,15 @@ def evaluate(
         float(sampled.kl_where.mean()),
         float(sampled.kl_what.mean()),
         torch.bincount(mode, minlength=air.num_steps + 1).tolist(),
-        *(mean_and_se(bounds) if iwae_samples else (None, None)),
+        *(mean_and_se(torch.cat(bounds)) if iwae_samples else (None, None)),
         **_against_truth(scenes, count_probs, sampled.counts, boxes),
     )
 
 
-def _measure(
-    air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None, iwae_samples: int
-) -> tuple[Tensor, ...]:
-    """q(n), boxes, bounds and the terms of a sampled ELBO for one batch, on the CPU."""
+def _measure(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None) -> tuple[Tensor, ...]:
+    """q(n), boxes and the terms of a sampled ELBO for one batch, on the CPU."""
     found, terms = infer(air, images), sample_elbo(air, images, z_pres_prior_p)
-    bounds = importance_weighted_bound(air, images, iwae_samples, z_pres_prior_p)
-    measured = (found.count_probs, tight_boxes(found.objects), bounds, *terms)
+    measured = (found.count_probs, tight_boxes(found.objects), *terms)
     return tuple(part.cpu() for part in measured)
 
 

@@ -212,6 +212,7 @@ def _add_output(add: Add) -> None:
         "with -n 0 --load FILE of a model as it is",
     )
     add("--iwae-samples", type=COUNT, help="importance-weighted samples of each scene")
+    add("--iwae-scenes", type=COUNT, help="held-out scenes in that bound, the first so many")
     add("--alarm-after", type=NATURAL, help="steps before a sign of collapse is an alarm")
     add("--viz", action="store_true", help="draw curves and scenes live on a visdom server")
     add("--viz-every", type=COUNT, help="steps between drawings")

@@ -217,10 +217,15 @@ class Trainer:
         self.step += 1
         self.seconds += time.perf_counter() - start
 
-    def evaluate(self, num_scenes: int, iwae_samples: int = 0) -> Evaluated:
-        """Evaluates on the first held-out scenes, under the prior of the present step."""
+    def evaluate(self, num_scenes: int, **iwae: int) -> Evaluated:
+        """Evaluates on the first held-out scenes, under the prior of the present step.
+
+        Args:
+            num_scenes: How many of them.
+            iwae: ``iwae_samples`` and ``iwae_scenes`` of `evaluate`, for a bound of log p(x).
+        """
         scenes, seed = self.held_out.first(num_scenes), self.settings.seed
-        result = evaluate(self.air, scenes, self.prior, seed=seed, iwae_samples=iwae_samples)
+        result = evaluate(self.air, scenes, self.prior, seed=seed, **iwae)
         empty = empty_canvas_elbo(scenes.images, self.air.likelihood_sd)
         late = self.step >= self.settings.alarm_after
         alarm = collapse_alarm(result, empty) if late else None

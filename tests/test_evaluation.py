@@ -142,6 +142,11 @@ def test_the_bound_is_that_of_all_weights_at_once(air: AIR, images: Tensor) -> N
     found = evaluate(air, HeldOut(images), batch_size=4, iwae_samples=7)
     assert found.bound is not None
     assert found.bound > found.elbo
+    first = evaluate(air, HeldOut(images), batch_size=4, iwae_samples=7, iwae_scenes=5)
+    same = evaluate(air, HeldOut(images[:5]), batch_size=4, iwae_samples=7)
+    assert first.elbo == found.elbo
+    assert first.bound == pytest.approx(same.bound, abs=2.0)
+    assert first.bound != found.bound
 
 
 def test_confusion_matrix_by_hand() -> None:
