@@ -115,16 +115,14 @@ def prepare(given: Config) -> Session:
             raise CheckpointError(f"{given['resume']} was trained on other scenes than these")
         trainer.load_state_dict(state)
     if trainer.step > config["num_steps"]:
-        raise ValueError(
-            f"--num-steps must be at least the {trainer.step} that {given['resume']} has taken, "
-            f"got {config['num_steps']}"
-        )
-    dashboard = viz.Dashboard(config["visdom_env"]) if config["viz"] else None
+        taken, wanted = trainer.step, config["num_steps"]
+        raise ValueError(f"--num-steps must be at least the {taken} already taken, got {wanted}")
+    place = (config[f"visdom_{name}"] for name in ("env", "server", "port"))
+    dashboard = viz.Dashboard(*place) if config["viz"] else None
     if run is None:
         run = RunFolder.create(config["output_dir"], config["seed"])
     run.rewind_metrics(trainer.step, trainer.step == config["num_steps"])
-    about = {"data_sha256": scenes.sha256, "versions": versions()}
-    run.write_json("config.json", {**config, **about})
+    run.write_json("config.json", config | {"data_sha256": scenes.sha256, "versions": versions()})
     if config["verbose"]:
         print(trainer.air, config, sep="\n")
     return Session(config, scenes.sha256, trainer, run, dashboard)
@@ -284,16 +282,17 @@ def draw_figures(session: Session) -> None:
 
 
 def show(session: Session, event: Progress | Evaluated) -> None:
-    """Draws on the visdom server, where one is asked for, every --viz-every steps."""
+    """Draws on the visdom server, where one is asked for: every --viz-every steps and results."""
     dashboard, every = session.dashboard, session.config["viz_every"]
     if dashboard is None:
         return
     if isinstance(event, Evaluated):
         dashboard.errors(inferred_scenes(session.trainer, PICTURES))
-    elif event.step % every < session.config["progress_every"]:
-        dashboard.curves(session.run.read_metrics())
-        dashboard.scenes(inferred_scenes(session.trainer, 16))
-        dashboard.samples(*prior_samples(session.trainer, 16))
+    elif event.step % every >= max(session.config["progress_every"], 1):
+        return
+    dashboard.curves(session.run.read_metrics())
+    dashboard.scenes(inferred_scenes(session.trainer, 16))
+    dashboard.samples(*prior_samples(session.trainer, 16))
 
 
 if __name__ == "__main__":

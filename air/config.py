@@ -31,6 +31,8 @@ DEFAULTS: dict[str, Any] = {
     "viz": False,
     "viz_every": 100,
     "visdom_env": "main",
+    "visdom_server": "http://localhost",
+    "visdom_port": 8097,
     "restarts": 0,
     "evaluate": False,
     "iwae_samples": 100,
@@ -41,7 +43,8 @@ DEFAULTS: dict[str, Any] = {
 RESUMABLE = {
     "num_steps", "progress_every", "eval_every", "eval_scenes", "save_every", "save", "restarts",
     "alarm_after", "evaluate", "iwae_samples", "iwae_scenes", "device", "threads", "viz",
-    "viz_every", "visdom_env", "verbose", "resume", "data", "mnist_dir", "cache_dir",
+    "viz_every", "visdom_env", "visdom_server", "visdom_port", "verbose", "resume", "data",
+    "mnist_dir", "cache_dir",
 }  # fmt: skip
 # What a model is, beside its weights: a checkpoint of it brings these along.
 _OF_THE_MODEL = {*AIR_ARGUMENTS.values(), "z_pres_prior", "z_pres_prior_raw"}

@@ -217,6 +217,8 @@ def _add_output(add: Add) -> None:
     add("--viz", action="store_true", help="draw curves and scenes live on a visdom server")
     add("--viz-every", type=COUNT, help="steps between drawings")
     add("--visdom-env", metavar="NAME", help="visdom environment to draw in")
+    add("--visdom-server", metavar="URL", help="address of the visdom server")
+    add("--visdom-port", type=number(int, at_least=1, at_most=65535), help="its port")
     add(
         "--data",
         metavar="FILE",

@@ -1,4 +1,11 @@
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyro
 import pytest
@@ -36,3 +43,27 @@ def air() -> AIR:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.rand(10, 12, 12)
+
+
+@contextlib.contextmanager
+def visdom_server(folder: Path) -> Iterator[tuple[int, "subprocess.Popen[bytes]"]]:
+    """A real server on a free port, with its environments in that folder."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    options = f"port={port}, env_path={str(folder)!r}, bind_local=True, base_url=''"
+    code = f"from visdom.server.run_server import start_server; start_server({options})"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=-3, stderr=-3) as server:
+        for _ in range(300):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        try:
+            yield port, server
+        finally:
+            server.kill()
+
+
+def ask(url: str, body: bytes | None = None) -> str:
+    """What a server on this machine answers, at port/path."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{url}", body, timeout=20) as answer:
+        return str(answer.read().decode())

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ask, visdom_server
 from PIL import Image
 
 from main import build_parser
@@ -45,7 +46,10 @@ LINES = [
     "--data mine.npz -n 2 -b 8",
 ]
 # Run by tests of their own, with a server, an earlier run, a GPU or full MNIST.
-ELSEWHERE = {"--viz", "--viz-every", "--visdom-env", "--resume", "--cuda", "--mnist-dir", "--help"}
+ELSEWHERE = {
+    "--viz", "--viz-every", "--visdom-env", "--visdom-server", "--visdom-port", "--resume",
+    "--cuda", "--mnist-dir", "--help",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -264,14 +268,27 @@ def test_a_collapsed_run_starts_over_from_the_next_seed(
 def test_viz_without_a_server_ends_before_training(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    # A port where nothing listens: visdom's own would find a server that someone runs.
-    done = run(f"{SMALL} --viz --viz-every 2 --visdom-env test", tmp_path, environment)
-    if done.returncode == 0:
-        pytest.skip("a visdom server runs on the default port")
+    line = f"{SMALL} --viz --visdom-server http://127.0.0.1 --visdom-port 1"
+    done = run(line, tmp_path, environment)
     assert done.returncode == 2
-    assert "no visdom server answers" in done.stderr
+    assert "no visdom server answers at http://127.0.0.1:1" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_viz_on_a_real_server(tmp_path: Path, environment: dict[str, str]) -> None:
+    with visdom_server(tmp_path / "server") as (port, _):
+        line = f"{SMALL} -n 6 --viz --viz-every 2 --eval-every 3 --visdom-env live"
+        done = run(f"{line} --visdom-port {port} --output-dir run", tmp_path, environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        windows = json.loads(ask(f"{port}/win_data", b'{"win": null, "eid": "live"}'))
+    assert sorted(windows) == [
+        "accuracy", "elbo", "errors", "inferred", "reconstructions", "samples",
+    ]  # fmt: skip
+    steps = {trace["name"]: trace["x"] for trace in windows["elbo"]["content"]["data"]}
+    assert steps["training batches"] == [2, 4, 6]
+    assert steps["held-out scenes"] == [3, 6]
 
 
 def test_visdom_is_not_imported_without_viz() -> None:

@@ -1,6 +1,5 @@
 """Pictures, figures and the dashboard of viz.py."""
 
-import contextlib
 import json
 import math
 import os
@@ -9,9 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from base64 import b64decode
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pytest
+from conftest import ask, visdom_server
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -204,28 +202,6 @@ def test_importing_viz_imports_neither_visdom_nor_pyplot() -> None:
     code = "import sys, viz; print({'visdom', 'matplotlib.pyplot', 'torch'} & set(sys.modules))"
     run = [sys.executable, "-W", "error", "-c", code]
     assert subprocess.check_output(run, cwd=Path(viz.__file__).parent, text=True) == "set()\n"
-
-
-@contextlib.contextmanager
-def visdom_server(folder: Path) -> Iterator[tuple[int, "subprocess.Popen[bytes]"]]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    options = f"port={port}, env_path={str(folder)!r}, bind_local=True, base_url=''"
-    code = f"from visdom.server.run_server import start_server; start_server({options})"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=-3, stderr=-3) as server:
-        for _ in range(300):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.1)
-        try:
-            yield port, server
-        finally:
-            server.kill()
-
-
-def ask(url: str, body: bytes | None = None) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{url}", body, timeout=20) as answer:
-        return str(answer.read().decode())
 
 
 def show_all(dashboard: Dashboard, scenes: InferredScenes) -> float:
