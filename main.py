@@ -24,7 +24,7 @@ import multi_mnist
 import viz
 from air import AIR, flags
 from air.checkpoint import CheckpointError, RunFolder, fit_weights, read_weights, save_weights
-from air.config import AIR_ARGUMENTS, merge_loaded, merge_resumed, pick_device, plain
+from air.config import AIR_ARGUMENTS, is_compiled, merge_loaded, merge_resumed, pick_device, plain
 from air.config import DEFAULTS as OWN_DEFAULTS
 from air.evaluation import HeldOut, infer, sample_prior
 from air.training import CheckpointDue, Evaluated, Progress, Trainer, TrainingSettings
@@ -106,6 +106,7 @@ def prepare(given: Config) -> Session:
     config = {**DEFAULTS, **config}
     check_flags(config, given, state["config"] if state else {})
     device = pick_device(config["device"])
+    config["compile"] = is_compiled(config)
     scenes = load_scenes(config)
     trainer = build_trainer(config, scenes, device)
     if weights:

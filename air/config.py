@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "iwae_scenes": 2000,
     "verbose": False,
 }
+COMPILING_PAYS = 5000  # steps; compiling takes a minute, the time that it saves in so many
 # What may be given anew when a run goes on: it does not change what the run learns.
 RESUMABLE = {
     "num_steps", "progress_every", "eval_every", "eval_scenes", "save_every", "save", "restarts",
@@ -85,6 +86,13 @@ def merge_loaded(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
         given: The flags given.
     """
     return {name: saved[name] for name in _OF_THE_MODEL if name in saved} | dict(given)
+
+
+def is_compiled(config: Mapping[str, Any]) -> bool:
+    """Whether to compile the step: as asked for, or where the run is long enough to gain by it."""
+    if config["compile"] is None:
+        return bool(config["num_steps"] >= COMPILING_PAYS and not config["jit"])
+    return bool(config["compile"])
 
 
 def pick_device(name: str) -> torch.device:

@@ -136,6 +136,11 @@ def _add_training(add: Add) -> None:
     add("--device", help="auto, cpu, cuda, cuda:1, ... or mps; auto is cuda if there is one")
     add("--threads", type=COUNT, help="threads of a CPU; more may be faster on an idle machine")
     add("--cuda", dest="device", action="store_const", const="cuda", help="short for --device cuda")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the step, which takes a minute (default: if --num-steps is 5000 or more)",
+    )
     add("--jit", action="store_true", help="trace the step once by torch.jit")
 
 

@@ -23,7 +23,7 @@ from air.priors import (
     Annealing,
     geometric_count_prior,
 )
-from air.svi import SVI, make_optimizer
+from air.svi import SVI, CompiledSVI, make_optimizer
 
 Estimator = Literal["score", "marginal"]
 Schedule = Literal["constant", "cosine"]
@@ -46,6 +46,7 @@ class TrainingSettings:
     anneal_prior_to: float = 1e-7
     anneal_prior_begin: int = 0
     anneal_prior_duration: int = 100_000
+    compile: bool | None = None  # None, here: do not; the program decides by the run's length
     jit: bool = False
     seed: int = 0
     progress_every: int = 10
@@ -150,7 +151,8 @@ class Trainer:
         )
         elbo = JitTraceGraph_ELBO(ignore_jit_warnings=True) if settings.jit else TraceGraph_ELBO()
         program = MarginalAIR(air) if settings.estimator == "marginal" else air
-        self.svi = SVI(program.model, program.guide, self.optimizer, loss=elbo)
+        kind = CompiledSVI if settings.compile else SVI
+        self.svi = kind(program.model, program.guide, self.optimizer, loss=elbo)
         self.prior = _presence_prior(settings, air)
         self.step = 0
         self.seconds = 0.0

@@ -51,6 +51,15 @@ def test_a_model_that_is_loaded_brings_its_own_settings(saved: dict[str, Any]) -
     assert config.merge_loaded({}, {"batch_size": 32}) == {"batch_size": 32}
 
 
+def test_long_runs_are_compiled_unless_told_otherwise(saved: dict[str, Any]) -> None:
+    long = {**saved, "num_steps": config.COMPILING_PAYS}
+    assert config.is_compiled(long)
+    assert not config.is_compiled({**long, "num_steps": config.COMPILING_PAYS - 1})
+    assert not config.is_compiled({**long, "jit": True})
+    assert not config.is_compiled({**long, "compile": False})
+    assert config.is_compiled({**saved, "compile": True})
+
+
 @pytest.mark.parametrize("name", ["toaster", "cuda:77", "meta", ""])
 def test_a_device_that_is_not_there(name: str) -> None:
     with pytest.raises(ValueError, match="--device: cannot use"):

@@ -35,7 +35,7 @@ LINES = [
     "--threads 2 -lr 1e-3 --lr-schedule cosine --clip-grad-norm 5 "
     "--estimator score --baseline-scalar 2 --restarts 1 --alarm-after 1e6",
     f"{SMALL} -t 1 --estimator score --no-baselines --no-masking --embed-net 20 10 "
-    "--non-linearity Tanh",
+    "--non-linearity Tanh --compile",
     f"{SMALL} -t 5 --estimator marginal --window-size 20 --no-decoder-output-use-sigmoid "
     "--likelihood-sd 0.2 --jit",
     f"{SMALL} --z-pres-prior 0.9 --z-pres-prior-raw --anneal-prior exp --anneal-prior-to 1e-3 "
@@ -43,7 +43,7 @@ LINES = [
     f"{SMALL} --scale-prior-mean 2 --scale-prior-sd 0.3 --pos-prior-mean 0.1 --pos-prior-sd 0.9",
     f"{SMALL} --counts 0 1 --x-size 40 --scale-mean 1.5 --scale-sd 0.05 --min-gap 2 "
     "--data-seed 3 --digits embedded --recipe air --cache-dir cache",
-    "--data mine.npz -n 2 -b 8",
+    "--data mine.npz -n 2 -b 8 --no-compile",
 ]
 # Run by tests of their own, with a server, an earlier run, a GPU or full MNIST.
 ELSEWHERE = {

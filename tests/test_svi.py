@@ -1,14 +1,19 @@
 """The optimisation step: rates, clipping, and agreement with Pyro's own."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pyro
 import pytest
 import torch
 from conftest import small_air
 from pyro.infer import TraceGraph_ELBO
-from torch import Tensor
+from torch import Tensor, fx
 
 from air import AIR
-from air.svi import SVI, make_optimizer
+from air.marginal import MarginalAIR
+from air.priors import AnnealedPresencePrior
+from air.svi import SVI, CompiledSVI, inductor, make_optimizer
 
 
 def gradients(air: AIR) -> dict[str, Tensor]:
@@ -72,3 +77,105 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(air: AIR, images: T
     with pyro.validation_enabled(False), pytest.raises(FloatingPointError, match="the loss is"):
         svi.step(images)
     assert all(torch.equal(a, b) for a, b in zip(before, air.parameters(), strict=True))
+
+
+def as_it_is(graph: fx.GraphModule) -> Callable[..., Any]:
+    return graph
+
+
+def compare_with_eager(
+    air: AIR,
+    program: Any,  # noqa: ANN401
+    data: Tensor,
+    compiler: Callable[..., Any],
+    rtol: float,
+    **keywords: Any,  # noqa: ANN401
+) -> None:
+    """Loss and gradients of a few steps, from the same weights and noise, while weights change."""
+    optimizer = make_optimizer(air, 0.01, 0.1)
+    eager = SVI(program.model, program.guide, optimizer, TraceGraph_ELBO())
+    compiled = CompiledSVI(program.model, program.guide, optimizer, TraceGraph_ELBO(), compiler)
+    prior = AnnealedPresencePrior([0.5] * air.num_steps, "lin", 1e-3, 0, 10)
+    for step in range(3):
+        prior.set_step(step)
+        losses, grads = [], []
+        for svi in (eager, compiled):
+            pyro.set_rng_seed(step)
+            optimizer.zero_grad()
+            arguments = {"z_pres_prior_p": prior, **keywords}
+            losses.append(svi._loss_and_grads(data, (), arguments))
+            grads.append(gradients(air))
+        assert losses[1] == pytest.approx(losses[0], rel=rtol)
+        assert grads[0].keys() == grads[1].keys()
+        for name, expected in grads[0].items():
+            scale = expected.abs().max().item()
+            torch.testing.assert_close(
+                grads[1][name], expected, rtol=rtol, atol=10 * rtol * scale, msg=name
+            )
+        optimizer.step()
+    assert len(compiled._compiled) == 1, "captured again"
+    assert None not in compiled._compiled.values()
+
+
+@pytest.mark.parametrize("estimator", ["score", "marginal"])
+@pytest.mark.parametrize(("num_steps", "batch_size"), [(1, 3), (3, None), (5, 7)])
+def test_captured_gradients_equal_eager_ones(
+    estimator: str, num_steps: int, batch_size: int | None
+) -> None:
+    air = small_air(num_steps=num_steps).double()
+    program = MarginalAIR(air) if estimator == "marginal" else air
+    data = torch.randint(256, (10, 12, 12), dtype=torch.uint8)
+    with pyro.validation_enabled(False):
+        compare_with_eager(air, program, data, as_it_is, 1e-10, batch_size=batch_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["score", "marginal"])
+def test_compiled_gradients_equal_eager_ones(estimator: str) -> None:
+    air = small_air(num_steps=1)
+    program = MarginalAIR(air) if estimator == "marginal" else air
+    with pyro.validation_enabled(False):
+        compare_with_eager(air, program, torch.rand(10, 12, 12), inductor, 1e-4, batch_size=4)
+
+
+def test_capturing_draws_no_random_numbers_and_random_numbers_advance(images: Tensor) -> None:
+    """A rate of zero keeps the weights: losses differ by their noise alone."""
+    runs = []
+    for kind in (SVI, CompiledSVI):
+        pyro.set_rng_seed(1)
+        air = small_air()
+        extra = {"compiler": as_it_is} if kind is CompiledSVI else {}
+        optimizer = make_optimizer(air, 0.0, 0.0)
+        svi = kind(air.model, air.guide, optimizer, TraceGraph_ELBO(), **extra)
+        with pyro.validation_enabled(False):
+            runs.append([svi.step(images, batch_size=4) for _ in range(4)])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+    assert len(set(runs[1])) == 4
+
+
+def test_two_compiled_models_in_one_process(images: Tensor) -> None:
+    airs = [small_air(), small_air()]
+    svis = [
+        CompiledSVI(a.model, a.guide, make_optimizer(a, 0.01, 0.1), TraceGraph_ELBO(), as_it_is)
+        for a in airs
+    ]
+    with pyro.validation_enabled(False):
+        for _ in range(3):
+            for air, svi in zip(airs, svis, strict=True):
+                before = [p.detach().clone() for p in air.parameters()]
+                svi.step(images)
+                for old, (name, new) in zip(before, air.named_parameters(), strict=True):
+                    assert not torch.equal(old, new), name
+
+
+def test_what_cannot_be_compiled_runs_uncompiled(
+    air: AIR, images: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(graph: fx.GraphModule) -> Callable[..., Any]:
+        raise RuntimeError("no compiler\nand a long story")
+
+    optimizer = make_optimizer(air, 0.01, 0.1)
+    svi = CompiledSVI(air.model, air.guide, optimizer, TraceGraph_ELBO(), fails)
+    with pyro.validation_enabled(False):
+        assert len({svi.step(images) for _ in range(3)}) == 3
+    assert caplog.messages == ["steps run uncompiled: RuntimeError: no compiler"]
