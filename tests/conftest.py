@@ -16,12 +16,16 @@ from air import AIR
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
-    """Seeds the generators, empties Pyro's store, and keeps torch to one thread."""
+    """Seeds the generators, empties Pyro's store, and keeps torch to one thread.
+
+    Afterwards the threads and Pyro's validation, which the program changes, are as before.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two on a busy machine can be ten times slower
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    yield
+    with pyro.validation_enabled():
+        yield
     torch.set_num_threads(threads)
 
 

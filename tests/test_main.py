@@ -1,12 +1,14 @@
 """The program as its users run it: in a process of its own, from flags to files and exit codes."""
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from conftest import ask, visdom_server
 from PIL import Image
 
-from main import build_parser
+from main import build_parser, main
 
 ROOT = Path(__file__).parent.parent
 SCENES = "--num-scenes 300 --num-test-scenes 40"
@@ -68,6 +70,28 @@ def run(
     )
 
 
+@pytest.fixture
+def refused(
+    tmp_path: Path,
+    environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[[str], str]:
+    """Gives the line with which the program refuses these flags; in this process, to be fast."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AIR_CACHE", environment["AIR_CACHE"])
+
+    def message(line: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(line.split())
+        printed = capsys.readouterr().err
+        assert ended.value.code == 2, (line, printed)
+        assert printed.count("\n") == 1, (line, printed)
+        return printed
+
+    return message
+
+
 def metrics(run_folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -99,7 +123,8 @@ def test_lines_end_well(line: str, tmp_path: Path, environment: dict[str, str]) 
     if "--evaluate" in line:
         (written,) = tmp_path.glob("runs/*/evaluation.json")
         found = json.loads(written.read_text())
-        assert found["bound"] > found["eval_elbo"]
+        assert math.isfinite(found["bound"])
+        assert found["bound_se"] > 0
     assert "Warning" not in done.stderr
 
 
@@ -165,7 +190,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 
 def test_resume_refuses_what_would_be_another_run(
-    tmp_path: Path, environment: dict[str, str]
+    tmp_path: Path, environment: dict[str, str], refused: Callable[[str], str]
 ) -> None:
     assert run(f"{SMALL} --output-dir run", tmp_path, environment).returncode == 0
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
@@ -177,10 +202,7 @@ def test_resume_refuses_what_would_be_another_run(
         ("--resume nothing", "nothing is no folder of a run"),
         ("--resume run --save precious.pt", "--save never overwrites, and precious.pt exists"),
     ]:
-        done = run(line, tmp_path, environment)
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1
+        assert message in refused(line)
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     done = run("--resume run -n 6", tmp_path, environment)
     assert done.returncode == 0, done.stderr
@@ -191,7 +213,7 @@ def test_resume_refuses_what_would_be_another_run(
 
 
 def test_a_loaded_model_is_evaluated_as_it_was_trained_on_all_of_a_file(
-    tmp_path: Path, environment: dict[str, str]
+    tmp_path: Path, environment: dict[str, str], refused: Callable[[str], str]
 ) -> None:
     write_scenes(tmp_path / "mine.npz")
     with np.load(tmp_path / "mine.npz") as file:
@@ -210,14 +232,12 @@ def test_a_loaded_model_is_evaluated_as_it_was_trained_on_all_of_a_file(
         ("--rnn-hidden-size 20", "do not fit these settings"),
         ("--counts 0 1", "--counts is of scenes made here, but --data brings its own"),
     ]:
-        done = run(f"{load} {flags} --output-dir third", tmp_path, environment)
-        assert done.returncode == 2
-        assert message in done.stderr
+        assert message in refused(f"{load} {flags} --output-dir third")
         assert not (tmp_path / "third").exists()
 
 
 def test_wrong_input_ends_in_one_line_with_exit_code_2(
-    tmp_path: Path, environment: dict[str, str]
+    tmp_path: Path, refused: Callable[[str], str]
 ) -> None:
     write_scenes(tmp_path / "mine.npz")
     (tmp_path / "text.npz").write_text("no scenes")
@@ -239,16 +259,13 @@ def test_wrong_input_ends_in_one_line_with_exit_code_2(
         ("--data-seed -1", "--data-seed: expected int from 0"),
         ("--digits mnist --mnist-dir nowhere", "nowhere"),
     ]:
-        done = run(line, tmp_path, environment)
-        assert done.returncode == 2, (line, done.stderr)
-        assert message in done.stderr, (line, done.stderr)
-        assert done.stderr.count("\n") == 1, (line, done.stderr)
+        assert message in refused(line), line
         assert not (tmp_path / "runs").exists()
     assert (tmp_path / "taken" / "mine.txt").read_text() == "precious"
 
 
 def test_a_collapsed_run_starts_over_from_the_next_seed(
-    tmp_path: Path, environment: dict[str, str]
+    tmp_path: Path, environment: dict[str, str], refused: Callable[[str], str]
 ) -> None:
     line = f"{SMALL} --eval-every 2 --alarm-after 2 --restarts 2 --seed 7 --output-dir run"
     done = run(line, tmp_path, environment)
@@ -259,10 +276,8 @@ def test_a_collapsed_run_starts_over_from_the_next_seed(
     settings = json.loads((tmp_path / "run-seed9" / "config.json").read_text())
     assert (settings["seed"], settings["restarts"]) == (9, 0)
     assert metrics(tmp_path / "run-seed9")[-1]["step"] == 4
-    done = run("--resume run", tmp_path, environment)  # would start over into run-seed8 again
-    assert done.returncode == 2
-    assert "run-seed8 is not empty" in done.stderr
-    assert done.stderr.count("\n") == 1
+    # It would start over into run-seed8 again.
+    assert "run-seed8 is not empty" in refused("--resume run")
 
 
 def test_viz_without_a_server_ends_before_training(
