@@ -27,7 +27,8 @@ from air.checkpoint import CheckpointError, RunFolder, fit_weights, read_weights
 from air.config import AIR_ARGUMENTS, is_compiled, merge_loaded, merge_resumed, pick_device, plain
 from air.config import DEFAULTS as OWN_DEFAULTS
 from air.evaluation import HeldOut, infer, sample_prior
-from air.training import CheckpointDue, Evaluated, Progress, Trainer, TrainingSettings
+from air.events import CheckpointDue, Evaluated, Progress
+from air.training import Trainer, TrainingSettings
 from multi_mnist import SceneSettings
 
 PICTURES = 64  # held-out scenes in the figures
@@ -111,12 +112,11 @@ def prepare(given: Config) -> Session:
     trainer = build_trainer(config, scenes, device)
     if weights:
         fit_weights(trainer.air, weights, run.checkpoint if run else Path(config["load"]))
+    if state and state["data_sha256"] != scenes.sha256:
+        raise CheckpointError(f"{given['resume']} was trained on other scenes than these")
     if state:
-        if state["data_sha256"] != scenes.sha256:
-            raise CheckpointError(f"{given['resume']} was trained on other scenes than these")
         trainer.load_state_dict(state)
-    if trainer.step > config["num_steps"]:
-        taken, wanted = trainer.step, config["num_steps"]
+    if (taken := trainer.step) > (wanted := config["num_steps"]):
         raise ValueError(f"--num-steps must be at least the {taken} already taken, got {wanted}")
     place = (config[f"visdom_{name}"] for name in ("env", "server", "port"))
     dashboard = viz.Dashboard(*place) if config["viz"] else None
@@ -199,7 +199,7 @@ def train(session: Session) -> int | None:
                 bar.write(str(event))
                 if event.alarm:
                     bar.write(f"WARNING: {event.alarm}")
-                    collapsed = session.config["restarts"] > 0
+                collapsed = event.alarm is not None and session.config["restarts"] > 0
                 if collapsed:
                     break
                 continue
@@ -225,7 +225,7 @@ def with_next_seed(session: Session) -> Config:
 
 def finish(session: Session, received: Sequence[int]) -> int:
     """Draws, saves where there is a need to, and says how the run ended."""
-    trainer, run, total = session.trainer, session.run, session.trainer.settings.num_steps
+    trainer, run, total = session.trainer, session.run, session.config["num_steps"]
     draw_figures(session)
     if trainer.step < total:
         save(session)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from air.priors import DEFAULT_COUNT_RATIO, PresencePrior, geometric_count_prior
 from air.spatial_transformer import image_to_window, window_to_image
+from air.subsampling import draw_indices
 from modules import MLP, Decoder, Encoder, ImageLSTMCell, Predict, Projection
 
 Latents = tuple[list[Tensor], list[Tensor]]  # z_where, T times [B, 3]; z_pres, T times [B, 1]
@@ -101,7 +102,7 @@ class AIR(nn.Module):
         self.num_steps, self.z_what_size = num_steps, z_what_size
         self.x_size, self.window_size = x_size, window_size
         self.use_masking, self.use_baselines = use_masking, use_baselines
-        self.baseline_scalar = baseline_scalar
+        self.baseline_scalar = 1.0 if baseline_scalar is None else baseline_scalar
         self.likelihood_sd = likelihood_sd
         self.default_presence = geometric_count_prior(DEFAULT_COUNT_RATIO, num_steps)
 
@@ -198,7 +199,7 @@ class AIR(nn.Module):
 
         Args:
             data: Images, [N, H, H]: floats in [0, 1], or uint8 in [0, 255].
-            batch_size: Use this many of them, drawn anew by the plate "data"; None for all.
+            batch_size: Use this many of them, drawn anew for the plate "data"; None for all.
             z_pres_prior_p: Step t -> p(z_pres_t = 1 | z_pres_{t-1} = 1), used by `model`; None
                 for the truncated geometric count prior of ratio 1e-4.
 
@@ -207,7 +208,8 @@ class AIR(nn.Module):
         """
         self.register_parameters()
         n = min(batch_size or len(data), len(data))
-        with pyro.plate("data", len(data), n, device=str(data.device)) as ix:
+        chosen = draw_indices(len(data), n, data.device) if n < len(data) else None
+        with pyro.plate("data", len(data), subsample=chosen, device=str(data.device)) as ix:
             images = self.to_images(data[ix])
             flat = images.flatten(1)
             inputs = GuideInputs(
@@ -267,9 +269,7 @@ class AIR(nn.Module):
             value = value * latents[-1]
         # The plate multiplies each cost by N / B. Scaling the output alike lets the net predict
         # nats per image, so that one learning rate suits every size of data set and batch.
-        value = value * inputs.cost_scale
-        if self.baseline_scalar is not None:
-            value = value * self.baseline_scalar
+        value = value * (inputs.cost_scale * self.baseline_scalar)
         return {"baseline": {"baseline_value": value.squeeze(-1)}}, state
 
     def _choice(self, distribution: dist.TorchDistribution, present: Tensor) -> Any:  # noqa: ANN401

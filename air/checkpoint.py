@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FORMAT = 1  # of checkpoint.pt; raise it when an older program could not read a newer file
+FORMAT = 2  # of checkpoint.pt; raise it when programs before and after cannot read each other's
 
 
 class CheckpointError(ValueError):
@@ -133,11 +133,16 @@ class RunFolder:
         """Reads checkpoint.pt, onto the CPU.
 
         Raises:
-            CheckpointError: If it is no checkpoint, or one of a newer program.
+            CheckpointError: If it is no checkpoint, or one of a newer or older program.
         """
         state = _load(self.checkpoint)
         if not _is_checkpoint(state, self.checkpoint):
             raise CheckpointError(f"{self.checkpoint} is no checkpoint of a run")
+        if state["format"] < FORMAT:
+            raise CheckpointError(
+                f"{self.checkpoint} has format {state['format']}, older than this program's "
+                f"{FORMAT}; only its weights can be used, by --load"
+            )
         return state
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from air.air import AIR
 from air.alarms import collapse_alarm, empty_canvas_elbo
-from air.evaluation import Evaluation, HeldOut, evaluate
+from air.evaluation import HeldOut, evaluate
+from air.events import CheckpointDue, Evaluated, Event, Progress
 from air.marginal import MarginalAIR
 from air.priors import (
     DEFAULT_COUNT_RATIO,
@@ -27,6 +28,8 @@ from air.svi import SVI, CompiledSVI, make_optimizer
 
 Estimator = Literal["score", "marginal"]
 Schedule = Literal["constant", "cosine"]
+
+MOST_SKIPPED = 20  # steps in a row whose loss or gradients are not finite
 
 
 @dataclass(frozen=True)
@@ -56,75 +59,43 @@ class TrainingSettings:
     alarm_after: int = 1000
 
 
-@dataclass(frozen=True)
-class Progress:
-    """The mean over the optimisation steps since the last one."""
+class Tally:
+    """Counts what steps bring, on their device: to read a loss is to wait for its step."""
 
-    step: int
-    elbo: float  # of the training batches, nats per image
-    images_per_second: float
-    seconds: float  # of training, evaluations left out
+    def __init__(self, device: torch.device) -> None:
+        self.steps = 0
+        self.sums = torch.zeros(3, device=device)
+        # The sum of the ELBOs of steps that counted; how many did not, and how many of these
+        # follow upon one another up to now.
+        self.elbo, self.skipped, self.in_a_row = self.sums.unbind()
 
-    def record(self) -> dict[str, Any]:
-        """The line for metrics.jsonl."""
-        return vars(self)
+    def add(self, elbo: Tensor, skipped: Tensor) -> None:
+        """Counts one step."""
+        self.steps += 1
+        self.elbo += torch.where(skipped, 0.0, elbo)
+        self.skipped += skipped
+        self.in_a_row += 1
+        self.in_a_row *= skipped
 
-    def __str__(self) -> str:
-        """The figures beside a progress bar."""
-        return f"ELBO {self.elbo:.1f} nats, {self.images_per_second:.0f} images/s"
+    def read(self) -> tuple[float, int]:
+        """The steps' mean ELBO, and how many of them were skipped; begins anew."""
+        elbo, skipped, _ = self.sums.tolist()
+        counted = self.steps - skipped
+        self.steps = 0
+        self.sums[:2] = 0
+        return elbo / counted if counted else math.nan, int(skipped)
 
+    def check(self) -> None:
+        """Ends training that does not move any more.
 
-@dataclass(frozen=True)
-class Evaluated:
-    """An evaluation on held-out scenes."""
-
-    step: int
-    scenes: int
-    result: Evaluation
-    empty_elbo: float  # that of leaving every canvas empty
-    alarm: str | None  # a sign of collapse, from step `alarm_after` on
-
-    def record(self) -> dict[str, Any]:
-        """The line for metrics.jsonl."""
-        measures = self.result._asdict()
-        elbo, elbo_se = measures.pop("elbo"), measures.pop("elbo_se")
-        return {
-            "step": self.step,
-            "eval_elbo": elbo,
-            "eval_elbo_se": elbo_se,
-            "eval_scenes": self.scenes,
-            "empty_elbo": self.empty_elbo,
-            **measures,
-            "alarm": self.alarm,
-        }
-
-    def __str__(self) -> str:
-        """The evaluation for reading, with its confusion matrix."""
-        result = self.result
-        text = (
-            f"step {self.step:,}, {self.scenes:,} held-out scenes: "
-            f"ELBO {result.elbo:.1f} ± {result.elbo_se:.1f} nats"
-        )
-        if result.confusion is None:
-            return f"{text}, scenes by inferred count {result.count_histogram}"
-        lines = [
-            f"{text}, count accuracy {result.accuracy_mode:.1%} by mode, "
-            f"{result.accuracy_sample:.1%} by sample",
-            "  true \\ inferred" + "".join(f"{n:7}" for n in range(len(result.confusion[0]))),
-        ]
-        for true, row in enumerate(result.confusion):
-            lines.append(f"{true:17}" + "".join(f"{n:7}" for n in row))
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class CheckpointDue:
-    """The moment to save `Trainer.state_dict`."""
-
-    step: int
-
-
-Event = Progress | Evaluated | CheckpointDue
+        Raises:
+            FloatingPointError: If the last `MOST_SKIPPED` steps were skipped.
+        """
+        if self.in_a_row >= MOST_SKIPPED:
+            raise FloatingPointError(
+                f"loss or gradients were not finite for {int(self.in_a_row)} steps in a row; "
+                "lower the learning rate"
+            )
 
 
 class Trainer:
@@ -155,9 +126,10 @@ class Trainer:
         self.svi = kind(program.model, program.guide, self.optimizer, loss=elbo)
         self.prior = _presence_prior(settings, air)
         self.step = 0
-        self.seconds = 0.0
+        self.seconds = 0.0  # of training, evaluations and pictures left out
+        self._factor = 1.0  # of the learning rates, as they stand in the optimiser
         self.stop_requested = False
-        self._elbos: list[float] = []  # since the last progress event
+        self.tally = Tally(images.device)
 
     def train(self) -> Iterator[Event]:
         """Takes the steps that are left, or those until `stop_requested`, and yields events.
@@ -165,21 +137,28 @@ class Trainer:
         The state is whole at every event, so that it can be saved there.
         """
         settings = self.settings
-        since, since_step = self.seconds, self.step
+        start, since, since_step = time.perf_counter(), self.seconds, self.step
         while self.step < settings.num_steps and not self.stop_requested:
             self._take_step()
             last = self.step == settings.num_steps
-            if last or _due(self.step, settings.progress_every):
+            progress = last or _due(self.step, settings.progress_every)
+            evaluation = not last and _due(self.step, settings.eval_every)
+            checkpoint = not last and _due(self.step, settings.save_every)
+            if not (progress or evaluation or checkpoint or self.stop_requested):
+                continue
+            self.tally.check()  # waits for the device
+            self.seconds += time.perf_counter() - start
+            if progress:
                 images = (self.step - since_step) * min(settings.batch_size, len(self.images))
                 rate = images / max(self.seconds - since, 1e-9)
-                elbo = sum(self._elbos) / len(self._elbos)
-                self._elbos.clear()
+                elbo, skipped = self.tally.read()
                 since, since_step = self.seconds, self.step
-                yield Progress(self.step, elbo, rate, self.seconds)
-            if not last and _due(self.step, settings.eval_every):
+                yield Progress(self.step, elbo, skipped, rate, self.seconds)
+            if evaluation:
                 yield self.evaluate(settings.eval_scenes)
-            if not last and _due(self.step, settings.save_every):
+            if checkpoint:
                 yield CheckpointDue(self.step)
+            start = time.perf_counter()
         if self.step == settings.num_steps:
             yield self.evaluate(len(self.held_out.images))
             yield CheckpointDue(self.step)
@@ -206,18 +185,22 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _take_step(self) -> None:
-        start = time.perf_counter()
         self.prior.set_step(self.step + 1)
-        factor = learning_rate_factor(self.settings.lr_schedule, self.step, self.settings.num_steps)
-        rates = self.settings.learning_rate, self.settings.baseline_learning_rate
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        loss = self.svi.step(
+        self._set_rates()
+        loss = self.svi.advance(
             self.images, batch_size=self.settings.batch_size, z_pres_prior_p=self.prior
         )
-        self._elbos.append(-loss / len(self.images))
+        self.tally.add(-loss / len(self.images), self.svi.skipped)
         self.step += 1
-        self.seconds += time.perf_counter() - start
+
+    def _set_rates(self) -> None:
+        factor = learning_rate_factor(self.settings.lr_schedule, self.step, self.settings.num_steps)
+        if factor == self._factor:  # writing to the device has its price
+            return
+        self._factor = factor
+        rates = self.settings.learning_rate, self.settings.baseline_learning_rate
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"].fill_(rate * factor)
 
     def evaluate(self, num_scenes: int, **iwae: int) -> Evaluated:
         """Evaluates on the first held-out scenes, under the prior of the present step.
@@ -239,7 +222,7 @@ class Trainer:
         return {
             "step": self.step,
             "seconds": self.seconds,
-            "elbos": list(self._elbos),
+            "tally": {"steps": self.tally.steps, "sums": self.tally.sums},
             "model": self.air.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
@@ -249,9 +232,13 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to where `state_dict` was taken."""
         self.step, self.seconds = state["step"], state["seconds"]
-        self._elbos = list(state["elbos"])
+        self.tally.steps = state["tally"]["steps"]
+        self.tally.sums.copy_(state["tally"]["sums"])
         self.air.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # What follows from the settings and the device stays as it is here.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        self._factor = math.nan
         self.prior.set_step(self.step)
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.images.device.type == "cuda":

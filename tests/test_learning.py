@@ -10,7 +10,8 @@ import torch
 from air import AIR
 from air.alarms import empty_canvas_elbo
 from air.evaluation import Evaluation, HeldOut
-from air.training import Evaluated, Trainer, TrainingSettings
+from air.events import Evaluated
+from air.training import Trainer, TrainingSettings
 from multi_mnist import SceneSettings, load_scenes
 
 

@@ -1,0 +1,37 @@
+"""What training tells: lines for metrics.jsonl and for reading."""
+
+from air.evaluation import Evaluation
+from air.events import Evaluated, Progress
+
+EVALUATION = Evaluation(
+    elbo=630.12, elbo_se=0.5, log_likelihood=660.0, kl_pres=1.0, kl_where=9.0, kl_what=20.0,
+    count_histogram=[2, 0, 1], accuracy_mode=0.5, accuracy_sample=0.25, accuracy_apart=None,
+    confusion=[[1, 0, 0], [1, 0, 1]], bound=None, bound_se=None,
+    box_iou=None, box_f1=None, box_ap=None,
+)  # fmt: skip
+
+
+def test_progress_for_the_log_and_beside_a_bar() -> None:
+    progress = Progress(20, 601.26, 0, 1234.5, 3.5)
+    assert {"step", "elbo", "skipped", "seconds"} <= set(progress.record())
+    assert str(progress) == "ELBO 601.3 nats, 1234 images/s"
+    assert "3 steps skipped" in str(Progress(20, 601.26, 3, 1234.5, 3.5))
+
+
+def test_an_evaluation_for_the_log() -> None:
+    record = Evaluated(7, 3, EVALUATION, 480.0, "alarm").record()
+    assert record["step"] == 7
+    assert record["eval_elbo"] == 630.12
+    assert record["eval_scenes"] == 3
+    assert record["alarm"] == "alarm"
+    assert record["confusion"] == [[1, 0, 0], [1, 0, 1]]
+    assert "elbo" not in record  # that of training batches
+
+
+def test_an_evaluation_for_reading() -> None:
+    first, header, *rows = str(Evaluated(7, 3, EVALUATION, 480.0, None)).splitlines()
+    assert "3 held-out scenes: ELBO 630.1 ± 0.5 nats, count accuracy 50.0% by mode" in first
+    assert header.split() == ["true", "\\", "inferred", "0", "1", "2"]
+    assert [row.split() for row in rows] == [["0", "1", "0", "0"], ["1", "1", "0", "1"]]
+    blind = EVALUATION._replace(confusion=None, accuracy_mode=None, accuracy_sample=None)
+    assert "by inferred count [2, 0, 1]" in str(Evaluated(7, 3, blind, 480.0, None))

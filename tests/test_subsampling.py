@@ -1,0 +1,42 @@
+"""Batches: every image as often as every other, and sums over them right on average."""
+
+import pytest
+import torch
+
+from air.subsampling import draw_indices
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("size", "n"), [(1, 1), (10, 10), (10, 3), (7, 5), (1000, 64)])
+def test_every_index_comes_equally_often(size: int, n: int) -> None:
+    draws = 4000
+    counts = torch.zeros(size)
+    for _ in range(draws):
+        indices = draw_indices(size, n, CPU)
+        assert indices.shape == (n,)
+        counts += torch.bincount(indices, minlength=size)
+    expected = draws * n / size
+    assert counts.size(0) == size  # none out of range
+    z = (counts - expected) / expected**0.5
+    assert z.abs().max() < 5
+
+
+@pytest.mark.parametrize(("size", "n"), [(60_000, 64), (50_000_003, 1024), (12, 4), (9, 9)])
+def test_indices_rise_within_the_range(size: int, n: int) -> None:
+    for _ in range(50):
+        indices = draw_indices(size, n, CPU)
+        assert int(indices[0]) >= 0
+        assert int(indices[-1]) < size
+        assert (indices.diff() >= (size % n == 0)).all()  # all different where n divides the size
+
+
+def test_all_of_them_are_each_of_them_once() -> None:
+    assert draw_indices(9, 9, CPU).tolist() == list(range(9))
+
+
+def test_a_scaled_sum_is_right_on_average() -> None:
+    values = torch.arange(7.0) ** 2
+    sums = torch.stack([values[draw_indices(7, 3, CPU)].sum() * 7 / 3 for _ in range(20_000)])
+    error = (sums.mean() - values.sum()).item()
+    assert abs(error) < 4 * sums.std().item() / len(sums) ** 0.5
