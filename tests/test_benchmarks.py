@@ -4,7 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyro
 import pytest
+import torch
+from conftest import small_air
+from pyro.infer import TraceGraph_ELBO
+
+from air.marginal import MarginalAIR
+from tests.benchmarks.plain_torch import LOSSES
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 TINY = (
@@ -67,3 +74,33 @@ def test_gradient_variance_of_every_part(tmp_path: Path) -> None:
     names = [cells(row)[0] for row in rows[2:]]
     assert names == ["initial states", "decode", "rnn", "predict", "encode"]
     assert all(float(cell) > 0 for row in rows[2:] for cell in cells(row)[1:])
+
+
+@pytest.mark.parametrize("estimator", ["marginal", "score"])
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_the_floor_has_the_gradients_of_the_pyro_program(estimator: str, num_steps: int) -> None:
+    air = small_air(num_steps=num_steps, use_baselines=estimator == "score").double()
+    images = torch.rand(6, 12, 12).double()
+    program = MarginalAIR(air) if estimator == "marginal" else air
+    pyro.set_rng_seed(2)
+    with pyro.validation_enabled(False):
+        TraceGraph_ELBO().loss_and_grads(program.model, program.guide, images)
+    expected = {name: p.grad.clone() for name, p in air.named_parameters() if p.grad is not None}
+    air.zero_grad()
+    pyro.set_rng_seed(2)
+    LOSSES[estimator](air, images).backward()
+    found = {name: 6 * p.grad for name, p in air.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-7, msg=name)
+
+
+def test_forms_of_a_step_take_turns(tmp_path: Path) -> None:
+    line = "--forms eager --estimators marginal --batch-sizes 4 --model-steps 1 --turns 1 --steps 1"
+    _, _, plain, eager = run("bench_step.py", line, tmp_path).splitlines()
+    assert cells(plain)[:3] == ["4", "1", "plain, score"]
+    assert cells(eager)[:3] == ["4", "1", "eager, marginal"]
+    assert float(cells(plain)[3]) > 0
+    assert float(cells(eager)[4]) == pytest.approx(
+        float(cells(plain)[3]) / float(cells(eager)[3]), rel=0.1, abs=0.1
+    )
