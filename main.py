@@ -180,11 +180,9 @@ def versions() -> dict[str, str]:
 
 
 def train(session: Session) -> int | None:
-    """Trains to the end, a signal or a collapse; prints, logs, draws and saves on the way.
-
-    Returns:
-        The exit code, or None where training collapsed and is to start over.
-    """
+    """Trains to the end or a signal, and returns the exit code; None after a collapse."""
+    if session.config["compile"]:
+        print("Compiling the step, a minute or two; --no-compile starts at once.", flush=True)
     trainer, run, collapsed = session.trainer, session.run, False
     total, shown_at = trainer.settings.num_steps, -QUIET_SECONDS
     bar = tqdm(total=total, initial=trainer.step, unit="step", disable=None, dynamic_ncols=True)

@@ -162,30 +162,30 @@ class AIR(nn.Module):
         Where objects overlap their intensities add, so that a canvas can exceed one.
         """
         presence_p = z_pres_prior_p or self.default_presence.__getitem__
-        canvas = self.h_init.new_zeros(n, self.x_size, self.x_size)
         z_pres = self.h_init.new_ones(n, Z_PRES_SIZE)
-        all_where, all_pres = [], []
+        objects, all_pres = [], []
         for t in range(self.num_steps):
             pres = dist.Bernoulli(presence_p(t) * z_pres)
             z_pres = pyro.sample(f"z_pres_{t}", self._choice(pres, z_pres))
-            z_where, painted = self.sample_object(t, z_pres)
-            canvas = canvas + painted * z_pres[:, :, None]
-            all_where.append(z_where)
+            objects.append(self.sample_object(t, z_pres))
             all_pres.append(z_pres)
-        return (all_where, all_pres), canvas
+        all_where, all_what = map(list, zip(*objects, strict=True))
+        painted = self.paint(all_where, all_what) * torch.stack(all_pres)[..., None]
+        return (all_where, all_pres), painted.sum(0)
 
     def sample_object(self, t: int, z_pres: Tensor) -> tuple[Tensor, Tensor]:
-        """p(z_where_t) p(z_what_t): the t-th object's z_where, and it painted alone, [n, H, H]."""
+        """p(z_where_t) p(z_what_t): the t-th object's place, [n, 3], and code, [n, Z]."""
         n = len(z_pres)
         where = dist.Normal(self.z_where_loc_prior, self.z_where_scale_prior).expand([n, 3])
         z_where = pyro.sample(f"z_where_{t}", self._choice(where, z_pres))
         code = dist.Normal(self.h_init.new_zeros(n, self.z_what_size), 1.0)
-        z_what = pyro.sample(f"z_what_{t}", self._choice(code, z_pres))
-        return z_where, self.paint(z_where, z_what)
+        return z_where, pyro.sample(f"z_what_{t}", self._choice(code, z_pres))
 
-    def paint(self, z_where: Tensor, z_what: Tensor) -> Tensor:
-        """The object with that code, at that place of an otherwise black image: [B, H, H]."""
-        return window_to_image(z_where, self.window_size, self.x_size, self.decode(z_what))
+    def paint(self, z_where: Sequence[Tensor], z_what: Sequence[Tensor]) -> Tensor:
+        """Each object on a black image of its own, [T, B, H, H]; all in one pass, to be fast."""
+        where, windows = torch.cat(tuple(z_where)), self.decode(torch.cat(tuple(z_what)))
+        painted = window_to_image(where, self.window_size, self.x_size, windows)
+        return painted.view(len(z_where), len(z_where[0]), self.x_size, self.x_size)
 
     # The inference network, section 2.1.
 

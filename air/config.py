@@ -39,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "iwae_scenes": 2000,
     "verbose": False,
 }
-COMPILING_PAYS = 5000  # steps; compiling takes a minute, the time that it saves in so many
+COMPILING_PAYS = 5000  # steps, about twice as many as save the time that compiling takes
 # What may be given anew when a run goes on: it does not change what the run learns.
 RESUMABLE = {
     "num_steps", "progress_every", "eval_every", "eval_scenes", "save_every", "save", "restarts",

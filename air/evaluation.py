@@ -67,7 +67,7 @@ def infer(air: AIR, images: Tensor) -> Inference:
     z_where, z_what = (
         [trace.nodes[f"{kind}_{t}"]["value"] for t in steps] for kind in ("z_where", "z_what")
     )
-    objects = torch.stack([air.paint(z_where[t], z_what[t]) for t in steps], 1)
+    objects = air.paint(z_where, z_what).transpose(0, 1)
     in_use = torch.arange(air.num_steps, device=counts.device) < counts[:, None]
     canvas = (objects * in_use[:, :, None, None]).sum(1)
     where = torch.stack(z_where, 1)

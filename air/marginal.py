@@ -11,6 +11,7 @@ net. In Pyro: `poutine.scale` weighs each object by q(n >= t), a `pyro.factor` i
 """
 
 import math
+from itertools import accumulate
 from typing import Any
 
 import pyro
@@ -92,14 +93,14 @@ class MarginalAIR:
         log_prior, log_q = count_log_probs(torch.stack(steps)), count_log_probs(going_on)
         with pyro.plate("data", len(data), device=str(data.device)) as ix:
             images = air.to_images(data[ix])
-            canvas, always = torch.zeros_like(images), images.new_ones(n, 1)
-            log_likelihoods = [self._log_likelihood(images, canvas)]
+            always, objects = images.new_ones(n, 1), []
             tiny = torch.finfo(going_on.dtype).tiny  # a scale of zero is refused
             for t in range(air.num_steps):
                 with poutine.scale(scale=going_on[:, : t + 1].prod(1).clamp(min=tiny)):
-                    _, painted = air.sample_object(t, always)
-                canvas = canvas + painted
-                log_likelihoods.append(self._log_likelihood(images, canvas))
+                    objects.append(air.sample_object(t, always))
+            painted = air.paint(*zip(*objects, strict=True))
+            canvases = accumulate(painted.unbind(), initial=torch.zeros_like(images))
+            log_likelihoods = [self._log_likelihood(images, canvas) for canvas in canvases]
             terms = torch.stack(log_likelihoods, 1) + log_prior - log_q
             pyro.factor("obs", (log_q.exp() * terms).sum(1))
 

@@ -109,7 +109,7 @@ def test_the_bound_approaches_exact_integration() -> None:
         air.predict.mlp.seq[-1].bias.copy_(torch.tensor([0.0] * 4 + [math.log(math.e - 1)] * 3))
         place = air.z_where_loc_prior.expand(601, 3)
         codes = torch.linspace(-6, 6, 601).double()
-        painted = air.paint(place, codes[:, None])
+        (painted,) = air.paint([place], [codes[:, None]])
         images = (painted[260:361:20] + 0.3 * torch.randn(6, 12, 12)).detach()
         images[0] = 0.3 * torch.randn(12, 12)
 

@@ -41,11 +41,7 @@ def run_guide(model: AIR, images: Tensor, sampled: bool) -> GuidePath:
     pres, state = images.new_ones(n, 1), (model.h_init.expand(n, -1), model.c_init.expand(n, -1))
     bl_state = model.bl_h_init.expand(n, -1), model.bl_c_init.expand(n, -1)
     canvas = torch.zeros_like(images)
-
-    def log_likelihood() -> Tensor:
-        return Normal(canvas, model.likelihood_sd).log_prob(images).sum((1, 2))
-
-    steps, log_likelihoods = [], [log_likelihood()]
+    steps, all_where, all_what = [], [], []
     for _ in range(model.num_steps):
         latents = where, what, pres
         state = model.rnn(image, latents, state)
@@ -62,9 +58,13 @@ def run_guide(model: AIR, images: Tensor, sampled: bool) -> GuidePath:
         what = q_what.rsample()
         kl = (q_where.log_prob(where) - prior.log_prob(where)).sum(1, keepdim=True)
         kl = kl + (q_what.log_prob(what) - Normal(0.0, 1.0).log_prob(what)).sum(1, keepdim=True)
-        canvas = canvas + model.paint(where, what) * pres[:, :, None]
-        log_likelihoods.append(log_likelihood())
         steps.append((q, pres, kl, baseline))
+        all_where.append(where)
+        all_what.append(what)
+    log_likelihoods = [Normal(canvas, model.likelihood_sd).log_prob(images).sum((1, 2))]
+    for painted, (_, pres, _, _) in zip(model.paint(all_where, all_what), steps, strict=True):
+        canvas = canvas + painted * pres[:, :, None]
+        log_likelihoods.append(Normal(canvas, model.likelihood_sd).log_prob(images).sum((1, 2)))
     q, present, kl, baselines = (torch.cat(column, 1) for column in zip(*steps, strict=True))
     return GuidePath(q, present, kl, torch.stack(log_likelihoods, 1), baselines)
 

@@ -1,6 +1,6 @@
 """Trains every estimator on many seeds and writes one table that counts every run.
 
-    python tests/benchmarks/seeds.py --out seeds --seeds 10 --jobs 2 -- -n 5000
+    python tests/benchmarks/seeds.py --out seeds --seeds 10 --jobs 2
 
 What stands behind ``--`` goes to ``main.py``. Each run has a folder of its own below ``--out``; a
 run that is done is not done again and one that was stopped goes on, so the command can be given
