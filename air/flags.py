@@ -139,7 +139,7 @@ def _add_training(add: Add) -> None:
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile the step, which takes a minute or two (default: if --num-steps is 5000 or more)",
+        help="compile the step, a minute or two (default: if --num-steps is 5000 or more)",
     )
     add("--jit", action="store_true", help="trace the step once by torch.jit")
 

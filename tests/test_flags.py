@@ -3,6 +3,7 @@
 import pytest
 
 from air import config, flags
+from air.training import TrainingSettings
 
 TUTORIAL = (
     "-n 200000 -blr 0.1 --z-pres-prior 0.01 --scale-prior-sd 0.2 --predict-net 200 "
@@ -34,7 +35,8 @@ def test_every_default_has_a_flag_and_every_flag_a_default() -> None:
 
 def test_help_shows_each_default() -> None:
     text = " ".join(flags.build_parser("").format_help().split())
-    for shown in ("10000", "True", "0.001", "200", "ReLU", "-2.0", "auto", "runs/<time>-seed<k>"):
+    steps = str(TrainingSettings().num_steps)
+    for shown in (steps, "True", "0.001", "200", "ReLU", "-2.0", "auto", "runs/<time>-seed<k>"):
         assert f"(default: {shown})" in text
 
 
