@@ -10,6 +10,8 @@ import torch
 from conftest import small_air
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from air import AIR
 from air.marginal import MarginalAIR
@@ -222,6 +224,38 @@ def test_learning_curves_of_captured_and_eager_steps_agree(estimator: str) -> No
     apart = (curve(CompiledSVI, 1, compiler=as_it_is) - eager).std()
     assert apart < 0.2 * (curve(SVI, 2) - eager).std()
     assert eager[-20:].mean() < eager[:20].mean()
+
+
+class OffTheHost(TorchDispatchMode):
+    """Refuses operations that read or make a tensor on the CPU; a GPU would wait for them."""
+
+    def __torch_dispatch__(
+        self,
+        operation: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        result = operation(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            assert not isinstance(leaf, Tensor) or leaf.device.type == "meta", operation
+        return result
+
+
+@pytest.mark.parametrize("estimator", ["score", "marginal"])
+def test_the_program_stays_on_its_device(estimator: str) -> None:
+    """Without a GPU: on torch's device without memory, where nothing can be read either."""
+    air = small_air(use_baselines=estimator == "score").to("meta")
+    program = MarginalAIR(air) if estimator == "marginal" else air
+    data = torch.zeros(100, 12, 12, dtype=torch.uint8, device="meta")
+    prior = AnnealedPresencePrior([0.5] * 3, device="meta")
+    arguments = {"batch_size": 7, "z_pres_prior_p": prior}
+    with pyro.validation_enabled(False), OffTheHost():
+        loss, surrogate_loss = TraceGraph_ELBO()._loss_and_surrogate_loss(
+            program.model, program.guide, (data,), arguments
+        )
+        torch.autograd.grad(surrogate_loss, list(air.parameters()), allow_unused=True)
+    assert loss.device.type == "meta"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
