@@ -3,6 +3,7 @@
 import io
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyro
@@ -13,8 +14,10 @@ from pyro.infer import JitTraceGraph_ELBO
 
 from air.evaluation import HeldOut
 from air.events import CheckpointDue, Evaluated, Progress
+from air.svi import CompiledSVI
 from air.training import (
     MOST_SKIPPED,
+    Estimator,
     Tally,
     Trainer,
     TrainingSettings,
@@ -70,18 +73,26 @@ def test_same_seed_same_run_and_evaluations_change_nothing() -> None:
     assert elbos != run(SETTINGS, 1)[0]
 
 
-@pytest.mark.parametrize("stop", [1, 4, 5, 11])
-def test_resumed_is_as_if_never_stopped(stop: int) -> None:
-    whole = trainer()
+@pytest.mark.parametrize(
+    ("stop", "captured", "estimator"),
+    [(1, False, "score"), (4, False, "marginal"), (5, True, "score"), (11, True, "marginal")],
+)
+def test_resumed_is_as_if_never_stopped(
+    stop: int, captured: bool, estimator: Estimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = partial(CompiledSVI, compiler=lambda graph: graph)
+    monkeypatch.setattr("air.training.CompiledSVI", compiled)
+    settings = replace(SETTINGS, compile=captured, estimator=estimator, lr_schedule="cosine")
+    whole = trainer(settings)
     expected = [without_times(e) for e in whole.train() if e.step > stop]
 
-    stopped = trainer()
+    stopped = trainer(settings)
     for event in trainer_events_until(stopped, stop):
         assert event.step <= stop
     file = io.BytesIO()
     torch.save(stopped.state_dict(), file)
     file.seek(0)
-    resumed = trainer(seed=7)
+    resumed = trainer(settings, seed=7)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     found = [without_times(e) for e in resumed.train()]
 
