@@ -177,7 +177,9 @@ class CompiledSVI(SVI):
             elbo, surrogate_loss = self.loss._loss_and_surrogate_loss(
                 self.model, self.guide, (data, *args), kwargs
             )
-            return -elbo, *torch.autograd.grad(surrogate_loss, self._parameters, allow_unused=True)
+            found = torch.autograd.grad(surrogate_loss, self._parameters, allow_unused=True)
+            # In the parameters' layout, as backward() leaves them: a fused Adam goes by memory.
+            return -elbo, *(None if g is None else g.contiguous() for g in found)
 
         devices = [data.device] if data.is_cuda else []
         try:

@@ -20,7 +20,9 @@ from air.svi import SVI, CompiledSVI, inductor, make_optimizer
 
 
 def gradients(air: AIR) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in air.named_parameters() if p.grad is not None}
+    found = {name: p for name, p in air.named_parameters() if p.grad is not None}
+    assert all(p.grad.stride() == p.stride() for p in found.values())  # fused Adam goes by memory
+    return {name: p.grad.clone() for name, p in found.items()}
 
 
 def test_each_group_gets_its_own_rate(air: AIR, images: Tensor) -> None:
@@ -204,9 +206,9 @@ def test_what_cannot_be_compiled_runs_uncompiled(
 
 @pytest.mark.parametrize("estimator", ["score", "marginal"])
 def test_learning_curves_of_captured_and_eager_steps_agree(estimator: str) -> None:
-    """Over 200 steps from the same seed, far better than curves of two seeds.
+    """At first to rounding; over 200 steps far better than the curves of two seeds.
 
-    Not to rounding: where a gradient is zero but for rounding, Adam makes a step of it.
+    Where a gradient is zero but for its rounding, Adam makes a whole step of it.
     """
 
     def curve(kind: type[SVI], seed: int, **extra: Any) -> Tensor:  # noqa: ANN401
@@ -221,8 +223,9 @@ def test_learning_curves_of_captured_and_eager_steps_agree(estimator: str) -> No
 
     data = torch.randint(256, (40, 12, 12), dtype=torch.uint8)
     eager = curve(SVI, 1)
-    apart = (curve(CompiledSVI, 1, compiler=as_it_is) - eager).std()
-    assert apart < 0.2 * (curve(SVI, 2) - eager).std()
+    captured = curve(CompiledSVI, 1, compiler=as_it_is)
+    torch.testing.assert_close(captured[:5], eager[:5], rtol=1e-6, atol=0.0)
+    assert (captured - eager).std() < 0.02 * (curve(SVI, 2) - eager).std()
     assert eager[-20:].mean() < eager[:20].mean()
 
 
