@@ -10,6 +10,7 @@ The model is in ``air/``, its nets in ``modules.py``, the scenes in ``multi_mnis
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from importlib.metadata import version
@@ -28,12 +29,12 @@ from air.config import AIR_ARGUMENTS, is_compiled, merge_loaded, merge_resumed, 
 from air.config import DEFAULTS as OWN_DEFAULTS
 from air.evaluation import HeldOut, infer, sample_prior
 from air.events import CheckpointDue, Evaluated, Progress
+from air.svi import RecordingError
 from air.training import Trainer, TrainingSettings
 from multi_mnist import SceneSettings
 
 PICTURES = 64  # held-out scenes in the figures
 QUIET_SECONDS = 10.0  # between progress lines where there is no terminal for a progress bar
-
 Config = dict[str, Any]  # every flag's value by name
 
 # The settings of the scenes and their flags: --seed is that of training here.
@@ -61,6 +62,7 @@ class Session(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    warnings.filterwarnings("ignore", "Encountered NaN")  # Pyro's; such steps are skipped
     parser = build_parser()
     given = plain(vars(parser.parse_args(argv)))
     while True:
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.exit(130, f"{parser.prog}: interrupted before training began\n")
         try:
             code = train(session)
-        except FloatingPointError as error:
+        except (FloatingPointError, RecordingError) as error:
             parser.exit(1, f"{parser.prog}: error: {error}. {session.run.how_to_go_on()}\n")
         except KeyboardInterrupt:
             parser.exit(130, f"{parser.prog}: interrupted. {session.run.how_to_go_on()}\n")
@@ -181,7 +183,7 @@ def versions() -> dict[str, str]:
 
 def train(session: Session) -> int | None:
     """Trains to the end or a signal, and returns the exit code; None after a collapse."""
-    if session.config["compile"]:
+    if session.config["compile"] and session.trainer.step < session.config["num_steps"]:
         print("Compiling the step, a minute or two; --no-compile starts at once.", flush=True)
     trainer, run, collapsed = session.trainer, session.run, False
     total, shown_at = trainer.settings.num_steps, -QUIET_SECONDS

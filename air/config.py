@@ -39,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "iwae_scenes": 2000,
     "verbose": False,
 }
-COMPILING_PAYS = 5000  # steps, about twice as many as save the time that compiling takes
+COMPILING_PAYS = 5000  # steps; some 2,500 save the time that compiling takes (tests/benchmarks)
 # What may be given anew when a run goes on: it does not change what the run learns.
 RESUMABLE = {
     "num_steps", "progress_every", "eval_every", "eval_scenes", "save_every", "save", "restarts",

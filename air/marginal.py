@@ -89,7 +89,8 @@ class MarginalAIR:
         with poutine.mask(mask=False):  # free of cost: its value comes from the guide
             going_on = pyro.sample("going_on", anything)
         presence_p = z_pres_prior_p or air.default_presence.__getitem__
-        steps = [torch.as_tensor(presence_p(t)).to(going_on) for t in range(air.num_steps)]
+        # Not as_tensor: that would carry numbers over from the host.
+        steps = [going_on.new_ones(()) * presence_p(t) for t in range(air.num_steps)]
         log_prior, log_q = count_log_probs(torch.stack(steps)), count_log_probs(going_on)
         with pyro.plate("data", len(data), device=str(data.device)) as ix:
             images = air.to_images(data[ix])

@@ -24,4 +24,5 @@ def draw_indices(size: int, n: int, device: torch.device) -> Tensor:
     """
     parts = torch.arange(n, device=device) * _FRACTIONS
     within = torch.randint(_FRACTIONS, (n,), device=device)
-    return (parts + within) * size // (n * _FRACTIONS)  # in integers, so that nothing is rounded
+    # In integers, so that nothing is rounded; but on Apple's GPUs some versions divide as floats.
+    return ((parts + within) * size // (n * _FRACTIONS)).clamp(max=size - 1)

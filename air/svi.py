@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from air.air import AIR
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
-Gradients = Callable[[Tensor], tuple[Tensor, ...]]  # data -> loss and a gradient per parameter
-Compiler = Callable[[fx.GraphModule], Gradients]
+LossAndGrads = Callable[[Tensor], tuple[Tensor, ...]]  # of data, a gradient for each parameter
+Compiler = Callable[[fx.GraphModule], LossAndGrads]
 
 UNRECORDED_STEPS = 3  # on a GPU: they build kernels and Adam's state, before a CUDA graph
 
@@ -48,12 +48,17 @@ def make_optimizer(
     return torch.optim.Adam(groups, fused=True)
 
 
+class RecordingError(RuntimeError):
+    """A step could not be recorded as a CUDA graph; the message is one line for the user."""
+
+
 class SVI:
-    """``pyro.infer.SVI`` for a ``torch.optim`` optimiser: the same arguments, the same `step`.
+    """``pyro.infer.SVI`` for one ``torch.optim`` optimiser: the same arguments, the same `step`.
 
     The parameters trained are those that `optim` holds. Pyro's global store of parameters is not
     asked, so several models train side by side. A loss or a gradient that is not finite never
-    reaches the weights: such a step changes nothing.
+    reaches the weights: such a step changes nothing. On a GPU the optimiser must be a fused one,
+    for there the device itself leaves out the step.
 
     Attributes:
         skipped: Whether the last step was such a one, a tensor of one bool.
@@ -63,7 +68,7 @@ class SVI:
         self,
         model: Callable[..., Any],
         guide: Callable[..., Any],
-        optim: torch.optim.Adam,  # fused: only then can the device decide to skip a step
+        optim: torch.optim.Optimizer,
         loss: Any,  # noqa: ANN401  # of the ELBOs only those with loss_and_grads
     ) -> None:
         self.model, self.guide = model, guide
@@ -77,7 +82,7 @@ class SVI:
         return float(self.advance(data, *args, **kwargs))
 
     def advance(self, data: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
-        """`step` that need not wait for the device: the loss is a tensor, good until the next."""
+        """`step` without waiting for the device: a tensor, which the next step may overwrite."""
         self.optim.zero_grad(set_to_none=True)
         loss = self._loss_and_grads(data, args, kwargs)
         self._update(loss, len(data))
@@ -85,9 +90,7 @@ class SVI:
 
     def _loss_and_grads(self, data: Tensor, args: Arguments, kwargs: Keywords) -> Tensor:
         """Leaves gradients in the parameters, which hold none, and returns the loss."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Encountered NaN")  # `_update` sees to it
-            loss = self.loss.loss_and_grads(self.model, self.guide, data, *args, **kwargs)
+        loss = self.loss.loss_and_grads(self.model, self.guide, data, *args, **kwargs)
         return self._parameters[0].new_tensor(loss)
 
     def _update(self, loss: Tensor, number: int) -> None:
@@ -104,12 +107,16 @@ class SVI:
                 bound = group["clip_grad_norm"] * number
                 nn.utils.clip_grads_with_norm_(group["params"], bound, norm)
         self.skipped = ~finite
-        # How torch.amp tells a fused optimiser, on the device, to leave out a step.
-        self.optim.found_inf = self.skipped.float()  # type: ignore[attr-defined]
-        self.optim.step()
+        if finite.is_cuda:  # to read it would be to wait for it
+            # How torch.amp's GradScaler tells a fused optimiser to leave out a step.
+            self.optim.found_inf = self.skipped.float()  # type: ignore[attr-defined]
+            self.optim.step()
+            del self.optim.found_inf  # type: ignore[attr-defined]
+        elif finite:
+            self.optim.step()
 
 
-def inductor(graph: fx.GraphModule) -> Gradients:
+def inductor(graph: fx.GraphModule) -> LossAndGrads:
     """Compiles by Inductor, with the random numbers that the graph would draw uncompiled."""
     return torch.compile(graph, options={"fallback_random": True})
 
@@ -120,10 +127,10 @@ class CompiledSVI(SVI):
     At the first step the program runs once under ``make_fx``: model, guide, ELBO and backward pass
     leave a graph of some 2,000 tensor operations, which is compiled and from then on runs instead.
     On a GPU a CUDA graph then holds the whole step, optimiser included. Both read the parameters,
-    and other tensors that the program holds, anew at every step: change those in place. Other data
-    and other arguments are captured anew.
+    and other tensors that the program holds, anew at every step: change those in place. Other
+    arguments and data of another shape, on a GPU any other data, are captured anew and kept too.
 
-    Where a step cannot be captured or compiled, it runs uncompiled, after one warning.
+    Where a step cannot be captured or compiled, it runs uncompiled, after a warning.
 
     Args:
         model, guide, optim, loss: As for `SVI`.
@@ -134,17 +141,20 @@ class CompiledSVI(SVI):
         self,
         model: Callable[..., Any],
         guide: Callable[..., Any],
-        optim: torch.optim.Adam,
+        optim: torch.optim.Optimizer,
         loss: Any,  # noqa: ANN401
         compiler: Compiler = inductor,
     ) -> None:
         super().__init__(model, guide, optim, loss)
         self.compiler = compiler
-        self._compiled: dict[Any, Gradients | None] = {}
+        self._compiled: dict[Any, LossAndGrads | None] = {}
         self._taken: Counter[Any] = Counter()  # steps on a GPU, until they are recorded
         self._recorded: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        optim.register_load_state_dict_post_hook(self._forget)
 
     def advance(self, data: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        if not data.is_cuda:
+            return super().advance(data, *args, **kwargs)
         key = data.data_ptr(), *_key(data, args, kwargs)
         if key in self._recorded:
             graph, loss, self.skipped = self._recorded[key]
@@ -152,8 +162,9 @@ class CompiledSVI(SVI):
             return loss
         loss = super().advance(data, *args, **kwargs)
         self._taken[key] += 1
-        if data.is_cuda and self._taken[key] == UNRECORDED_STEPS:
-            self._record(key, data, args, kwargs)
+        compiled = self._compiled[_key(data, args, kwargs)] is not None
+        if compiled and self._taken[key] == UNRECORDED_STEPS:
+            self._recorded[key] = self._record(data, args, kwargs)
         return loss
 
     def _loss_and_grads(self, data: Tensor, args: Arguments, kwargs: Keywords) -> Tensor:
@@ -169,7 +180,7 @@ class CompiledSVI(SVI):
             parameter.grad = gradient
         return loss
 
-    def _capture(self, data: Tensor, args: Arguments, kwargs: Keywords) -> Gradients | None:
+    def _capture(self, data: Tensor, args: Arguments, kwargs: Keywords) -> LossAndGrads | None:
         """The compiled program, or None where there can be none; draws no random numbers."""
 
         def loss_and_grads(data: Tensor) -> tuple[Tensor | None, ...]:
@@ -178,8 +189,7 @@ class CompiledSVI(SVI):
                 self.model, self.guide, (data, *args), kwargs
             )
             found = torch.autograd.grad(surrogate_loss, self._parameters, allow_unused=True)
-            # In the parameters' layout, as backward() leaves them: a fused Adam goes by memory.
-            return -elbo, *(None if g is None else g.contiguous() for g in found)
+            return -elbo, *_as_backward_leaves_them(found)
 
         devices = [data.device] if data.is_cuda else []
         try:
@@ -189,31 +199,57 @@ class CompiledSVI(SVI):
                 with torch.no_grad():
                     compiled(data)  # compiles
         except Exception as error:  # of any kind: compilers and their tools fail in many ways
-            _warn("steps run uncompiled", error)
+            logging.getLogger("air").warning("steps run uncompiled: %s", _line(error))
             return None
         return compiled
 
-    def _record(self, key: Any, data: Tensor, args: Arguments, kwargs: Keywords) -> None:  # noqa: ANN401
-        """Records a whole step as a CUDA graph; nothing runs, and no random numbers are drawn."""
-        if self._compiled[_key(data, args, kwargs)] is None:
-            return  # Pyro's own Python reads from the device
+    def _record(
+        self, data: Tensor, args: Arguments, kwargs: Keywords
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """A whole step as a CUDA graph, its loss and `skipped`; nothing runs or is drawn here."""
         for group in self.optim.param_groups:
             group["capturable"] = True
+        last_skipped = self.skipped
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            stream = torch.cuda.Stream(data.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.graph(graph, stream=stream):
                 loss = super().advance(data, *args, **kwargs)
-        except Exception as error:
-            _warn("steps run without a CUDA graph", error)
-            return
-        self._recorded[key] = graph, loss, self.skipped
+        except Exception as error:  # the device is in no state to go on
+            raise RecordingError(f"no CUDA graph of the step: {_line(error)}") from error
+        skipped, self.skipped = self.skipped, last_skipped
+        return graph, loss, skipped
+
+    def _forget(self, optim: torch.optim.Optimizer) -> None:
+        """Drops recorded steps: the optimiser's state, which they write to, is another now."""
+        self._taken.clear()
+        self._recorded.clear()
+
+
+def _as_backward_leaves_them(gradients: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+    """Each with memory of its own, in its parameter's layout.
+
+    ``autograd.grad`` gives the same tensor for both terms of a sum, where clipping in place would
+    count twice, and transposed ones, which a fused Adam, going by memory, would mix up.
+    """
+    seen: set[int] = set()
+    for gradient in gradients:
+        if gradient is None:
+            yield None
+            continue
+        alone = gradient.contiguous()
+        if alone.data_ptr() in seen:
+            alone = alone.clone()
+        seen.add(alone.data_ptr())
+        yield alone
 
 
 def _key(data: Tensor, args: Arguments, kwargs: Keywords) -> tuple[Any, ...]:
     """What a captured program depends on, beside what it reads anew."""
-    return data.shape, data.dtype, data.device, args, tuple(kwargs.items())
+    layout = data.shape, data.stride(), data.dtype, data.device
+    return *layout, args, tuple(kwargs.items())
 
 
-def _warn(what: str, error: Exception) -> None:
+def _line(error: Exception) -> str:
     reason = str(error).strip().partition("\n")[0]
-    logging.getLogger("air").warning("%s: %s: %s", what, type(error).__name__, reason)
+    return f"{type(error).__name__}: {reason}"

@@ -173,6 +173,7 @@ def test_tally_leaves_out_what_was_skipped() -> None:
     assert str(tally.read()) == "(nan, 1)"
 
 
+@pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
 def test_training_that_does_not_move_any_more_ends() -> None:
     running = trainer(replace(SETTINGS, num_steps=100, progress_every=1))
     running.air.likelihood_sd = 1e-30

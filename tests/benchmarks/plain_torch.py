@@ -1,6 +1,6 @@
 """The losses of both estimators written out in plain torch: the nets of an `AIR`, and no Pyro.
 
-They are what a step costs at least, and a second computation of the gradients.
+They are the floor under what a step costs on a CPU, and a second computation of the gradients.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Normal
 
 from air import AIR
-from air.priors import DEFAULT_COUNT_RATIO, count_log_probs, geometric_count_prior
+from air.priors import count_log_probs
 from air.spatial_transformer import image_to_window
 
 
@@ -69,19 +69,17 @@ def run_guide(model: AIR, images: Tensor, sampled: bool) -> GuidePath:
     return GuidePath(q, present, kl, torch.stack(log_likelihoods, 1), baselines)
 
 
-def marginal_loss(model: AIR, images: Tensor) -> Tensor:
-    """Minus the ELBO per image with the count summed out."""
+def marginal_loss(model: AIR, images: Tensor, presence: Tensor) -> Tensor:
+    """Minus the ELBO per image with the count summed out; `presence` is the prior of z_pres_t."""
     path = run_guide(model, images, sampled=False)
-    presence = images.new_tensor(geometric_count_prior(DEFAULT_COUNT_RATIO, model.num_steps))
     log_p, log_q = count_log_probs(presence), count_log_probs(path.going_on)
     inner = (log_q.exp() * (path.log_likelihoods + log_p - log_q)).sum(1)
     return ((path.kl * path.going_on.cumprod(1)).sum(1) - inner).mean()
 
 
-def score_loss(model: AIR, images: Tensor) -> Tensor:
+def score_loss(model: AIR, images: Tensor, presence: Tensor) -> Tensor:
     """What has the gradient of minus the ELBO per image, and of the baseline's regression."""
     path = run_guide(model, images, sampled=True)
-    presence = images.new_tensor(geometric_count_prior(DEFAULT_COUNT_RATIO, model.num_steps))
     reached = torch.cat((torch.ones_like(path.present[:, :1]), path.present[:, :-1]), 1)
     score = Bernoulli(path.going_on).log_prob(path.present) * reached
     # Detached, for on average the gradient of a log-probability is zero.
@@ -94,7 +92,7 @@ def score_loss(model: AIR, images: Tensor) -> Tensor:
     return (loss + ahead.square().sum(1)).mean()
 
 
-LOSSES: dict[str, Callable[[AIR, Tensor], Tensor]] = {
+LOSSES: dict[str, Callable[[AIR, Tensor, Tensor], Tensor]] = {
     "marginal": marginal_loss,
     "score": score_loss,
 }
