@@ -36,7 +36,7 @@ MOST_SKIPPED = 20  # steps in a row whose loss or gradients are not finite
 class TrainingSettings:
     """How to train; the defaults are the best recipe known."""
 
-    num_steps: int = 5_000
+    num_steps: int = 10_000
     batch_size: int = 64
     learning_rate: float = 1e-3
     baseline_learning_rate: float = 1e-2

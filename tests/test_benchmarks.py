@@ -24,7 +24,7 @@ def run(script: str, line: str, folder: Path) -> str:
     """What a script prints; it must end well."""
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), *line.split()],
-        cwd=folder, capture_output=True, text=True, timeout=120,
+        cwd=folder, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -56,7 +56,7 @@ def test_a_seed_that_fails_stands_in_the_table(tmp_path: Path) -> None:
     (tmp_path / "out" / "marginal-seed1" / "mine.txt").write_text("no place for a run")
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "seeds.py"), *command.split()],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1
     ours = cells(done.stdout.splitlines()[2])
@@ -64,7 +64,7 @@ def test_a_seed_that_fails_stands_in_the_table(tmp_path: Path) -> None:
     assert ours[3:5] == ["an error", "0 of 2"]
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "seeds.py"), *command.replace("-n 1", "-n 3").split()],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert "was begun with num_steps 1, not 3" in done.stderr
 

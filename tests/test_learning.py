@@ -39,7 +39,7 @@ def train(settings: TrainingSettings, cache: Path) -> tuple[Evaluation, float]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fast")
 def test_the_default_recipe_learns_to_count(cache: Path) -> None:
-    result, empty = train(TrainingSettings(num_steps=1_000, eval_every=0), cache)
+    result, empty = train(TrainingSettings(num_steps=700, eval_every=0), cache)
     assert result.accuracy_mode is not None
     assert result.accuracy_mode >= 0.9
     assert result.elbo > empty + 100

@@ -62,7 +62,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def run(
-    line: str, folder: Path, environment: dict[str, str], timeout: float = 120
+    line: str, folder: Path, environment: dict[str, str], timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "main.py"), *line.split()]
     return subprocess.run(

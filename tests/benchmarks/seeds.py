@@ -144,7 +144,7 @@ def row(estimator: str, results: Sequence[Result], seeds: int) -> str:
         estimator,
         f"{seeds}, of which {lost} ended in an error" if lost else str(seeds),
         f"{spread(accuracies)} %",
-        "an error" if lost else f"{min(accuracies):.1f} %",
+        "an error" if lost else f"{min(accuracies):.2f} %",
         f"{good} of {seeds}",
         f"{spread([100 * r.apart for r in results])} %",
         reached(0.95),
