@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -50,15 +51,18 @@ def test_steps_equal_those_of_pyros_svi(images: Tensor) -> None:
         torch.testing.assert_close(a, b, msg=name)
 
 
-def test_two_models_train_side_by_side(images: Tensor) -> None:
+@pytest.mark.parametrize("captured", [False, True])
+def test_two_models_train_side_by_side(captured: bool, images: Tensor) -> None:
+    kind = partial(CompiledSVI, compiler=as_it_is) if captured else SVI
     airs = [small_air(), small_air()]
-    svis = [SVI(a.model, a.guide, make_optimizer(a, 0.01, 0.1), TraceGraph_ELBO()) for a in airs]
-    for _ in range(3):
-        for air, svi in zip(airs, svis, strict=True):
-            before = [p.detach().clone() for p in air.parameters()]
-            svi.step(images)
-            for old, (name, new) in zip(before, air.named_parameters(), strict=True):
-                assert not torch.equal(old, new), name
+    svis = [kind(a.model, a.guide, make_optimizer(a, 0.01, 0.1), TraceGraph_ELBO()) for a in airs]
+    with pyro.validation_enabled(False):
+        for _ in range(3):
+            for air, svi in zip(airs, svis, strict=True):
+                before = [p.detach().clone() for p in air.parameters()]
+                svi.step(images)
+                for old, (name, new) in zip(before, air.named_parameters(), strict=True):
+                    assert not torch.equal(old, new), name
 
 
 @pytest.mark.parametrize("copies", [1, 50])
@@ -176,21 +180,6 @@ def test_capturing_draws_no_random_numbers_and_random_numbers_advance(images: Te
             runs.append([svi.step(images, batch_size=4) for _ in range(4)])
     assert runs[1] == pytest.approx(runs[0], rel=1e-5)
     assert len(set(runs[1])) == 4
-
-
-def test_two_compiled_models_in_one_process(images: Tensor) -> None:
-    airs = [small_air(), small_air()]
-    svis = [
-        CompiledSVI(a.model, a.guide, make_optimizer(a, 0.01, 0.1), TraceGraph_ELBO(), as_it_is)
-        for a in airs
-    ]
-    with pyro.validation_enabled(False):
-        for _ in range(3):
-            for air, svi in zip(airs, svis, strict=True):
-                before = [p.detach().clone() for p in air.parameters()]
-                svi.step(images)
-                for old, (name, new) in zip(before, air.named_parameters(), strict=True):
-                    assert not torch.equal(old, new), name
 
 
 def test_what_cannot_be_compiled_runs_uncompiled(
