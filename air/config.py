@@ -103,12 +103,13 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        wanted = "expected auto, cpu, cuda, cuda:1, ... or mps"
+        raise ValueError(f"--device: cannot use {name!r}: {wanted}")
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise NotImplementedError("expected auto, cpu, cuda, cuda:1, ... or mps")
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--device: cannot use {name!r} on this machine: {reason}") from error
     return device
