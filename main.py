@@ -11,7 +11,8 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -27,13 +28,15 @@ from air import AIR, flags
 from air.checkpoint import CheckpointError, RunFolder, fit_weights, read_weights, save_weights
 from air.config import AIR_ARGUMENTS, is_compiled, merge_loaded, merge_resumed, pick_device, plain
 from air.config import DEFAULTS as OWN_DEFAULTS
-from air.evaluation import HeldOut, infer, sample_prior
-from air.events import CheckpointDue, Evaluated, Progress
+from air.dashboard import Dashboard, connect
+from air.evaluation import HeldOut
+from air.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
+from air.snapshots import save_snapshot, take_snapshot
 from air.svi import RecordingError
 from air.training import Trainer, TrainingSettings
 from multi_mnist import SceneSettings
 
-PICTURES = 64  # held-out scenes in the figures
+ON_PAGE = 16  # scenes that are looked at for the live page alone
 QUIET_SECONDS = 10.0  # between progress lines where there is no terminal for a progress bar
 Config = dict[str, Any]  # every flag's value by name
 
@@ -56,7 +59,7 @@ class Session(NamedTuple):
     data_sha256: str
     trainer: Trainer
     run: RunFolder
-    dashboard: viz.Dashboard | None
+    dashboard: Dashboard | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,15 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "Encountered NaN")  # Pyro's; such steps are skipped
     parser = build_parser()
     given = plain(vars(parser.parse_args(argv)))
+    session = None
     while True:
         try:
-            session = prepare(given)
+            session = prepare(given, session)
         except (ValueError, ConnectionError, ModuleNotFoundError) as error:  # the user can mend it
             parser.error(str(error))
         except KeyboardInterrupt:
             parser.exit(130, f"{parser.prog}: interrupted before training began\n")
         try:
-            code = train(session)
+            with session.dashboard or nullcontext():
+                code = train(session)
         except (FloatingPointError, RecordingError) as error:
             parser.exit(1, f"{parser.prog}: error: {error}. {session.run.how_to_go_on()}\n")
         except KeyboardInterrupt:
@@ -90,8 +95,12 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-def prepare(given: Config) -> Session:
+def prepare(given: Config, collapsed: Session | None = None) -> Session:
     """From the flags given to everything in place; writes nothing before all has been checked.
+
+    Args:
+        given: The flags.
+        collapsed: The run in whose place this one begins.
 
     Raises:
         ValueError: If flags, data or files do not fit; the message is one line for the user.
@@ -107,7 +116,8 @@ def prepare(given: Config) -> Session:
         weights, saved = read_weights(Path(given["load"]))
         config = merge_loaded(saved, given)
     config = {**DEFAULTS, **config}
-    check_flags(config, given, state["config"] if state else {})
+    before = state["config"] if state else collapsed.config if collapsed else {}
+    check_flags(config, given, before)
     device = pick_device(config["device"])
     config["compile"] = is_compiled(config)
     scenes = load_scenes(config)
@@ -120,28 +130,34 @@ def prepare(given: Config) -> Session:
         trainer.load_state_dict(state)
     if (taken := trainer.step) > (wanted := config["num_steps"]):
         raise ValueError(f"--num-steps must be at least the {taken} already taken, got {wanted}")
-    place = (config[f"visdom_{name}"] for name in ("env", "server", "port"))
-    dashboard = viz.Dashboard(*place) if config["viz"] else None
+    if collapsed:  # its server may be away for a while
+        visdom = collapsed.dashboard and collapsed.dashboard.client
+    else:
+        server = config["visdom_server"] if config["viz"] else None
+        visdom = connect(server, config["visdom_port"], config["viz_log"])
     if run is None:
         run = RunFolder.create(config["output_dir"], config["seed"])
-    run.rewind_metrics(trainer.step, trainer.step == config["num_steps"])
+    run.rewind(trainer.step, trainer.step == config["num_steps"])
     run.write_json("config.json", config | {"data_sha256": scenes.sha256, "versions": versions()})
     if config["verbose"]:
         print(trainer.air, config, sep="\n")
+    env = config["visdom_env"] or f"air_{run.path.resolve().name}"
+    dashboard = visdom and Dashboard(visdom, env, config, run.read_metrics(), config["viz_every"])
     return Session(config, scenes.sha256, trainer, run, dashboard)
 
 
 def check_flags(config: Config, given: Config, saved: Config) -> None:
-    """Refuses flags that go nowhere, and a --save that would overwrite another run's file."""
+    """Refuses flags that go nowhere, and files that would overwrite those of another run."""
     for flag in SCENE_FLAGS.values():
         if config["data"] and flag in given and given[flag] != saved.get(flag, DEFAULTS[flag]):
             name = flag.replace("_", "-")
             raise ValueError(f"--{name} is of scenes made here, but --data brings its own")
-    path = config["save"] and Path(config["save"])
-    if path and path.exists() and config["save"] != saved.get("save"):
-        raise ValueError(f"--save never overwrites, and {path} exists; name another file")
-    if path and not path.parent.is_dir():
-        raise ValueError(f"--save: there is no folder {path.parent} for {path.name}")
+    for name, flag in (("save", "--save"), ("viz_log", "--viz-log")):
+        path = config[name] and Path(config[name])
+        if path and path.exists() and config[name] != saved.get(name):
+            raise ValueError(f"{flag} never overwrites, and {path} exists; name another file")
+        if path and not path.parent.is_dir():
+            raise ValueError(f"{flag}: there is no folder {path.parent} for {path.name}")
 
 
 def build_trainer(config: Config, scenes: multi_mnist.SceneSplits, device: torch.device) -> Trainer:
@@ -185,39 +201,38 @@ def train(session: Session) -> int | None:
     """Trains to the end or a signal, and returns the exit code; None after a collapse."""
     if session.config["compile"] and session.trainer.step < session.config["num_steps"]:
         print("Compiling the step, a minute or two; --no-compile starts at once.", flush=True)
-    trainer, run, collapsed = session.trainer, session.run, False
+    if session.dashboard:
+        print(session.dashboard, flush=True)
+    trainer, collapsed = session.trainer, False
     total, shown_at = trainer.settings.num_steps, -QUIET_SECONDS
     bar = tqdm(total=total, initial=trainer.step, unit="step", disable=None, dynamic_ncols=True)
     with trainer.stop_on_signals() as received, bar:
         for event in trainer.train():
-            if isinstance(event, CheckpointDue):
-                save(session)
-                continue
-            run.log(event.record())
-            show(session, event)
+            keep(session, event)
             if isinstance(event, Evaluated):
                 bar.write(str(event))
                 if event.alarm:
                     bar.write(f"WARNING: {event.alarm}")
                 collapsed = event.alarm is not None and session.config["restarts"] > 0
-                if collapsed:
-                    break
-                continue
-            bar.set_postfix_str(str(event), refresh=False)
-            bar.update(event.step - bar.n)
-            if bar.disable and time.monotonic() - shown_at > QUIET_SECONDS:
-                shown_at = time.monotonic()
-                print(f"step {event.step:,} of {total:,}: {event}", flush=True)
+            elif isinstance(event, Progress):
+                bar.set_postfix_str(str(event), refresh=False)
+                bar.update(event.step - bar.n)
+                if bar.disable and time.monotonic() - shown_at > QUIET_SECONDS:
+                    shown_at = time.monotonic()
+                    print(f"step {event.step:,} of {total:,}: {event}", flush=True)
+            elif collapsed:  # and the pictures of it are kept
+                break
     return None if collapsed else finish(session, received)
 
 
 def with_next_seed(session: Session) -> Config:
     """The flags of a run that starts over, in a folder beside that of the collapsed one."""
     config = session.config
-    seed, folder = config["seed"] + 1, config["output_dir"]
+    seed = config["seed"] + 1
     session.run.save(state_of(session))
+    viz.draw_run(session.run)
     print(f"Starting over with --seed {seed}; {session.run.path} is left as it is.", flush=True)
-    if folder:
+    if folder := config["output_dir"]:
         folder = folder.removesuffix(f"-seed{config['seed']}") + f"-seed{seed}"
     changed = {"seed": seed, "restarts": config["restarts"] - 1, "output_dir": folder}
     return {**config, **changed, "resume": None}
@@ -226,9 +241,12 @@ def with_next_seed(session: Session) -> Config:
 def finish(session: Session, received: Sequence[int]) -> int:
     """Draws, saves where there is a need to, and says how the run ended."""
     trainer, run, total = session.trainer, session.run, session.config["num_steps"]
-    draw_figures(session)
-    if trainer.step < total:
-        save(session)
+    interrupted = trainer.step < total
+    if interrupted:
+        keep(session, CheckpointDue(trainer.step))
+        keep(session, SnapshotDue(trainer.step))
+    viz.draw_run(run)
+    if interrupted:
         print(
             f"Interrupted, and saved at step {trainer.step:,} of {total:,}. "
             f"Go on with: python main.py --resume {run.path}"
@@ -256,44 +274,25 @@ def save(session: Session) -> None:
         save_weights(session.trainer.air, Path(session.config["save"]))
 
 
-def inferred_scenes(trainer: Trainer, number: int) -> viz.InferredScenes:
-    """What the model finds in the first held-out scenes, for drawing."""
-    scenes = trainer.held_out.first(number)
-    inference = infer(trainer.air, scenes.images.to(trainer.images.device))
-    return viz.InferredScenes(
-        scenes.images.numpy(),
-        inference.reconstructions.cpu().numpy(),
-        inference.boxes.cpu().numpy(),
-        inference.counts.cpu().numpy(),
-        None if scenes.counts is None else scenes.counts.numpy(),
-    )
-
-
-def prior_samples(trainer: Trainer, number: int) -> Iterator[Any]:
-    """Scenes drawn from the prior, with boxes and counts, for drawing."""
-    return (part.cpu().numpy() for part in sample_prior(trainer.air, number, trainer.settings.seed))
-
-
-def draw_figures(session: Session) -> None:
-    """Draws the run's figures anew."""
-    trainer, run = session.trainer, session.run
-    scenes = inferred_scenes(trainer, PICTURES)
-    viz.save_scene_figures(run.figures, scenes, *prior_samples(trainer, PICTURES))
-    viz.save_curves(run.figures / "curves.png", run.read_metrics())
-
-
-def show(session: Session, event: Progress | Evaluated) -> None:
-    """Draws on the visdom server, where one is asked for: every --viz-every steps and results."""
-    dashboard, every = session.dashboard, session.config["viz_every"]
-    if dashboard is None:
-        return
-    if isinstance(event, Evaluated):
-        dashboard.errors(inferred_scenes(session.trainer, PICTURES))
-    elif event.step % every >= max(session.config["progress_every"], 1):
-        return
-    dashboard.curves(session.run.read_metrics())
-    dashboard.scenes(inferred_scenes(session.trainer, 16))
-    dashboard.samples(*prior_samples(session.trainer, 16))
+def keep(session: Session, event: Event) -> None:
+    """Writes down what an event brings, and draws it where that is asked for."""
+    trainer, run, dashboard = session.trainer, session.run, session.dashboard
+    shown = trainer.held_out, trainer.step, session.config["seed"], trainer.miscounted
+    if isinstance(event, CheckpointDue):
+        save(session)
+    elif isinstance(event, SnapshotDue):
+        snapshot = take_snapshot(trainer.air, *shown)
+        save_snapshot(run.snapshots, snapshot)
+        if dashboard:
+            dashboard.draw(snapshot)
+    else:
+        record = event.record()
+        run.log(record)
+        if dashboard:
+            dashboard.record(record)
+        if dashboard and isinstance(event, Progress) and dashboard.due(event.step):
+            start = time.monotonic()
+            dashboard.draw(take_snapshot(trainer.air, *shown, ON_PAGE), time.monotonic() - start)
 
 
 if __name__ == "__main__":

@@ -1,129 +1,74 @@
-"""Pictures of what AIR infers: boxes on scenes, PNG figures, and a live visdom dashboard.
+"""Draws a run: pictures of what AIR infers, curves, and an animation of how it learns.
 
-Draws NumPy arrays and computes no geometry. A box is (x0, y0, x1, y1) in pixels, x to the right, y
-down, pixel i reaching from i to i + 1. Only `Dashboard` imports visdom. M counts samples.
+    python viz.py runs/RUN          draws the figures of a run again, from its folder alone
+    python viz.py runs/RUN --gif    and learning.gif: the same scenes as they are understood better
+
+Draws what `air.snapshots` has taken and metrics.jsonl tells; the live page is `air.dashboard`.
 """
 
-import logging
-import math
-import os
-import re
-import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import argparse
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Array = NDArray[Any]
-Pictures = NDArray[np.uint8]  # [N, height, width, 3], or one picture without the N
-Record = Mapping[str, Any]  # one line of metrics.jsonl
+from air.checkpoint import RunFolder, write_atomically
+from air.curves import PANELS, History, Panel
+from air.drawing import STEP_COLOURS, WRITTEN, Pictures, draw_boxes, enlarge, sheets, tile
+from air.snapshots import InferredScenes, Snapshot, SnapshotError, load_snapshot, snapshot_files
 
-STEP_COLOURS = (  # of steps 1, 2, 3: red, green, blue as in Pyro's pictures, bright on black
-    (255, 60, 60), (40, 220, 70), (80, 140, 255), (255, 215, 40), (235, 90, 235), (50, 220, 230)
-)  # fmt: skip
-_GREY, _ORANGE = (170, 170, 170), (255, 190, 90)  # a written count, a wrong one
-_GAP, _GAP_COLOUR = 4, 235  # between tiled pictures
-_PATIENCE, _RETRY = 1.5, 30.0  # seconds to wait for visdom's answer, and after a failure
+DPI = 300  # of what is printed
+FRAMES, FRAME_MS, LAST_MS = 40, 250, 3000  # the most frames of an animation, and how long they stay
 
 
-class InferredScenes(NamedTuple):
-    """Scenes beside what was inferred in them."""
+def draw_run(run: RunFolder, gif: bool = False) -> None:
+    """Draws all figures of a run, each replaced as a whole or not at all.
 
-    images: Array  # [N, H, H] floats in [0, 1], or uint8
-    reconstructions: Array  # [N, H, H] floats, above 1 where objects add
-    boxes: Array  # [N, T, 4], may lie outside the image
-    counts: Array  # [N] steps in use: later boxes are not drawn
-    true_counts: Array | None = None  # [N]
+    `inputs`, `inferred`, `reconstructions` and `prior_samples` show up to 64 pictures, `errors`
+    scenes counted wrongly, `objects` scenes taken apart step by step; `scenes` sets eight beside
+    what is inferred in them; `curves` is of the whole run.
 
-    def pick(self, index: slice | Array) -> "InferredScenes":
-        return InferredScenes._make(None if field is None else field[index] for field in self)
+    Args:
+        run: The run's folder.
+        gif: Draw ``learning.gif`` too.
 
-
-def enlarge(images: Array, zoom: int = 4) -> Pictures:
-    """Turn images [N, H, W] into RGB pictures of sharp squares; floats are clipped to [0, 1]."""
-    if images.dtype != np.uint8:
-        images = (np.clip(np.nan_to_num(images), 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
-    return np.stack([images.repeat(zoom, axis=1).repeat(zoom, axis=2)] * 3, axis=-1)
-
-
-def draw_boxes(
-    images: Array, boxes: Array, counts: Array, zoom: int = 4, true_counts: Array | None = None
-) -> Pictures:
-    """Enlarge images [N, H, W], outline the objects in use in `STEP_COLOURS`, write the counts.
-
-    Lines lie just inside their box at the enlarged resolution. Corners may come in any order, what
-    is outside the image is cut off, and a box with NaN or infinity is left out.
+    Raises:
+        SnapshotError: If the run has no snapshot yet, or one cannot be read.
     """
-    pictures = enlarge(images, zoom)
-    truth = counts if true_counts is None else true_counts
-    for picture, outlines, count, true in zip(pictures, boxes, counts, truth, strict=True):
-        canvas = Image.fromarray(picture)
-        draw = ImageDraw.Draw(canvas)
-        for step, box in enumerate(outlines[: max(int(count), 0)]):
-            # Edges far outside move to where they are still invisible but small integers.
-            corners = np.floor(np.clip(zoom * box.astype(float), -9, max(picture.shape) + 9) + 0.5)
-            (x0, y0), (x1, y1) = np.sort(corners.reshape(2, 2), axis=0) - [[0, 0], [1, 1]]
-            if np.isfinite(box).all() and x0 <= x1 and y0 <= y1:
-                line = 1 + int(min(zoom, x1 - x0, y1 - y0) > 2)
-                draw.rectangle((x0, y0, x1, y1), None, STEP_COLOURS[step % len(STEP_COLOURS)], line)
-        size = max(picture.shape[0] // 8, 10)
-        text, colour = (f"{count}", _GREY) if count == true else (f"{count}, not {true}", _ORANGE)
-        draw.text((size // 3, 0), text, colour, ImageFont.load_default(size))
-        picture[:] = np.asarray(canvas)
-    return pictures
+    files = snapshot_files(run.snapshots)
+    if not files:
+        raise SnapshotError(f"{run.path} holds no snapshots; is it the folder of a run?")
+    snapshot = load_snapshot([*files.values()][-1])
+    run.figures.mkdir(exist_ok=True)
+    zoom = max(1, 200 // snapshot.scenes.images.shape[-1])
+    for name, sheet in sheets(snapshot, 8, zoom).items():
+        save_picture(run.figures / f"{name}.png", sheet)
+    save_figure(run.figures / "scenes.png", overview(snapshot.scenes.pick(slice(8))), dpi=100)
+    save_figure(run.figures / "curves.png", curves(History(run.read_metrics())), dpi=DPI)
+    if gif:
+        chosen = np.unique(np.linspace(0, len(files) - 1, FRAMES).round().astype(int))
+        paths = [[*files.values()][i] for i in chosen]
+        save_animation(run.figures / "learning.gif", [load_snapshot(path) for path in paths])
 
 
-def tile(pictures: Pictures, columns: int) -> Pictures:
-    """Lay pictures [N, h, w, 3] out in rows with light gaps, as one picture [height, width, 3]."""
-    count, height, width, _ = pictures.shape
-    columns = max(1, min(columns, count))
-    rows = max(1, math.ceil(count / columns))  # no pictures make one blank cell
-    cells = np.full((rows * columns, height + _GAP, width + _GAP, 3), _GAP_COLOUR, np.uint8)
-    cells[:count, :height, :width] = pictures
-    grid = cells.reshape(rows, columns, height + _GAP, width + _GAP, 3).swapaxes(1, 2)
-    return grid.reshape(rows * (height + _GAP), columns * (width + _GAP), 3)[:-_GAP, :-_GAP]
+def save_picture(path: Path, picture: Pictures) -> None:
+    """Writes an RGB picture [height, width, 3] as PNG, to be printed at `DPI`."""
+    image = Image.fromarray(picture)
+    write_atomically(path, lambda file: image.save(file, "PNG", dpi=(DPI, DPI)))
 
 
-def save_scene_figures(
-    folder: Path, scenes: InferredScenes, samples: Array, sample_boxes: Array, sample_counts: Array
-) -> None:
-    """Write PNG files into `folder`, made if missing; each is replaced as a whole or not at all.
-
-    `inputs`, `inferred`, `reconstructions` and `prior_samples` show up to 64 pictures; `scenes`
-    sets eight scenes, those that are not empty first, beside what is inferred in them.
-    `samples` [M, H, H] come with `sample_boxes` [M, T, 4] and `sample_counts` [M].
-    """
-    images, reconstructions, boxes, counts, true_counts = scenes.pick(slice(64))
-    sheets = {
-        "inputs": enlarge(images),
-        "inferred": draw_boxes(images, boxes, counts, true_counts=true_counts),
-        "reconstructions": enlarge(reconstructions),
-        "prior_samples": draw_boxes(samples[:64], sample_boxes[:64], sample_counts[:64]),
-    }
-    for name, pictures in sheets.items():
-        _save(Path(folder, f"{name}.png"), Image.fromarray(tile(pictures, 8)).save)
-    eight = scenes.pick(np.argsort(~scenes.images.any((1, 2)), kind="stable")[:8])
-    _save(Path(folder, "scenes.png"), FigureCanvasAgg(_overview(eight)).print_png)
+def save_figure(path: Path, figure: Figure, dpi: int) -> None:
+    """Writes a figure as PNG, whatever matplotlibrc says."""
+    figure.set_dpi(dpi)
+    write_atomically(path, FigureCanvasAgg(figure).print_png)
 
 
-def _save(path: Path, write: Callable[..., object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _overview(scenes: InferredScenes) -> Figure:
+def overview(scenes: InferredScenes) -> Figure:
     """Rows of inputs, boxes and reconstructions, meant to be shown at half its size."""
     images, reconstructions, boxes, counts, true_counts = scenes
     zoom = max(1, 200 // images.shape[-1])
@@ -145,156 +90,121 @@ def _overview(scenes: InferredScenes) -> Figure:
     return figure
 
 
-_PANELS = {
-    "elbo": {"title": "ELBO (higher is better)", "ylabel": "nats per image"},
-    "accuracy": {"title": "Held-out count accuracy", "ylabel": "scenes counted right (%)"},
-}
-_CURVES = {  # key in a record -> panel, label, colour of Okabe and Ito's colour-blind-safe set
-    "elbo": ("elbo", "training batches", "#56B4E9"),
-    "eval_elbo": ("elbo", "held-out scenes", "#D55E00"),
-    "empty_elbo": ("elbo", "empty canvas", "#777777"),
-    "accuracy_mode": ("accuracy", "most probable count", "#0072B2"),
-    "accuracy_sample": ("accuracy", "sampled count", "#E69F00"),
-}
+def curves(history: History) -> Figure:
+    """All curves of a run that have points, its counts and its confusion matrix; 180 mm wide."""
+    panels = [p for p in PANELS if any(history.points(c.key)[0] for c in p.curves)]
+    latest = history.latest
+    draw: list[Callable[[Axes], None]] = [_panel_drawer(panel, history) for panel in panels]
+    if "confusion" in latest:
+        draw.append(lambda axes: _draw_confusion(axes, latest["confusion"]))
+    if "count_histogram" in latest:
+        draw.append(lambda axes: _draw_histogram(axes, latest["count_histogram"]))
+    columns = 3
+    rows = max(1, -(-len(draw) // columns))
+    figure = Figure((10.8, 3 * rows))
+    figure.subplots_adjust(0.07, 0.18 / rows, 0.99, 1 - 0.1 / rows, wspace=0.3, hspace=0.42)
+    for axes in np.ravel(figure.subplots(rows, columns)):
+        if draw:
+            draw.pop(0)(axes)
+        else:
+            axes.set_visible(False)
+    return figure
 
 
-def _points(records: Sequence[Record], key: str) -> dict[float, float | None]:
-    """{step: value}, accuracies in percent; None, a gap in the curve, for what is not finite."""
-    scale = 100.0 if key.startswith("accuracy") else 1.0
-    found = {float(r["step"]): scale * float(r[key]) for r in records if r.get(key) is not None}
-    return {step: value if math.isfinite(value) else None for step, value in found.items()}
+def _panel_drawer(panel: Panel, history: History) -> Callable[[Axes], None]:
+    return lambda axes: _draw_panel(axes, panel, history)
 
 
-def save_curves(path: Path, records: Sequence[Record]) -> None:
-    """Draw the records of metrics.jsonl as a PNG file: ELBO, count accuracy, confusion matrix.
-
-    Beside its `step` a record may hold `elbo`, `eval_elbo`, `empty_elbo` (nats per image),
-    `accuracy_mode`, `accuracy_sample` (fractions) and `confusion` (true x inferred), or None.
-    """
-    figure = Figure((12, 3.8), dpi=150, layout="constrained")
-    elbo, accuracy, axes = figure.subplots(1, 3, width_ratios=[5, 5, 4])
-    _draw_panel(elbo, records, "elbo")
-    _draw_panel(accuracy, records, "accuracy")
-    axes.set(title="Last confusion matrix (scenes)", xlabel="inferred count", ylabel="true count")
-    matrices = [r["confusion"] for r in records if r.get("confusion") is not None]
-    matrix = np.asarray(matrices[-1] if matrices else [[0]], float)
-    axes.set_visible(bool(matrices))
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    axes.set(xticks=range(matrix.shape[1]), yticks=range(matrix.shape[0]))
-    size = min(10.0, 70 / matrix.shape[1])
-    for (true, inferred), scenes in np.ndenumerate(matrix):
-        ink = "white" if shares[true, inferred] > 0.55 else "black"
-        axes.text(inferred, true, f"{scenes:,.0f}", color=ink, ha="center", va="center", size=size)
-    _save(path, FigureCanvasAgg(figure).print_png)
-
-
-def _draw_panel(axes: Axes, records: Sequence[Record], panel: str) -> None:
-    drawn: list[Array] = []
-    for key, (place, label, colour) in _CURVES.items():
-        points = _points(records, key) if place == panel else {}
-        values = np.array([*points.values()], float)
-        finite = values[np.isfinite(values)]
-        if finite.size:
-            line = {"elbo": "-", "empty_elbo": ":"}.get(key, "o-") if finite.size > 1 else "o"
-            label = f"{label}: {finite[-1]:.1f}"
-            axes.plot([*points], values, line, color=colour, label=label, markersize=4, lw=0.9)
-            drawn.append(finite)
-    axes.set(xlabel="step", xlim=(0, None), ylim=(0, 102), **_PANELS[panel])
+def _draw_panel(axes: Axes, panel: Panel, history: History) -> None:
+    shown = []
+    for curve in panel.curves:
+        steps, values = history.points(curve.key)
+        finite = [value for value in values if value is not None]
+        if not finite:
+            continue
+        shown.append(values)
+        few = curve.style == "points" or len(values) == 1
+        line = {"line": "-", "points": "-", "dotted": ":"}[curve.style] + ("o" if few else "")
+        label = f"{curve.label}: {finite[-1]:.4g}"
+        axes.plot(
+            steps, np.array(values, float), line, color=curve.colour, label=label, ms=2.5, lw=0.9
+        )
+    axes.set(xlabel="step", ylabel=panel.unit, xlim=(0, None))
+    axes.set_title(panel.title, size="medium")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.93")
-    if drawn:
-        axes.legend(loc="lower right", title="last value", fontsize="small")
-    if drawn and panel == "elbo":  # the first steps, far below, shall not flatten the rest
-        low = min(np.percentile(np.concatenate(drawn), 4), *(finite[-1] for finite in drawn))
-        high = max(finite.max() for finite in drawn)
-        axes.set_ylim(1.05 * low - 0.05 * high - 1, 1.05 * high - 0.05 * low + 1)
+    scale, limits = panel.y_axis(shown)
+    axes.set(yscale=scale, ylim=limits)
+    if shown:
+        axes.legend(title="last value", fontsize="x-small", title_fontsize="x-small")
 
 
-class Dashboard:
-    """Plots on a visdom server, in windows that are made once and then updated in place.
+def _draw_confusion(axes: Axes, matrix: Sequence[Sequence[int]]) -> None:
+    scenes = np.asarray(matrix, float)
+    shares = scenes / np.maximum(scenes.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set(xticks=range(scenes.shape[1]), yticks=range(scenes.shape[0]))
+    axes.set(xlabel="inferred count", ylabel="true count")
+    axes.set_title("Held-out scenes", size="medium")
+    size = min(10.0, 60 / scenes.shape[1])
+    for (true, inferred), number in np.ndenumerate(scenes):
+        ink = "white" if shares[true, inferred] > 0.55 else "black"
+        axes.text(inferred, true, f"{number:,.0f}", color=ink, ha="center", va="center", size=size)
 
-    A server that fails later on costs one warning and about 3 s in every 30 s; it never raises.
-    Curves are kept here and sent whole, so they survive a restart of the server.
 
-    Raises:
-        ConnectionError: No server answers.
-        ModuleNotFoundError: visdom is not installed.
-    """
+def _draw_histogram(axes: Axes, histogram: Sequence[int]) -> None:
+    axes.bar(range(len(histogram)), histogram, color="#0072B2", width=0.6)
+    axes.set(xticks=range(len(histogram)), xlabel="inferred count", ylabel="held-out scenes")
+    axes.set_title("Scenes by inferred count", size="medium")
+    axes.spines[["top", "right"]].set_visible(False)
 
-    def __init__(self, env: str, server: str = "http://localhost", port: int = 8097) -> None:
-        self._address, self._retry_at = f"{server}:{port}", 0.0
-        self._curves: dict[str, dict[float, float | None]] = {key: {} for key in _CURVES}
-        logging.getLogger("visdom").setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from visdom import Visdom
 
-            class Client(Visdom):
-                session: Any
+def save_animation(path: Path, snapshots: Sequence[Snapshot]) -> None:
+    """Writes a GIF of the first eight scenes at one snapshot after another."""
+    palette = Image.new("P", (1, 1))  # the same for all, and with every colour that is drawn
+    greys = np.linspace(0, 255, 128).round().astype(np.uint8)[:, None].repeat(3, 1)
+    palette.putpalette(np.concatenate((greys, STEP_COLOURS, WRITTEN)).astype(np.uint8).tobytes())
+    frames = [
+        Image.fromarray(_frame(snapshot)).quantize(palette=palette, dither=Image.Dither.NONE)
+        for snapshot in snapshots
+    ]
+    stay = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
+    write_atomically(
+        path,
+        lambda file: frames[0].save(
+            file, "GIF", save_all=True, append_images=frames[1:], duration=stay, loop=0
+        ),
+    )
 
-                def _handle_post(self, url: str, data: str | None = None) -> str:
-                    self.session.trust_env = not re.match(r"https?://(localhost|127\.|\[::1)", url)
-                    response = self.session.post(url, data=data, timeout=_PATIENCE)
-                    response.raise_for_status()
-                    return str(response.text)
 
-            try:  # visdom would split the name of an environment at a slash
-                env = re.sub(r"[^\w.-]", "_", env)
-                self._client = Client(
-                    server, port=port, env=env, raise_exceptions=True, use_incoming_socket=False
-                )
-            except ConnectionError:
-                what = f"no visdom server answers at {self._address}; start one with:"
-                raise ConnectionError(f"{what} python -m visdom.server -port {port}") from None
+def _frame(snapshot: Snapshot) -> Pictures:
+    """Scenes with boxes over their reconstructions, under the number of the step."""
+    scenes = snapshot.scenes.pick(slice(8))
+    images, reconstructions, boxes, counts, true_counts = scenes
+    zoom = max(1, 100 // images.shape[-1])
+    inferred = draw_boxes(images, boxes, counts, zoom, true_counts)
+    sheet = tile(np.concatenate((inferred, enlarge(reconstructions, zoom))), len(images))
+    canvas = Image.new("RGB", (sheet.shape[1], sheet.shape[0] + 24), "white")
+    canvas.paste(Image.fromarray(sheet), (0, 24))
+    font = ImageFont.load_default(16)
+    ImageDraw.Draw(canvas).text((4, 2), f"step {snapshot.step:,}", "black", font)
+    return np.asarray(canvas)
 
-    def curves(self, records: Sequence[Record]) -> None:
-        """Add records (see `save_curves`) to windows `elbo` and `accuracy`, thinned if many."""
-        for key, points in self._curves.items():
-            ordered = sorted((points | _points(records, key)).items())
-            self._curves[key] = dict(ordered[:: -max(1, len(ordered) // 1000)][::-1])
-        for panel in _PANELS:
-            self._try(self._draw_curves, panel)
 
-    def scenes(self, scenes: InferredScenes) -> None:
-        """Show the first scenes in the windows `inferred` and `reconstructions`."""
-        self._try(self._show, "inferred", scenes)
-        self._try(self._show, "reconstructions", scenes._replace(images=scenes.reconstructions))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draws the run that the command line names; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Draws the figures of a run again.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
+    parser.add_argument("--gif", action="store_true", help="also draw learning.gif")
+    arguments = parser.parse_args(argv)
+    run = RunFolder(arguments.run)
+    try:
+        draw_run(run, arguments.gif)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(f"Pictures and curves are in {run.figures}.")
+    return 0
 
-    def samples(self, samples: Array, boxes: Array, counts: Array) -> None:
-        """Show scenes [M, H, H] drawn from the prior with their boxes in the window `samples`."""
-        self._try(self._show, "samples", InferredScenes(samples, samples, boxes, counts))
 
-    def errors(self, scenes: InferredScenes) -> None:
-        """Show the wrongly counted ones of these scenes in the window `errors`."""
-        if scenes.true_counts is not None:
-            bad = scenes.pick(scenes.counts != scenes.true_counts)
-            self._try(self._show, "errors", bad, f"errors: {len(bad.counts)} of {len(scenes[0])}")
-
-    def _show(self, win: str, scenes: InferredScenes, title: str = "") -> None:
-        images, _, boxes, counts, true_counts = scenes.pick(slice(16))
-        zoom = max(1, 150 // images.shape[-1])
-        sheet = tile(draw_boxes(images, boxes, counts, zoom, true_counts), 4)
-        self._client.image(sheet.transpose(2, 0, 1), win=win, opts={"title": title or win})
-
-    def _draw_curves(self, panel: str) -> None:
-        traces = [  # the page's smoothing reads marker.line
-            {"x": [*self._curves[key]], "y": [*self._curves[key].values()], "name": label}
-            | {"type": "scatter", "line": {"color": colour}, "marker": {"line": {}}}
-            | {"mode": "lines" if key == "elbo" else "lines+markers"}
-            for key, (place, label, colour) in _CURVES.items()
-            if place == panel
-        ]
-        opts, unit = {"title": _PANELS[panel]["title"]}, {"text": _PANELS[panel]["ylabel"]}
-        layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": unit}}
-        self._client._send({"data": traces, "win": panel, "layout": layout, "opts": opts})
-
-    def _try(self, draw: Callable[..., None], *arguments: object) -> None:
-        try:
-            if time.monotonic() >= self._retry_at:
-                draw(*arguments)
-                self._retry_at = 0.0
-        except Exception as error:
-            if not self._retry_at:
-                logging.getLogger("air").warning("no plots: visdom at %s: %s", self._address, error)
-            self._retry_at = time.monotonic() + _RETRY
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,7 @@
     metrics.jsonl   one object per line: progress and evaluations
     checkpoint.pt   weights, optimiser, step and random state, from which a run goes on
     evaluation.json the last evaluation with the importance-weighted bound, where it is asked for
+    snapshots/      what the model made of its scenes at certain steps
     figures/        pictures
 
 Only tensors and plain values are stored, and read with ``weights_only=True``.
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FORMAT = 2  # of checkpoint.pt; raise it when programs before and after cannot read each other's
+FORMAT = 3  # of checkpoint.pt; raise it when programs before and after cannot read each other's
 
 
 class CheckpointError(ValueError):
@@ -52,6 +53,7 @@ class RunFolder:
         self.checkpoint = path / "checkpoint.pt"
         self.metrics = path / "metrics.jsonl"
         self.figures = path / "figures"
+        self.snapshots = path / "snapshots"
 
     @classmethod
     def create(cls, name: str | Path | None, seed: int) -> "RunFolder":
@@ -98,17 +100,27 @@ class RunFolder:
             file.write(json.dumps(_finite(record)) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, less one that was cut off in writing."""
+        """The lines of metrics.jsonl, less one that was cut off in writing.
+
+        Raises:
+            CheckpointError: If one of them is no record.
+        """
         if not self.metrics.exists():
             return []
         whole = [line for line in self.metrics.read_text().splitlines(True) if line[-1] == "\n"]
-        return [json.loads(line) for line in whole]
+        try:
+            return [dict(json.loads(line)) for line in whole]
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.metrics} holds a line that is no record") from error
 
-    def rewind_metrics(self, step: int, finished: bool = False) -> None:
-        """Drops the lines that a run which goes on from `step` writes again.
+    def rewind(self, step: int, finished: bool = False) -> None:
+        """Drops the metrics and snapshots that a run which goes on from `step` writes again.
 
-        Those are the lines after it and, of a run that has taken its last step, the evaluation.
+        Those are the ones after it and, of a run that has taken its last step, the evaluation.
         """
+        for path in self.snapshots.glob("*.npz"):
+            if path.stem.isdecimal() and int(path.stem) > step:
+                path.unlink()
         kept = [
             record
             for record in self.read_metrics()

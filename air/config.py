@@ -29,8 +29,9 @@ DEFAULTS: dict[str, Any] = {
     "device": "auto",
     "threads": 1,  # more gain little on these small nets, and lose much on a busy machine
     "viz": False,
-    "viz_every": 100,
-    "visdom_env": "main",
+    "viz_every": None,
+    "viz_log": None,
+    "visdom_env": None,
     "visdom_server": "http://localhost",
     "visdom_port": 8097,
     "restarts": 0,
@@ -44,8 +45,8 @@ COMPILING_PAYS = 5000  # steps; some 2,500 save the time that compiling takes (t
 RESUMABLE = {
     "num_steps", "progress_every", "eval_every", "eval_scenes", "save_every", "save", "restarts",
     "alarm_after", "evaluate", "iwae_samples", "iwae_scenes", "device", "threads", "viz",
-    "viz_every", "visdom_env", "visdom_server", "visdom_port", "verbose", "resume", "data",
-    "mnist_dir", "cache_dir",
+    "viz_every", "viz_log", "visdom_env", "visdom_server", "visdom_port", "verbose", "resume",
+    "data", "mnist_dir", "cache_dir",
 }  # fmt: skip
 # What a model is, beside its weights: a checkpoint of it brings these along.
 _OF_THE_MODEL = {*AIR_ARGUMENTS.values(), "z_pres_prior", "z_pres_prior_raw"}

@@ -1,91 +1,19 @@
 """How good a model is on held-out scenes: count accuracy, confusion, ELBO."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
 import torch
 from numpy.typing import NDArray
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from air.air import AIR
 from air.boxes import score_boxes, tight_boxes
-from air.priors import PresencePrior, geometric_count_prior
-from air.spatial_transformer import window_boxes
+from air.inference import forked_rng, infer
+from air.priors import PresencePrior
 
-
-@contextmanager
-def forked_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's generators for the block, and puts them back as they were after it."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-class _MeanPath(Messenger):
-    """Runs the guide with every step active and z_where and z_what at their means.
-
-    The guide depends on z_pres only through stopping, so this one path gives every q(n).
-    """
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"].startswith("z_"):
-            mean = msg["fn"].mean
-            msg["value"] = torch.ones_like(mean) if msg["name"].startswith("z_pres") else mean
-            msg["done"] = True
-
-
-class Inference(NamedTuple):
-    """What the guide finds in a batch of images, without sampling."""
-
-    count_probs: Tensor  # q(n) for n = 0..T, [B, T + 1]
-    counts: Tensor  # its mode, [B]
-    z_where: Tensor  # means, [B, T, 3]; those of steps >= count are not in use
-    boxes: Tensor  # (x0, y0, x1, y1) of the windows in pixels, [B, T, 4]
-    objects: Tensor  # each painted alone, [B, T, H, H]
-    reconstructions: Tensor  # the canvas of the first `counts` of them, [B, H, H]
-
-
-@torch.no_grad()
-def infer(air: AIR, images: Tensor) -> Inference:
-    """Infers counts, windows and reconstructions for images, [B, H, H].
-
-    q(n) = (1 - q_{n+1}) * q_1 * ... * q_n, where q_t = q(z_pres_t = 1 | z_pres_{t-1} = 1, x)
-    along the path on which z_where and z_what are at their means.
-    """
-    trace: Any = poutine.trace(_MeanPath()(air.guide)).get_trace(images)
-    steps = range(air.num_steps)
-    going_on = torch.cat([trace.nodes[f"z_pres_{t}"]["fn"].mean for t in steps], 1)  # [B, T]
-    none = torch.zeros_like(going_on[:, :1])
-    reached = torch.cat((1 - none, going_on.cumprod(1)), 1)  # q(n >= t)
-    count_probs = reached * torch.cat((1 - going_on, 1 - none), 1)
-    counts = count_probs.argmax(1)
-
-    z_where, z_what = (
-        [trace.nodes[f"{kind}_{t}"]["value"] for t in steps] for kind in ("z_where", "z_what")
-    )
-    objects = air.paint(z_where, z_what).transpose(0, 1)
-    in_use = torch.arange(air.num_steps, device=counts.device) < counts[:, None]
-    canvas = (objects * in_use[:, :, None, None]).sum(1)
-    where = torch.stack(z_where, 1)
-    boxes = window_boxes(where, air.x_size)
-    return Inference(count_probs, counts, where, boxes, objects, canvas)
-
-
-@torch.no_grad()
-def sample_prior(air: AIR, number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws scenes from the prior with all counts equally likely: [N, H, H], boxes and counts.
-
-    Under the count prior of training nearly all would be empty. The boxes are as in `Inference`.
-    """
-    presence = geometric_count_prior(1.0, air.num_steps)
-    with forked_rng(seed, air.h_init.device):
-        (z_where, z_pres), canvas = air.prior(number, presence.__getitem__)
-    boxes = window_boxes(torch.stack(z_where, 1), air.x_size)
-    return canvas, boxes, torch.cat(z_pres, 1).sum(1).long()
+MISCOUNTED = 16  # wrongly counted scenes that an evaluation names
 
 
 class ElboTerms(NamedTuple):
@@ -96,6 +24,7 @@ class ElboTerms(NamedTuple):
     kl_where: Tensor
     kl_what: Tensor
     counts: Tensor  # of the same sample
+    baseline_squares: Tensor  # the baseline's squared errors, summed over the steps it is used at
 
     @property
     def elbo(self) -> Tensor:
@@ -111,15 +40,23 @@ def sample_elbo(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None =
     model: Any = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(**arguments)
     guide.compute_log_prob()
     model.compute_log_prob()
-    steps = range(air.num_steps)
+    presence = [guide.nodes[f"z_pres_{t}"] for t in range(air.num_steps)]
 
-    def kl(kind: str) -> Tensor:
-        names = [f"{kind}_{t}" for t in steps]
-        return sum(guide.nodes[n]["log_prob"] - model.nodes[n]["log_prob"] for n in names)
+    def costs(kind: str) -> Tensor:  # [T, B]
+        names = [f"{kind}_{t}" for t in range(air.num_steps)]
+        return torch.stack([guide.nodes[n]["log_prob"] - model.nodes[n]["log_prob"] for n in names])
 
-    counts = sum(guide.nodes[f"z_pres_{t}"]["value"][:, 0] for t in steps).long()
+    pres, where, what = costs("z_pres"), costs("z_where"), costs("z_what")
     likelihood = model.nodes["obs"]["log_prob"]
-    return ElboTerms(likelihood, kl("z_pres"), kl("z_where"), kl("z_what"), counts)
+    squares = torch.zeros_like(likelihood)
+    if air.use_baselines:
+        baseline = torch.stack([node["infer"]["baseline"]["baseline_value"] for node in presence])
+        # Of each z_pres_t the ELBO's terms that depend on it: its own and all that come after.
+        to_go = likelihood - (pres + where + what).flip(0).cumsum(0).flip(0)
+        used = torch.stack([torch.ones_like(squares)] + [n["value"][:, 0] for n in presence[:-1]])
+        squares = (used * (to_go - baseline) ** 2).sum(0)
+    counts = sum(node["value"][:, 0] for node in presence).long()
+    return ElboTerms(likelihood, pres.sum(0), where.sum(0), what.sum(0), counts, squares)
 
 
 @torch.no_grad()
@@ -181,6 +118,8 @@ class Evaluation(NamedTuple):
     box_iou: float | None = None  # of the objects as painted; see `boxes.BoxScores`
     box_f1: float | None = None
     box_ap: float | None = None
+    miscounted: list[int] | None = None  # the first scenes whose count (mode) is wrong, by index
+    baseline_error: float | None = None  # root mean square of what the baseline is wrong by, nats
 
 
 def confusion_matrix(true: Tensor, inferred: Tensor, num_steps: int) -> Tensor:
@@ -226,6 +165,7 @@ def evaluate(
     count_probs, boxes, *terms = map(torch.cat, zip(*parts, strict=True))
     sampled, mode = ElboTerms(*terms), count_probs.argmax(1)
     elbo, elbo_se = mean_and_se(sampled.elbo)
+    bound, bound_se = mean_and_se(torch.cat(bounds)) if iwae_samples else (None, None)
     return Evaluation(
         elbo,
         elbo_se,
@@ -234,7 +174,9 @@ def evaluate(
         float(sampled.kl_where.mean()),
         float(sampled.kl_what.mean()),
         torch.bincount(mode, minlength=air.num_steps + 1).tolist(),
-        *(mean_and_se(torch.cat(bounds)) if iwae_samples else (None, None)),
+        bound=bound,
+        bound_se=bound_se,
+        **_baseline_error(sampled, air),
         **_against_truth(scenes, count_probs, sampled.counts, boxes),
     )
 
@@ -246,6 +188,14 @@ def _measure(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None) -> 
     return tuple(part.cpu() for part in measured)
 
 
+def _baseline_error(sampled: ElboTerms, air: AIR) -> dict[str, Any]:
+    """Over the steps that decided on an object: those taken, and the one that ended the scene."""
+    if not air.use_baselines:
+        return {}
+    decisions = (sampled.counts + 1).clamp(max=air.num_steps).sum()
+    return {"baseline_error": math.sqrt(sampled.baseline_squares.double().sum() / decisions)}
+
+
 def _against_truth(
     scenes: HeldOut, count_probs: Tensor, sampled_counts: Tensor, boxes: Tensor
 ) -> dict[str, Any]:
@@ -254,7 +204,8 @@ def _against_truth(
         return {}
     true, mode = scenes.counts.cpu().long(), count_probs.argmax(1)
     right = (mode == true).double()
-    measures = {
+    measures: dict[str, Any] = {
+        "miscounted": (mode != true).nonzero()[:MISCOUNTED, 0].tolist(),
         "accuracy_mode": float(right.mean()),
         "accuracy_sample": float((sampled_counts == true).double().mean()),
         "confusion": confusion_matrix(true, mode, count_probs.size(1) - 1).tolist(),

@@ -13,7 +13,11 @@ class Progress:
     step: int
     elbo: float  # of the training batches, nats per image; NaN if no step counted
     skipped: int  # of these steps, for a loss or gradient that was not finite
+    grad_norm: float  # mean over steps that counted, before clipping, nats per image
+    learning_rate: float
+    z_pres_prior_p: list[float]  # the prior's probabilities of a further object, step by step
     images_per_second: float
+    steps_per_second: float
     seconds: float  # of training, evaluations left out
 
     def record(self) -> dict[str, Any]:
@@ -70,10 +74,17 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class SnapshotDue:
+    """The moment for a picture of what the model makes of its scenes."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class CheckpointDue:
     """The moment to save `Trainer.state_dict`."""
 
     step: int
 
 
-Event = Progress | Evaluated | CheckpointDue
+Event = Progress | Evaluated | SnapshotDue | CheckpointDue

@@ -219,10 +219,29 @@ def _add_output(add: Add) -> None:
     add("--iwae-samples", type=COUNT, help="importance-weighted samples of each scene")
     add("--iwae-scenes", type=COUNT, help="held-out scenes in that bound, the first so many")
     add("--alarm-after", type=NATURAL, help="steps before a sign of collapse is an alarm")
-    add("--viz", action="store_true", help="draw curves and scenes live on a visdom server")
-    add("--viz-every", type=COUNT, help="steps between drawings")
-    add("--visdom-env", metavar="NAME", help="visdom environment to draw in")
-    add("--visdom-server", metavar="URL", help="address of the visdom server")
+    add(
+        "--viz",
+        action=argparse.BooleanOptionalAction,
+        help="draw curves and scenes live on a visdom server",
+    )
+    add(
+        "--viz-every",
+        type=COUNT,
+        help="steps between drawings, rounded up to --progress-every (default: 100, or more where "
+        "drawing would take more than a twentieth of the time)",
+    )
+    add("--viz-log", metavar="FILE", help="record the drawings in a new file, to replay in visdom")
+    add(
+        "--visdom-env",
+        metavar="NAME",
+        help="visdom environment to draw in (default: air_ and the name of the run's folder)",
+    )
+    add(
+        "--visdom-server",
+        metavar="URL",
+        help="address of the visdom server; a login is taken from VISDOM_USERNAME and "
+        "VISDOM_PASSWORD",
+    )
     add("--visdom-port", type=number(int, at_least=1, at_most=65535), help="its port")
     add(
         "--data",

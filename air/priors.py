@@ -90,7 +90,7 @@ class AnnealedPresencePrior:
         self.initial = tuple(probs)
         self.final, self.begin, self.duration = final, begin, duration
         self.probs = torch.tensor(self.initial, device=device)
-        self._now = list(self.initial)
+        self.now = list(self.initial)
 
     def set_step(self, step: int) -> None:
         """Moves on to the given optimisation step, counted from one."""
@@ -99,10 +99,10 @@ class AnnealedPresencePrior:
         now = [
             anneal(p, self.final, self.begin, self.duration, self.kind, step) for p in self.initial
         ]
-        if now != self._now:  # writing to the device has its price
+        if now != self.now:  # writing to the device has its price
             for prob, value in zip(self.probs, now, strict=True):
                 prob.fill_(value)
-        self._now = now
+        self.now = now
 
     def __call__(self, t: int) -> Tensor:
         return self.probs[t]

@@ -62,6 +62,8 @@ class SVI:
 
     Attributes:
         skipped: Whether the last step was such a one, a tensor of one bool.
+        grad_norm: Norm of its gradient before clipping, over the optimiser's first group of
+            parameters and for a cost per image, a tensor of one number.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class SVI:
         self.optim = optim
         self.loss = loss
         self.skipped = torch.zeros((), dtype=torch.bool)
+        self.grad_norm = torch.zeros(())
         self._parameters = [p for group in optim.param_groups for p in group["params"]]
 
     def step(self, data: Tensor, *args: Any, **kwargs: Any) -> float:  # noqa: ANN401
@@ -96,14 +99,16 @@ class SVI:
     def _update(self, loss: Tensor, number: int) -> None:
         """Changes the weights by their gradients, clipped; `number` images went into the loss."""
         finite = loss.isfinite()
-        for group in self.optim.param_groups:
+        for i, group in enumerate(self.optim.param_groups):
             gradients = [p.grad for p in group["params"] if p.grad is not None]
             if not gradients:
                 continue
             norm = nn.utils.get_total_norm(gradients)
             finite = finite & norm.isfinite()
-            if group.get("clip_grad_norm") is not None:
+            if i == 0:
                 # The plate multiplies every cost, and so the gradient, by the number of images.
+                self.grad_norm = norm / number
+            if group.get("clip_grad_norm") is not None:
                 bound = group["clip_grad_norm"] * number
                 nn.utils.clip_grads_with_norm_(group["params"], bound, norm)
         self.skipped = ~finite
@@ -149,7 +154,7 @@ class CompiledSVI(SVI):
         self.compiler = compiler
         self._compiled: dict[Any, LossAndGrads | None] = {}
         self._taken: Counter[Any] = Counter()  # steps on a GPU, until they are recorded
-        self._recorded: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._recorded: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
         optim.register_load_state_dict_post_hook(self._forget)
 
     def advance(self, data: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
@@ -157,7 +162,7 @@ class CompiledSVI(SVI):
             return super().advance(data, *args, **kwargs)
         key = data.data_ptr(), *_key(data, args, kwargs)
         if key in self._recorded:
-            graph, loss, self.skipped = self._recorded[key]
+            graph, loss, self.skipped, self.grad_norm = self._recorded[key]
             graph.replay()
             return loss
         loss = super().advance(data, *args, **kwargs)
@@ -205,11 +210,11 @@ class CompiledSVI(SVI):
 
     def _record(
         self, data: Tensor, args: Arguments, kwargs: Keywords
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        """A whole step as a CUDA graph, its loss and `skipped`; nothing runs or is drawn here."""
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+        """A step as a CUDA graph, its loss, `skipped` and `grad_norm`; nothing runs here."""
         for group in self.optim.param_groups:
             group["capturable"] = True
-        last_skipped = self.skipped
+        last = self.skipped, self.grad_norm
         graph = torch.cuda.CUDAGraph()
         try:
             stream = torch.cuda.Stream(data.device)  # type: ignore[no-untyped-call]
@@ -217,8 +222,9 @@ class CompiledSVI(SVI):
                 loss = super().advance(data, *args, **kwargs)
         except Exception as error:  # the device is in no state to go on
             raise RecordingError(f"no CUDA graph of the step: {_line(error)}") from error
-        skipped, self.skipped = self.skipped, last_skipped
-        return graph, loss, skipped
+        recorded = graph, loss, self.skipped, self.grad_norm
+        self.skipped, self.grad_norm = last
+        return recorded
 
     def _forget(self, optim: torch.optim.Optimizer) -> None:
         """Drops recorded steps: the optimiser's state, which they write to, is another now."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from air.air import AIR
 from air.alarms import collapse_alarm, empty_canvas_elbo
 from air.evaluation import HeldOut, evaluate
-from air.events import CheckpointDue, Evaluated, Event, Progress
+from air.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
 from air.marginal import MarginalAIR
 from air.priors import (
     DEFAULT_COUNT_RATIO,
@@ -64,26 +64,27 @@ class Tally:
 
     def __init__(self, device: torch.device) -> None:
         self.steps = 0
-        self.sums = torch.zeros(3, device=device)
-        # The sum of the ELBOs of steps that counted; how many did not, and how many of these
-        # follow upon one another up to now.
-        self.elbo, self.skipped, self.in_a_row = self.sums.unbind()
+        self.sums = torch.zeros(4, device=device)
+        # Sums over the steps that counted; how many did not, and how many of these follow upon
+        # one another up to now.
+        self.elbo, self.grad_norm, self.skipped, self.in_a_row = self.sums.unbind()
 
-    def add(self, elbo: Tensor, skipped: Tensor) -> None:
+    def add(self, elbo: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
         """Counts one step."""
         self.steps += 1
         self.elbo += torch.where(skipped, 0.0, elbo)
+        self.grad_norm += torch.where(skipped, 0.0, grad_norm)
         self.skipped += skipped
         self.in_a_row += 1
         self.in_a_row *= skipped
 
-    def read(self) -> tuple[float, int]:
-        """The steps' mean ELBO, and how many of them were skipped; begins anew."""
-        elbo, skipped, _ = self.sums.tolist()
-        counted = self.steps - skipped
+    def read(self) -> tuple[float, float, int]:
+        """The steps' mean ELBO and gradient norm, and how many were skipped; begins anew."""
+        elbo, grad_norm, skipped, _ = self.sums.tolist()
+        counted = self.steps - skipped or math.nan
         self.steps = 0
-        self.sums[:2] = 0
-        return elbo / counted if counted else math.nan, int(skipped)
+        self.sums[:3] = 0
+        return elbo / counted, grad_norm / counted, int(skipped)
 
     def check(self) -> None:
         """Ends training that does not move any more.
@@ -129,6 +130,7 @@ class Trainer:
         self.seconds = 0.0  # of training, evaluations and pictures left out
         self._factor = 1.0  # of the learning rates, as they stand in the optimiser
         self.stop_requested = False
+        self.miscounted: list[int] = []  # some scenes of the last evaluation
         self.tally = Tally(images.device)
 
     def train(self) -> Iterator[Event]:
@@ -137,6 +139,8 @@ class Trainer:
         The state is whole at every event, so that it can be saved there.
         """
         settings = self.settings
+        if self.step == 0 < settings.num_steps:
+            yield SnapshotDue(0)
         start, since, since_step = time.perf_counter(), self.seconds, self.step
         while self.step < settings.num_steps and not self.stop_requested:
             self._take_step()
@@ -144,23 +148,24 @@ class Trainer:
             progress = last or _due(self.step, settings.progress_every)
             evaluation = not last and _due(self.step, settings.eval_every)
             checkpoint = not last and _due(self.step, settings.save_every)
-            if not (progress or evaluation or checkpoint or self.stop_requested):
+            snapshot = evaluation or checkpoint or (not last and _is_early(self.step))
+            if not (progress or snapshot or self.stop_requested):
                 continue
             self.tally.check()  # waits for the device
             self.seconds += time.perf_counter() - start
             if progress:
-                images = (self.step - since_step) * min(settings.batch_size, len(self.images))
-                rate = images / max(self.seconds - since, 1e-9)
-                elbo, skipped = self.tally.read()
+                yield self._progress(self.step - since_step, self.seconds - since)
                 since, since_step = self.seconds, self.step
-                yield Progress(self.step, elbo, skipped, rate, self.seconds)
             if evaluation:
                 yield self.evaluate(settings.eval_scenes)
+            if snapshot:
+                yield SnapshotDue(self.step)
             if checkpoint:
                 yield CheckpointDue(self.step)
             start = time.perf_counter()
         if self.step == settings.num_steps:
             yield self.evaluate(len(self.held_out.images))
+            yield SnapshotDue(self.step)
             yield CheckpointDue(self.step)
 
     @contextmanager
@@ -190,8 +195,23 @@ class Trainer:
         loss = self.svi.advance(
             self.images, batch_size=self.settings.batch_size, z_pres_prior_p=self.prior
         )
-        self.tally.add(-loss / len(self.images), self.svi.skipped)
+        self.tally.add(-loss / len(self.images), self.svi.grad_norm, self.svi.skipped)
         self.step += 1
+
+    def _progress(self, steps: int, seconds: float) -> Progress:
+        elbo, grad_norm, skipped = self.tally.read()
+        rate = steps / max(seconds, 1e-9)
+        return Progress(
+            step=self.step,
+            elbo=elbo,
+            skipped=skipped,
+            grad_norm=grad_norm,
+            learning_rate=self.settings.learning_rate * self._factor,
+            z_pres_prior_p=list(self.prior.now),
+            images_per_second=rate * min(self.settings.batch_size, len(self.images)),
+            steps_per_second=rate,
+            seconds=self.seconds,
+        )
 
     def _set_rates(self) -> None:
         factor = learning_rate_factor(self.settings.lr_schedule, self.step, self.settings.num_steps)
@@ -212,6 +232,7 @@ class Trainer:
         scenes, seed = self.held_out.first(num_scenes), self.settings.seed
         result = evaluate(self.air, scenes, self.prior, seed=seed, **iwae)
         empty = empty_canvas_elbo(scenes.images, self.air.likelihood_sd)
+        self.miscounted = result.miscounted or []
         late = self.step >= self.settings.alarm_after
         alarm = collapse_alarm(result, empty) if late else None
         return Evaluated(self.step, len(scenes.images), result, empty, alarm)
@@ -222,6 +243,7 @@ class Trainer:
         return {
             "step": self.step,
             "seconds": self.seconds,
+            "miscounted": self.miscounted,
             "tally": {"steps": self.tally.steps, "sums": self.tally.sums},
             "model": self.air.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -232,6 +254,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to where `state_dict` was taken."""
         self.step, self.seconds = state["step"], state["seconds"]
+        self.miscounted = list(state["miscounted"])
         self.tally.steps = state["tally"]["steps"]
         self.tally.sums.copy_(state["tally"]["sums"])
         self.air.load_state_dict(state["model"])
@@ -254,6 +277,11 @@ def learning_rate_factor(schedule: Schedule, step: int, num_steps: int) -> float
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _is_early(step: int) -> bool:
+    """Whether a snapshot is due at 10, 20, 50, 100, ... steps: most is learnt at the beginning."""
+    return step >= 10 and str(step).rstrip("0") in ("1", "2", "5")
 
 
 def _presence_prior(settings: TrainingSettings, air: AIR) -> AnnealedPresencePrior:

@@ -82,7 +82,11 @@ def test_metrics_are_lines_of_json(tmp_path: Path) -> None:
     with run.metrics.open("a") as file:
         file.write('{"step": 3, "el')  # cut off by a kill
     assert run.read_metrics() == [{"step": 1, "elbo": 2.5}, {"step": 2, "elbo": None}]
-    run.rewind_metrics(1)
+    for step in (0, 1, 2, 30):
+        run.snapshots.mkdir(exist_ok=True)
+        (run.snapshots / f"{step:08}.npz").write_text("")
+    run.rewind(1)
+    assert sorted(path.name for path in run.snapshots.iterdir()) == ["00000000.npz", "00000001.npz"]
     run.log({"step": 2, "elbo": 3.0})
     lines = run.metrics.read_text().splitlines()
     assert [json.loads(line) for line in lines] == [

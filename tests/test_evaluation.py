@@ -1,76 +1,25 @@
-"""Counts, confusion and ELBO on held-out scenes, against enumeration and hand-made cases."""
+"""Counts, confusion and ELBO on held-out scenes, against Pyro and hand-made cases."""
 
-import itertools
 import math
 from typing import Any
 
 import pytest
 import torch
-from conftest import small_air
-from pyro import poutine
-from pyro.infer import TraceGraph_ELBO
+from conftest import count_on, small_air
+from pyro.infer import TraceGraph_ELBO, tracegraph_elbo
 from torch import Tensor
 
 from air import AIR
 from air.boxes import tight_boxes
 from air.evaluation import (
+    MISCOUNTED,
     HeldOut,
     confusion_matrix,
     evaluate,
-    forked_rng,
     importance_weighted_bound,
-    infer,
     sample_elbo,
 )
-
-
-def count_on(air: AIR, t: int, logit: float) -> None:
-    """Makes the guide's z_pres the same for every image: on up to step t, then off."""
-    with torch.no_grad():
-        for parameter in air.predict.parameters():
-            parameter.zero_()
-        air.predict.mlp.seq[-1].bias[0] = logit
-
-
-def test_count_probabilities_equal_enumeration(air: AIR, images: Tensor) -> None:
-    found = infer(air, images)
-    torch.testing.assert_close(found.count_probs.sum(1), torch.ones(10))
-    assert torch.equal(found.counts, found.count_probs.argmax(1))
-    total = torch.zeros(10, 4)
-    for pattern in itertools.product([0.0, 1.0], repeat=3):
-        choices = {f"z_pres_{t}": torch.full((10, 1), on) for t, on in enumerate(pattern)}
-        # each other choice at its mean, one after another, by conditioning on what came out
-        for t in range(3):
-            for kind in ("z_where", "z_what"):
-                trace: Any = poutine.trace(poutine.condition(air.guide, choices)).get_trace(images)
-                choices[f"{kind}_{t}"] = trace.nodes[f"{kind}_{t}"]["fn"].mean.detach()
-        trace = poutine.trace(poutine.condition(air.guide, choices)).get_trace(images)
-        log_q = sum(
-            trace.nodes[f"z_pres_{t}"]["fn"].log_prob(choices[f"z_pres_{t}"]) for t in range(3)
-        )
-        if sorted(pattern, reverse=True) == list(pattern):
-            total[:, int(sum(pattern))] += torch.as_tensor(log_q).exp().detach()
-    torch.testing.assert_close(total, found.count_probs, rtol=1e-4, atol=1e-6)
-
-
-def test_inference_draws_nothing(air: AIR, images: Tensor) -> None:
-    state = torch.get_rng_state()
-    first, second = infer(air, images), infer(air, images)
-    assert torch.equal(state, torch.get_rng_state())
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-    assert first.boxes.shape == (10, 3, 4)
-    assert first.reconstructions.shape == images.shape
-
-
-def test_reconstructions_hold_the_counted_objects(images: Tensor) -> None:
-    air = small_air()
-    count_on(air, 0, -9.0)
-    assert (infer(air, images).reconstructions == 0).all()
-    count_on(air, 0, 9.0)
-    found = infer(air, images)
-    assert (found.counts == 3).all()
-    assert (found.reconstructions.sum((1, 2)) > 0).all()
+from air.inference import forked_rng, infer
 
 
 def test_sampled_elbo_equals_pyros(air: AIR, images: Tensor) -> None:
@@ -80,6 +29,32 @@ def test_sampled_elbo_equals_pyros(air: AIR, images: Tensor) -> None:
     theirs = TraceGraph_ELBO().loss(air.model, air.guide, images)
     assert all(term.shape == (10,) for term in ours)
     assert ours.elbo.sum().item() == pytest.approx(-theirs, rel=1e-5)
+
+
+def test_the_baselines_error_is_that_of_pyros_regression(
+    air: AIR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pyro's own costs and baselines, caught where it compares them."""
+    count_on(air, 0, 0.5)
+    squares, decided = [], []
+
+    def construct(node: str, site: Any, cost: Tensor) -> Any:  # noqa: ANN401
+        step = int(node.removeprefix("z_pres_"))
+        used = site["fn"].base_dist._mask.squeeze(-1) if step else torch.ones(10).bool()
+        error = (cost - site["infer"]["baseline"]["baseline_value"]).squeeze()
+        squares.append((error**2)[used].sum().item())
+        decided.append(int(used.sum()))
+        return original(node, site, cost)
+
+    original = tracegraph_elbo._construct_baseline
+    monkeypatch.setattr(tracegraph_elbo, "_construct_baseline", construct)
+    images = torch.rand(10, 12, 12)
+    torch.manual_seed(5)
+    TraceGraph_ELBO().loss_and_grads(air.model, air.guide, images)
+    monkeypatch.undo()
+    found = evaluate(air, HeldOut(images), seed=5)
+    assert found.baseline_error == pytest.approx((sum(squares) / sum(decided)) ** 0.5, rel=1e-4)
+    assert evaluate(small_air(use_baselines=False), HeldOut(images)).baseline_error is None
 
 
 def test_terms_of_a_model_without_objects(images: Tensor) -> None:
@@ -200,6 +175,16 @@ def test_accuracy_apart_is_of_several_objects_that_share_no_pixel(images: Tensor
     found = evaluate(air, HeldOut(images, counts, overlaps=overlaps))
     assert found.accuracy_apart == pytest.approx(3 / 4)  # 2, 3, 3, 3 are left
     assert evaluate(air, HeldOut(images, counts)).accuracy_apart is None
+
+
+def test_scenes_counted_wrongly_are_named(images: Tensor) -> None:
+    air = small_air()
+    count_on(air, 0, 9.0)
+    counts = torch.tensor([3, 1, 3, 3, 0, 3, 2, 3, 3, 3])
+    assert evaluate(air, HeldOut(images, counts)).miscounted == [1, 4, 6]
+    assert evaluate(air, HeldOut(images)).miscounted is None
+    many = HeldOut(images.repeat(5, 1, 1), torch.zeros(50))
+    assert evaluate(air, many).miscounted == list(range(MISCOUNTED))
 
 
 def test_boxes_are_scored_against_the_objects_as_painted(images: Tensor) -> None:

@@ -1,5 +1,7 @@
 """What training tells: lines for metrics.jsonl and for reading."""
 
+from dataclasses import replace
+
 from air.evaluation import Evaluation
 from air.events import Evaluated, Progress
 
@@ -7,15 +9,15 @@ EVALUATION = Evaluation(
     elbo=630.12, elbo_se=0.5, log_likelihood=660.0, kl_pres=1.0, kl_where=9.0, kl_what=20.0,
     count_histogram=[2, 0, 1], accuracy_mode=0.5, accuracy_sample=0.25, accuracy_apart=None,
     confusion=[[1, 0, 0], [1, 0, 1]], bound=None, bound_se=None,
-    box_iou=None, box_f1=None, box_ap=None,
+    box_iou=None, box_f1=None, box_ap=None, miscounted=[1], baseline_error=7.5,
 )  # fmt: skip
 
 
 def test_progress_for_the_log_and_beside_a_bar() -> None:
-    progress = Progress(20, 601.26, 0, 1234.5, 3.5)
-    assert {"step", "elbo", "skipped", "seconds"} <= set(progress.record())
+    progress = Progress(20, 601.26, 0, 45.0, 1e-3, [1e-4, 1e-4], 1234.5, 19.3, 3.5)
+    assert {"step", "elbo", "skipped", "grad_norm", "seconds"} <= set(progress.record())
     assert str(progress) == "ELBO 601.3 nats, 1234 images/s"
-    assert "3 steps skipped" in str(Progress(20, 601.26, 3, 1234.5, 3.5))
+    assert "3 steps skipped" in str(replace(progress, skipped=3))
 
 
 def test_an_evaluation_for_the_log() -> None:

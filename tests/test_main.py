@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ask, visdom_server
-from PIL import Image
+from conftest import panes, visdom_server
+from test_viz import NAMES
 
+import viz
+from air.panes import ORDER
 from main import build_parser, main
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +43,7 @@ LINES = [
     f"{SMALL} -t 5 --estimator marginal --window-size 20 --no-decoder-output-use-sigmoid "
     "--likelihood-sd 0.2 --jit",
     f"{SMALL} --z-pres-prior 0.9 --z-pres-prior-raw --anneal-prior exp --anneal-prior-to 1e-3 "
-    "--anneal-prior-begin 1 --anneal-prior-duration 1e6",
+    "--anneal-prior-begin 1 --anneal-prior-duration 1e6 --no-viz",
     f"{SMALL} --scale-prior-mean 2 --scale-prior-sd 0.3 --pos-prior-mean 0.1 --pos-prior-sd 0.9",
     f"{SMALL} --counts 0 1 --x-size 40 --scale-mean 1.5 --scale-sd 0.05 --min-gap 2 "
     "--data-seed 3 --digits embedded --recipe air --cache-dir cache",
@@ -49,8 +51,8 @@ LINES = [
 ]
 # Run by tests of their own, with a server, an earlier run, a GPU or full MNIST.
 ELSEWHERE = {
-    "--viz", "--viz-every", "--visdom-env", "--visdom-server", "--visdom-port", "--resume",
-    "--cuda", "--mnist-dir", "--help",
+    "--viz", "--viz-every", "--viz-log", "--visdom-env", "--visdom-server", "--visdom-port",
+    "--resume", "--cuda", "--mnist-dir", "--help",
 }  # fmt: skip
 
 
@@ -144,12 +146,17 @@ def test_a_run_leaves_what_the_readme_says(tmp_path: Path, environment: dict[str
     assert np.array(evaluations[-1]["confusion"]).sum() == 40
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert state["step"] == 4
-    names = {"inputs", "inferred", "reconstructions", "prior_samples", "scenes", "curves"}
-    assert {path.stem for path in (out / "figures").glob("*.png")} == names
-    for path in (out / "figures").glob("*.png"):
-        Image.open(path).verify()
+    drawn = {path.name: path.read_bytes() for path in (out / "figures").iterdir()}
+    assert set(drawn) == {f"{name}.png" for name in NAMES}
+    assert {path.name for path in (out / "snapshots").iterdir()} == {
+        f"{step:08}.npz" for step in (0, 2, 4)
+    }
+    for path in (out / "figures").iterdir():
+        path.unlink()
+    viz.main([str(out)])  # draws them again from the folder alone
+    assert {path.name: path.read_bytes() for path in (out / "figures").iterdir()} == drawn
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoint.pt", "figures",
+        "config.json", "metrics.jsonl", "checkpoint.pt", "figures", "snapshots",
     }  # fmt: skip
 
 
@@ -254,6 +261,7 @@ def test_wrong_input_ends_in_one_line_with_exit_code_2(
         ("--save mine.npz --data mine.npz", "--save never overwrites, and mine.npz exists"),
         ("--output-dir taken --data mine.npz", "--output-dir must be a new or empty folder"),
         ("--save nowhere/w.pt --data mine.npz", "--save: there is no folder nowhere"),
+        ("--viz-log mine.npz --data mine.npz", "--viz-log never overwrites, and mine.npz exists"),
         ("--no-masking --data mine.npz", "--estimator score"),
         ("--counts 0 99", "--counts: expected int from 0 to 50"),
         ("--data-seed -1", "--data-seed: expected int from 0"),
@@ -268,6 +276,7 @@ def test_a_collapsed_run_starts_over_from_the_next_seed(
     tmp_path: Path, environment: dict[str, str], refused: Callable[[str], str]
 ) -> None:
     line = f"{SMALL} --eval-every 2 --alarm-after 2 --restarts 2 --seed 7 --output-dir run"
+    line += " --viz-log drawn"
     done = run(line, tmp_path, environment)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"Starting over with --seed (\d)", done.stdout) == ["8", "9"]
@@ -276,6 +285,11 @@ def test_a_collapsed_run_starts_over_from_the_next_seed(
     settings = json.loads((tmp_path / "run-seed9" / "config.json").read_text())
     assert (settings["seed"], settings["restarts"]) == (9, 0)
     assert metrics(tmp_path / "run-seed9")[-1]["step"] == 4
+    assert (tmp_path / "run" / "snapshots" / "00000002.npz").exists()
+    assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} == NAMES
+    drawn = [json.loads(line) for line in (tmp_path / "drawn").read_text().splitlines()]
+    environments = {message["eid"] for _, message in drawn if message.get("win") == "elbo"}
+    assert environments == {"air_run", "air_run-seed8", "air_run-seed9"}
     # It would start over into run-seed8 again.
     assert "run-seed8 is not empty" in refused("--resume run")
 
@@ -291,19 +305,81 @@ def test_viz_without_a_server_ends_before_training(
     assert not (tmp_path / "runs").exists()
 
 
-def test_viz_on_a_real_server(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_viz_on_a_server_that_dies_and_comes_back(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    line = (
+        f"{SMALL} -n 250 --estimator score --viz --viz-every 5 --eval-every 20 --visdom-env live "
+        "--save-every 0 --eval-scenes 10 --viz-log session.log --output-dir run"
+    )
+    log = tmp_path / "run" / "metrics.jsonl"
+
+    def wait_for_step(step: int) -> None:
+        deadline = time.monotonic() + 120
+        while not log.exists() or f'"step": {step},' not in log.read_text():
+            assert time.monotonic() < deadline, f"step {step} was not reached"
+            time.sleep(0.05)
+
+    with visdom_server(tmp_path / "one") as (port, server):
+        command = [sys.executable, str(ROOT / "main.py"), *line.split()]
+        command += ["--visdom-server", "http://127.0.0.1", "--visdom-port", str(port)]
+        with subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True
+        ) as process:
+            wait_for_step(20)
+            server.kill()
+            server.wait()
+            wait_for_step(100)
+            with visdom_server(tmp_path / "two", port):
+                output, complaints = process.communicate(timeout=120)
+                found = panes(port, "live")
+        assert process.returncode == 0, complaints
+    assert f"Live plots: http://127.0.0.1:{port}/env/live" in output
+    assert complaints.count("\n") == complaints.count("no live plots for now") == 1
+    assert sorted(found) == sorted(ORDER)
+    traces = {trace["name"]: trace for trace in found["elbo"]["content"]["data"]}
+    assert traces["training"]["x"] == list(range(2, 251, 2))
+    assert traces["held out"]["x"] == [*range(20, 250, 20), 250]
+    assert "step 250" in found["inferred"]["title"]
+    told = [line["elbo"] for line in metrics(tmp_path / "run") if "elbo" in line]
+    assert traces["training"]["y"] == told
+    recorded = [json.loads(line) for line in (tmp_path / "session.log").read_text().splitlines()]
+    assert len(recorded) > len(ORDER)
+
+
+def test_a_run_starts_over_though_its_server_is_gone(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    line = f"{SMALL} -n 60 --eval-every 40 --alarm-after 40 --restarts 1 --viz --output-dir run"
+    with visdom_server(tmp_path / "one") as (port, server):
+        command = [sys.executable, str(ROOT / "main.py"), *line.split()]
+        with subprocess.Popen(
+            [*command, "--visdom-port", str(port)], cwd=tmp_path, env=environment, stdout=-1,
+            stderr=-1, text=True,
+        ) as process:  # fmt: skip
+            while not (tmp_path / "run" / "metrics.jsonl").exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            server.kill()
+            output, complaints = process.communicate(timeout=120)
+    assert process.returncode == 0, complaints
+    assert "Starting over with --seed 1" in output
+    assert metrics(tmp_path / "run-seed1")[-1]["step"] == 60
+
+
+def test_a_resumed_run_goes_on_with_its_curves(
+    tmp_path: Path, environment: dict[str, str], refused: Callable[[str], str]
+) -> None:
     with visdom_server(tmp_path / "server") as (port, _):
-        line = f"{SMALL} -n 6 --viz --viz-every 2 --eval-every 3 --visdom-env live"
-        done = run(f"{line} --visdom-port {port} --output-dir run", tmp_path, environment)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
-        windows = json.loads(ask(f"{port}/win_data", b'{"win": null, "eid": "live"}'))
-    assert sorted(windows) == [
-        "accuracy", "elbo", "errors", "inferred", "reconstructions", "samples",
-    ]  # fmt: skip
-    steps = {trace["name"]: trace["x"] for trace in windows["elbo"]["content"]["data"]}
-    assert steps["training batches"] == [2, 4, 6]
-    assert steps["held-out scenes"] == [3, 6]
+        line = f"{SMALL} -n 4 --viz --visdom-port {port} --output-dir run"
+        for flags in (line, f"--resume run -n 8 --viz --visdom-port {port}"):
+            done = run(flags, tmp_path, environment)
+            assert (done.returncode, done.stderr) == (0, "")
+        found = panes(port, "air_run")
+    assert "no visdom server answers" in refused("--resume run -n 9")
+    assert run("--resume run -n 9 --no-viz", tmp_path, environment).returncode == 0
+    traces = {trace["name"]: trace["x"] for trace in found["elbo"]["content"]["data"]}
+    assert traces["training"] == [2, 4, 6, 8]
 
 
 def test_visdom_is_not_imported_without_viz() -> None:

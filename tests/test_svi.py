@@ -66,6 +66,24 @@ def test_two_models_train_side_by_side(captured: bool, images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("copies", [1, 50])
+def test_the_gradients_norm_is_for_a_cost_per_image_before_clipping(copies: int) -> None:
+    air, data = small_air(), torch.rand(4, 12, 12).repeat(copies, 1, 1)
+    torch.manual_seed(2)
+    TraceGraph_ELBO().loss_and_grads(air.model, air.guide, data, batch_size=4)
+    norm = torch.cat(
+        [p.grad.flatten() for name, p in air.named_parameters() if not name.startswith("bl_")]
+    ).norm()
+    air.zero_grad()
+    for kind in (SVI, partial(CompiledSVI, compiler=as_it_is)):
+        adam = make_optimizer(air, 1e-9, 1e-9, clip_grad_norm=0.01)
+        svi = kind(air.model, air.guide, adam, TraceGraph_ELBO())
+        torch.manual_seed(2)
+        with pyro.validation_enabled(False):
+            svi.step(data, batch_size=4)
+        torch.testing.assert_close(svi.grad_norm, norm / len(data))
+
+
+@pytest.mark.parametrize("copies", [1, 50])
 def test_clipping_is_on_unit_scale(copies: int) -> None:
     """The bound is in nats per image: it means the same for a data set of any size."""
     air, images = small_air(), torch.rand(4, 12, 12)

@@ -13,7 +13,7 @@ from conftest import small_air
 from pyro.infer import JitTraceGraph_ELBO
 
 from air.evaluation import HeldOut
-from air.events import CheckpointDue, Evaluated, Progress
+from air.events import CheckpointDue, Evaluated, Progress, SnapshotDue
 from air.svi import CompiledSVI
 from air.training import (
     MOST_SKIPPED,
@@ -42,7 +42,7 @@ def weights(done: Trainer) -> list[torch.Tensor]:
 
 
 def without_times(event: Any) -> Any:  # noqa: ANN401
-    times = {"images_per_second": 0.0, "seconds": 0.0}
+    times = {"images_per_second": 0.0, "steps_per_second": 0.0, "seconds": 0.0}
     return replace(event, **times) if isinstance(event, Progress) else event
 
 
@@ -50,15 +50,45 @@ def test_events_come_when_they_are_due() -> None:
     events = list(trainer().train())
     steps = {
         kind: [e.step for e in events if isinstance(e, kind)]
-        for kind in (Progress, Evaluated, CheckpointDue)
+        for kind in (Progress, Evaluated, CheckpointDue, SnapshotDue)
     }
-    assert steps == {Progress: [3, 6, 9, 12], Evaluated: [4, 8, 12], CheckpointDue: [5, 10, 12]}
+    assert steps == {
+        Progress: [3, 6, 9, 12], Evaluated: [4, 8, 12], CheckpointDue: [5, 10, 12],
+        SnapshotDue: [0, 4, 5, 8, 10, 12],
+    }  # fmt: skip
     assert [e.scenes for e in events if isinstance(e, Evaluated)] == [5, 5, 7]
 
 
 def test_zero_means_only_at_the_end() -> None:
     rarely = replace(SETTINGS, progress_every=0, eval_every=0, save_every=0)
-    assert [type(e) for e in trainer(rarely).train()] == [Progress, Evaluated, CheckpointDue]
+    kinds = [type(e) for e in trainer(rarely).train()]
+    early, last = [SnapshotDue, SnapshotDue], [Progress, Evaluated, SnapshotDue, CheckpointDue]
+    assert kinds == early + last
+
+
+def test_most_snapshots_are_of_the_beginning() -> None:
+    rarely = replace(SETTINGS, progress_every=0, eval_every=0, save_every=0, num_steps=600)
+    running = trainer(rarely)
+    running._take_step = lambda: setattr(running, "step", running.step + 1)  # type: ignore[method-assign]
+    steps = [e.step for e in running.train() if isinstance(e, SnapshotDue)]
+    assert steps == [0, 10, 20, 50, 100, 200, 500, 600]
+
+
+def test_progress_tells_of_rates_prior_and_gradients() -> None:
+    settings = replace(SETTINGS, lr_schedule="cosine", learning_rate=0.5, num_steps=3)
+    settings = replace(settings, progress_every=1)
+    running = trainer(settings)
+    norms, told = [], []
+    for event in running.train():
+        if isinstance(event, Progress):
+            norms.append(float(running.svi.grad_norm))
+            told.append(event)
+    rates = [0.5 * learning_rate_factor("cosine", step, 3) for step in range(3)]
+    assert [event.learning_rate for event in told] == pytest.approx(rates)
+    assert [event.grad_norm for event in told] == pytest.approx(norms)
+    assert told[-1].z_pres_prior_p == pytest.approx(running.prior.probs.tolist())
+    assert told[0].z_pres_prior_p[0] > told[-1].z_pres_prior_p[0]
+    assert all(event.images_per_second == 4 * event.steps_per_second for event in told)
 
 
 def test_same_seed_same_run_and_evaluations_change_nothing() -> None:
@@ -98,6 +128,15 @@ def test_resumed_is_as_if_never_stopped(
 
     assert found == expected
     assert all(torch.equal(x, y) for x, y in zip(weights(whole), weights(resumed), strict=True))
+    assert whole.miscounted == resumed.miscounted
+
+
+def test_a_resumed_run_knows_which_scenes_it_miscounted() -> None:
+    first, second = trainer(), trainer()
+    list(first.train())
+    assert first.miscounted
+    second.load_state_dict(first.state_dict())
+    assert second.miscounted == first.miscounted
 
 
 def trainer_events_until(running: Trainer, stop: int) -> list[Any]:
@@ -116,13 +155,13 @@ def test_a_run_that_is_done_only_evaluates_again() -> None:
     done = trainer()
     list(done.train())
     before = weights(done)
-    assert [type(e) for e in done.train()] == [Evaluated, CheckpointDue]
+    assert [type(e) for e in done.train()] == [Evaluated, SnapshotDue, CheckpointDue]
     assert all(torch.equal(x, y) for x, y in zip(before, weights(done), strict=True))
 
 
 def test_zero_steps_evaluate() -> None:
     events = list(trainer(replace(SETTINGS, num_steps=0)).train())
-    assert [type(e) for e in events] == [Evaluated, CheckpointDue]
+    assert [type(e) for e in events] == [Evaluated, SnapshotDue, CheckpointDue]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -167,10 +206,10 @@ def test_schedule_moves_both_rates() -> None:
 def test_tally_leaves_out_what_was_skipped() -> None:
     tally = Tally(torch.device("cpu"))
     for elbo in (1.0, math.nan, -math.inf, 4.0):
-        tally.add(torch.tensor(elbo), torch.tensor(not math.isfinite(elbo)))
-    assert tally.read() == (2.5, 2)
-    tally.add(torch.tensor(math.nan), torch.tensor(True))
-    assert str(tally.read()) == "(nan, 1)"
+        tally.add(torch.tensor(elbo), torch.tensor(2 * elbo), torch.tensor(not math.isfinite(elbo)))
+    assert tally.read() == (2.5, 5.0, 2)
+    tally.add(torch.tensor(math.nan), torch.tensor(1.0), torch.tensor(True))
+    assert str(tally.read()) == "(nan, nan, 1)"
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")

@@ -23,6 +23,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
 import main as program
 from air import AIR
+from air.checkpoint import fit_weights, read_weights
+from air.config import merge_loaded
 from air.marginal import MarginalAIR
 
 
@@ -76,8 +78,11 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="behind --: flags of main.py for data and nets")
     args = parser.parse_args()
     given = vars(program.build_parser().parse_args(args.flags))
-    config = {**program.DEFAULTS, **given, "load": args.load, "estimator": "score"}
+    weights, saved = read_weights(Path(args.load)) if args.load else ({}, {})
+    config = {**program.DEFAULTS, **merge_loaded(saved, given), "estimator": "score"}
     trainer = program.build_trainer(config, program.load_scenes(config), torch.device("cpu"))
+    if weights:
+        fit_weights(trainer.air, weights, Path(args.load))
     air, images = trainer.air, trainer.held_out.images[: args.batch_size]
 
     air.use_baselines = False
