@@ -75,7 +75,7 @@ def _pane(name: str, title: str, data: list[Any], width: int, height: int, **mor
 
 def _plot(name: str, title: str, data: list[Any], x: Any, y: Any, **layout: Any) -> Pane:  # noqa: ANN401
     axes = {"xaxis": {"automargin": True, **x}, "yaxis": {"automargin": True, **y}}
-    margin = {"l": 55, "r": 15, "t": 15, "b": 45}
+    margin = {"l": 55, "r": 15, "t": 15, "b": 55}
     return _pane(
         name, title, data, *_PLOT, layout={"margin": margin, "showlegend": True} | axes | layout
     )
