@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from importlib.metadata import version
@@ -25,18 +25,18 @@ from tqdm import tqdm
 import multi_mnist
 import viz
 from air import AIR, flags
-from air.checkpoint import CheckpointError, RunFolder, fit_weights, read_weights, save_weights
+from air.checkpoint import CheckpointError, fit_weights, read_weights
 from air.config import AIR_ARGUMENTS, is_compiled, merge_loaded, merge_resumed, pick_device, plain
 from air.config import DEFAULTS as OWN_DEFAULTS
 from air.dashboard import Dashboard, connect
 from air.evaluation import HeldOut
 from air.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
-from air.snapshots import save_snapshot, take_snapshot
-from air.svi import RecordingError
+from air.faults import exit_code, explain, stop_on_signals, terminate_like_interrupt
+from air.recorder import Recorder
+from air.run_folder import RunFolder
 from air.training import Trainer, TrainingSettings
 from multi_mnist import SceneSettings
 
-ON_PAGE = 16  # scenes that are looked at for the live page alone
 QUIET_SECONDS = 10.0  # between progress lines where there is no terminal for a progress bar
 Config = dict[str, Any]  # every flag's value by name
 
@@ -56,10 +56,9 @@ class Session(NamedTuple):
     """All that training needs."""
 
     config: Config
-    data_sha256: str
     trainer: Trainer
     run: RunFolder
-    dashboard: Dashboard | None
+    recorder: Recorder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,24 +67,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "Encountered NaN")  # Pyro's; such steps are skipped
     parser = build_parser()
     given = plain(vars(parser.parse_args(argv)))
-    session = None
-    while True:
-        try:
-            session = prepare(given, session)
-        except (ValueError, ConnectionError, ModuleNotFoundError) as error:  # the user can mend it
-            parser.error(str(error))
-        except KeyboardInterrupt:
-            parser.exit(130, f"{parser.prog}: interrupted before training began\n")
-        try:
-            with session.dashboard or nullcontext():
-                code = train(session)
-        except (FloatingPointError, RecordingError) as error:
-            parser.exit(1, f"{parser.prog}: error: {error}. {session.run.how_to_go_on()}\n")
-        except KeyboardInterrupt:
-            parser.exit(130, f"{parser.prog}: interrupted. {session.run.how_to_go_on()}\n")
-        if code is not None:
-            return code
-        given = with_next_seed(session)
+    session, code = None, None
+    with terminate_like_interrupt():
+        while code is None:
+            run = None
+            try:
+                session = prepare(given, session)
+                run = session.run
+                with session.recorder.dashboard or nullcontext():
+                    code = train(session)
+                given = with_next_seed(session) if code is None else given
+            except KeyboardInterrupt as signaled:
+                how = run.how_to_go_on() if run else "Training had not begun"
+                parser.exit(exit_code(signaled), f"{parser.prog}: interrupted. {how}\n")
+            except Exception as error:
+                if run is None and isinstance(error, ValueError | OSError | ModuleNotFoundError):
+                    parser.error(str(error))  # the user can mend it
+                if (line := explain(error, run)) is None:
+                    raise
+                parser.exit(1, f"{parser.prog}: error: {line}\n")
+    return code
 
 
 def build_parser() -> flags.Parser:
@@ -117,33 +118,56 @@ def prepare(given: Config, collapsed: Session | None = None) -> Session:
         config = merge_loaded(saved, given)
     config = {**DEFAULTS, **config}
     before = state["config"] if state else collapsed.config if collapsed else {}
+    try:
+        flags.check_values(build_parser(), config)
+    except ValueError as error:  # what was given has been checked
+        raise CheckpointError(f"{given.get('resume') or given.get('load')}: {error}") from error
     check_flags(config, given, before)
     device = pick_device(config["device"])
     config["compile"] = is_compiled(config)
     scenes = load_scenes(config)
     trainer = build_trainer(config, scenes, device)
     if weights:
-        fit_weights(trainer.air, weights, run.checkpoint if run else Path(config["load"]))
-    if state and state["data_sha256"] != scenes.sha256:
-        raise CheckpointError(f"{given['resume']} was trained on other scenes than these")
-    if state:
-        trainer.load_state_dict(state)
+        fit_weights(trainer.air, weights, run.source if run else Path(config["load"]))
+    if run and state:
+        go_back(trainer, state, run.source, scenes.sha256)
     if (taken := trainer.step) > (wanted := config["num_steps"]):
         raise ValueError(f"--num-steps must be at least the {taken} already taken, got {wanted}")
     if collapsed:  # its server may be away for a while
-        visdom = collapsed.dashboard and collapsed.dashboard.client
+        visdom = collapsed.recorder.dashboard and collapsed.recorder.dashboard.client
     else:
         server = config["visdom_server"] if config["viz"] else None
         visdom = connect(server, config["visdom_port"], config["viz_log"])
     if run is None:
         run = RunFolder.create(config["output_dir"], config["seed"])
+    return begin(config, trainer, scenes.sha256, run, visdom)
+
+
+def go_back(trainer: Trainer, state: dict[str, Any], source: Path, data_sha256: str) -> None:
+    """Takes a trainer to where its run was saved."""
+    if state.get("data_sha256") != data_sha256:
+        raise CheckpointError(f"{source} was trained on other scenes than these")
+    try:
+        trainer.load_state_dict(state)
+    except Exception as error:  # whatever a file can hold that was not written here
+        raise CheckpointError(f"{source} holds no state of this run: {error!r}") from error
+
+
+def begin(
+    config: Config,
+    trainer: Trainer,
+    data_sha256: str,
+    run: RunFolder,
+    visdom: Any,  # noqa: ANN401
+) -> Session:
+    """Makes the run's folder ready, and its live page where `visdom` is a client."""
     run.rewind(trainer.step, trainer.step == config["num_steps"])
-    run.write_json("config.json", config | {"data_sha256": scenes.sha256, "versions": versions()})
+    run.write_json("config.json", config | {"data_sha256": data_sha256, "versions": versions()})
     if config["verbose"]:
         print(trainer.air, config, sep="\n")
     env = config["visdom_env"] or f"air_{run.path.resolve().name}"
     dashboard = visdom and Dashboard(visdom, env, config, run.read_metrics(), config["viz_every"])
-    return Session(config, scenes.sha256, trainer, run, dashboard)
+    return Session(config, trainer, run, Recorder(run, trainer, config, data_sha256, dashboard))
 
 
 def check_flags(config: Config, given: Config, saved: Config) -> None:
@@ -201,14 +225,14 @@ def train(session: Session) -> int | None:
     """Trains to the end or a signal, and returns the exit code; None after a collapse."""
     if session.config["compile"] and session.trainer.step < session.config["num_steps"]:
         print("Compiling the step, a minute or two; --no-compile starts at once.", flush=True)
-    if session.dashboard:
-        print(session.dashboard, flush=True)
+    if session.recorder.dashboard:
+        print(session.recorder.dashboard, flush=True)
     trainer, collapsed = session.trainer, False
     total, shown_at = trainer.settings.num_steps, -QUIET_SECONDS
     bar = tqdm(total=total, initial=trainer.step, unit="step", disable=None, dynamic_ncols=True)
-    with trainer.stop_on_signals() as received, bar:
-        for event in trainer.train():
-            keep(session, event)
+    with stop_on_signals(trainer) as received, bar:
+        for event in events(session):
+            session.recorder.keep(event)
             if isinstance(event, Evaluated):
                 bar.write(str(event))
                 if event.alarm:
@@ -225,11 +249,20 @@ def train(session: Session) -> int | None:
     return None if collapsed else finish(session, received)
 
 
+def events(session: Session) -> Iterator[Event]:
+    """What training tells; where it cannot go on, the run is saved as it is."""
+    try:
+        yield from session.trainer.train()
+    except FloatingPointError:
+        session.recorder.save()
+        raise
+
+
 def with_next_seed(session: Session) -> Config:
     """The flags of a run that starts over, in a folder beside that of the collapsed one."""
     config = session.config
     seed = config["seed"] + 1
-    session.run.save(state_of(session))
+    session.recorder.save()
     viz.draw_run(session.run)
     print(f"Starting over with --seed {seed}; {session.run.path} is left as it is.", flush=True)
     if folder := config["output_dir"]:
@@ -243,8 +276,8 @@ def finish(session: Session, received: Sequence[int]) -> int:
     trainer, run, total = session.trainer, session.run, session.config["num_steps"]
     interrupted = trainer.step < total
     if interrupted:
-        keep(session, CheckpointDue(trainer.step))
-        keep(session, SnapshotDue(trainer.step))
+        session.recorder.keep(CheckpointDue(trainer.step))
+        session.recorder.keep(SnapshotDue(trainer.step))
     viz.draw_run(run)
     if interrupted:
         print(
@@ -259,40 +292,6 @@ def finish(session: Session, received: Sequence[int]) -> int:
         print(f"log p(x) is at least {found.result.bound:.1f} ± {found.result.bound_se:.1f} nats.")
     print(f"Done. Pictures and curves are in {run.figures}, all else in {run.path}.")
     return 0
-
-
-def state_of(session: Session) -> dict[str, Any]:
-    """All that the checkpoint holds."""
-    about = {"config": session.config, "data_sha256": session.data_sha256}
-    return {**about, **session.trainer.state_dict()}
-
-
-def save(session: Session) -> None:
-    """Writes the checkpoint, and the weights alone where --save asks for them."""
-    session.run.save(state_of(session))
-    if session.config["save"]:
-        save_weights(session.trainer.air, Path(session.config["save"]))
-
-
-def keep(session: Session, event: Event) -> None:
-    """Writes down what an event brings, and draws it where that is asked for."""
-    trainer, run, dashboard = session.trainer, session.run, session.dashboard
-    shown = trainer.held_out, trainer.step, session.config["seed"], trainer.miscounted
-    if isinstance(event, CheckpointDue):
-        save(session)
-    elif isinstance(event, SnapshotDue):
-        snapshot = take_snapshot(trainer.air, *shown)
-        save_snapshot(run.snapshots, snapshot)
-        if dashboard:
-            dashboard.draw(snapshot)
-    else:
-        record = event.record()
-        run.log(record)
-        if dashboard:
-            dashboard.record(record)
-        if dashboard and isinstance(event, Progress) and dashboard.due(event.step):
-            start = time.monotonic()
-            dashboard.draw(take_snapshot(trainer.air, *shown, ON_PAGE), time.monotonic() - start)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from air.checkpoint import RunFolder, write_atomically
+from air.checkpoint import write_atomically
 from air.curves import PANELS, History, Panel
 from air.drawing import STEP_COLOURS, WRITTEN, Pictures, draw_boxes, enlarge, sheets, tile
+from air.run_folder import RunFolder
 from air.snapshots import InferredScenes, Snapshot, SnapshotError, load_snapshot, snapshot_files
 
 DPI = 300  # of what is printed

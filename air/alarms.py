@@ -1,4 +1,4 @@
-"""Signs of collapse that need no labels.
+"""What is wrong with a model: signs of collapse that need no labels, and what is not finite.
 
 AIR fails in two ways: it explains nothing and leaves every canvas empty, or it uses every step on
 every scene that holds anything. The first shows in the ELBO, the second only in the counts.
@@ -9,10 +9,14 @@ import math
 import torch
 from torch import Tensor
 
-from air.evaluation import Evaluation
+from air.air import AIR
+from air.evaluation import Evaluation, sample_elbo
+from air.inference import forked_rng
+from air.priors import PresencePrior
 
 EMPTY_MARGIN = 2.0  # nats above the empty canvas that still count as having learnt nothing
 ALMOST_ALL = 0.98  # of the scenes
+SOME = 500  # images that are looked at for what is not finite
 
 
 def empty_canvas_elbo(images: Tensor, likelihood_sd: float) -> float:
@@ -57,3 +61,27 @@ def collapse_alarm(result: Evaluation, empty_elbo: float) -> str | None:
             f"--seed or a lower --z-pres-prior"
         )
     return None
+
+
+def first_not_finite(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None) -> str:
+    """Names the first of images, weights, terms of the ELBO and gradients that is not finite.
+
+    Args:
+        air: The model, with the gradients of its last step.
+        images: It was trained on, [N, H, H].
+        z_pres_prior_p: As for `AIR.model`.
+    """
+    if not images.isfinite().all():
+        return "the images"
+    for name, parameter in air.named_parameters():
+        if not parameter.isfinite().all():
+            return f"the weight {name}"
+    with forked_rng(0, air.h_init.device):
+        terms = sample_elbo(air, air.to_images(images[:SOME]), z_pres_prior_p)
+    for name in ("kl_pres", "kl_where", "kl_what", "log_likelihood"):
+        if not getattr(terms, name).isfinite().all():
+            return name
+    for name, parameter in air.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            return f"the gradient of {name}"
+    return "a sample"

@@ -6,7 +6,8 @@ given leaves no value behind, so that a run that goes on can tell what is asked 
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import nn
@@ -251,3 +252,35 @@ def _add_output(add: Add) -> None:
         "none, the last tenth, with -n 0 all",
     )
     add("-v", "--verbose", action="store_true", help="print the nets and every setting")
+
+
+def check_values(parser: argparse.ArgumentParser, config: Mapping[str, Any]) -> None:
+    """Holds a configuration, which may come from a file, to what its flags accept.
+
+    Raises:
+        ValueError: For the first value that its flag would refuse.
+    """
+    for action in parser._actions:
+        value = config.get(action.dest)
+        if value is None or action.dest == "help":
+            continue
+        listed = action.nargs in ("*", "+")
+        switch = action.nargs == 0 and not isinstance(action.const, str)
+        fits = isinstance(value, list | tuple) == listed and isinstance(value, bool) == switch
+        if not fits or not all(_accepts(action, one) for one in (value if listed else [value])):
+            raise ValueError(f"{action.option_strings[-1]} cannot be {value!r}")
+
+
+def _accepts(action: argparse.Action, value: Any) -> bool:  # noqa: ANN401
+    if isinstance(value, bool):
+        return True
+    if not isinstance(value, int | float | str) or (action.choices and value not in action.choices):
+        return False
+    if action.type is None:
+        return isinstance(value, str)
+    try:
+        kind: Any = action.type
+        meant = kind(str(value))
+        return bool(meant == value or (isinstance(meant, Path) and isinstance(value, str)))
+    except (ValueError, argparse.ArgumentTypeError):
+        return False

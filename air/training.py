@@ -1,12 +1,9 @@
 """The training loop: steps, evaluations, and the state from which both go on. Prints nothing."""
 
 import math
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -14,7 +11,7 @@ from pyro.infer import JitTraceGraph_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
 from air.air import AIR
-from air.alarms import collapse_alarm, empty_canvas_elbo
+from air.alarms import collapse_alarm, empty_canvas_elbo, first_not_finite
 from air.evaluation import HeldOut, evaluate
 from air.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
 from air.marginal import MarginalAIR
@@ -86,17 +83,9 @@ class Tally:
         self.sums[:3] = 0
         return elbo / counted, grad_norm / counted, int(skipped)
 
-    def check(self) -> None:
-        """Ends training that does not move any more.
-
-        Raises:
-            FloatingPointError: If the last `MOST_SKIPPED` steps were skipped.
-        """
-        if self.in_a_row >= MOST_SKIPPED:
-            raise FloatingPointError(
-                f"loss or gradients were not finite for {int(self.in_a_row)} steps in a row; "
-                "lower the learning rate"
-            )
+    def is_stuck(self) -> bool:
+        """Whether the last `MOST_SKIPPED` steps were skipped."""
+        return bool(self.in_a_row >= MOST_SKIPPED)
 
 
 class Trainer:
@@ -136,7 +125,10 @@ class Trainer:
     def train(self) -> Iterator[Event]:
         """Takes the steps that are left, or those until `stop_requested`, and yields events.
 
-        The state is whole at every event, so that it can be saved there.
+        The state is whole at every event, so that it can be saved there, and after an error too.
+
+        Raises:
+            FloatingPointError: If training does not move any more.
         """
         settings = self.settings
         if self.step == 0 < settings.num_steps:
@@ -151,7 +143,12 @@ class Trainer:
             snapshot = evaluation or checkpoint or (not last and _is_early(self.step))
             if not (progress or snapshot or self.stop_requested):
                 continue
-            self.tally.check()  # waits for the device
+            if self.tally.is_stuck():  # waits for the device
+                what = first_not_finite(self.air, self.images, self.prior)
+                raise FloatingPointError(
+                    f"{what} and with it the loss or its gradients were not finite for "
+                    f"{MOST_SKIPPED} steps in a row; lower the learning rate"
+                )
             self.seconds += time.perf_counter() - start
             if progress:
                 yield self._progress(self.step - since_step, self.seconds - since)
@@ -164,30 +161,9 @@ class Trainer:
                 yield CheckpointDue(self.step)
             start = time.perf_counter()
         if self.step == settings.num_steps:
+            yield CheckpointDue(self.step)  # before what may take minutes
             yield self.evaluate(len(self.held_out.images))
             yield SnapshotDue(self.step)
-            yield CheckpointDue(self.step)
-
-    @contextmanager
-    def stop_on_signals(self) -> Iterator[list[int]]:
-        """Lets Ctrl-C and SIGTERM end `train` after the step at hand; a second one ends at once.
-
-        Gives the list of signals received.
-        """
-        received: list[int] = []
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            received.append(number)
-            self.stop_requested = True
-            signal.signal(number, previous[signal.Signals(number)])
-
-        signals = signal.SIGINT, signal.SIGTERM
-        previous = {number: signal.signal(number, stop) for number in signals}
-        try:
-            yield received
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _take_step(self) -> None:
         self.prior.set_step(self.step + 1)

@@ -19,6 +19,13 @@ import torch
 from air import AIR
 from air.snapshots import InferredScenes, Snapshot
 
+ROOT = Path(__file__).parent.parent
+SCENES = "--num-scenes 300 --num-test-scenes 40"
+SMALL = (
+    f"{SCENES} -n 4 -b 8 --rnn-hidden-size 16 --encoder-latent-size 5 --encoder-net 12 "
+    "--decoder-net 12 --predict-net 8 --bl-predict-net 8 --progress-every 2"
+)
+
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
@@ -61,6 +68,22 @@ def air() -> AIR:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.rand(10, 12, 12)
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One cache of scenes for all."""
+    cache = tmp_path_factory.mktemp("cache")
+    return {**os.environ, "AIR_CACHE": str(cache)}
+
+
+def run(
+    line: str, folder: Path, environment: dict[str, str], timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "main.py"), *line.split()]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def make_scenes(count: int, steps: int = 3) -> InferredScenes:

@@ -1,8 +1,9 @@
-"""The run's folder: what is written, what is refused, and in which words."""
+"""Files of weights: whole or as before, read without trust, refused in one line."""
 
-import json
-import math
+import copy
+import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,52 +13,20 @@ from conftest import small_air
 from air import AIR
 from air.checkpoint import (
     FORMAT,
+    MOST_BYTES,
     CheckpointError,
-    RunFolder,
     load_weights,
+    read_state,
+    read_weights,
     save_weights,
     write_atomically,
 )
-
-
-def test_saved_and_loaded_state_is_the_same(tmp_path: Path, air: AIR) -> None:
-    run = RunFolder.create(tmp_path / "run", 0)
-    about = {"config": {"a": [1, None, "x"]}, "optimizer": {}}
-    run.save({"step": 3, "model": air.state_dict(), **about})
-    state = RunFolder.open(run.path).load()
-    assert state["step"] == 3
-    assert state["config"] == {"a": [1, None, "x"]}
-    other = small_air()
-    load_weights(other, run.checkpoint)
-    for a, b in zip(air.parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_weights_alone_are_a_plain_state_dict(tmp_path: Path, air: AIR) -> None:
     save_weights(air, tmp_path / "weights.pt")
     assert set(torch.load(tmp_path / "weights.pt", weights_only=True)) == set(air.state_dict())
     load_weights(small_air(), tmp_path / "weights.pt")
-
-
-def test_the_default_folder_carries_time_and_seed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert RunFolder.create(None, 17).path.match("runs/20*-seed17")
-
-
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(CheckpointError, match=r"--output-dir must be .* not empty.*--resume"):
-        RunFolder.create(tmp_path, 0)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot write into --output-dir"):
-        RunFolder.create(tmp_path / "file" / "run", 0)
-
-
-def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no folder of a run"):
-        RunFolder.open(tmp_path / "missing")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -72,27 +41,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         write_atomically(target, fail)
     assert target.read_text() == "good"
     assert list(tmp_path.iterdir()) == [target]
-
-
-def test_metrics_are_lines_of_json(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "run", 0)
-    assert run.read_metrics() == []
-    run.log({"step": 1, "elbo": 2.5})
-    run.log({"step": 2, "elbo": math.nan})
-    with run.metrics.open("a") as file:
-        file.write('{"step": 3, "el')  # cut off by a kill
-    assert run.read_metrics() == [{"step": 1, "elbo": 2.5}, {"step": 2, "elbo": None}]
-    for step in (0, 1, 2, 30):
-        run.snapshots.mkdir(exist_ok=True)
-        (run.snapshots / f"{step:08}.npz").write_text("")
-    run.rewind(1)
-    assert sorted(path.name for path in run.snapshots.iterdir()) == ["00000000.npz", "00000001.npz"]
-    run.log({"step": 2, "elbo": 3.0})
-    lines = run.metrics.read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"step": 1, "elbo": 2.5},
-        {"step": 2, "elbo": 3.0},
-    ]
 
 
 def test_no_pickle_is_ever_executed(tmp_path: Path, air: AIR) -> None:
@@ -118,36 +66,87 @@ def test_foreign_files_are_refused(tmp_path: Path, air: AIR, content: bytes) -> 
         load_weights(air, tmp_path / "missing.pt")
 
 
-def test_truncated_checkpoints_are_refused(tmp_path: Path, air: AIR) -> None:
-    run = RunFolder.create(tmp_path / "run", 0)
-    run.save({"step": 3, "model": air.state_dict()})
-    whole = run.checkpoint.read_bytes()
-    for size in (1, len(whole) // 2, len(whole) - 1):
-        run.checkpoint.write_bytes(whole[:size])
+def write_checkpoint(path: Path, air: AIR, **changes: object) -> None:
+    state = {"format": FORMAT, "step": 3, "config": {}, "optimizer": {}, "model": air.state_dict()}
+    torch.save({**state, **changes}, path)
+
+
+def test_damaged_checkpoints_are_refused(tmp_path: Path, air: AIR) -> None:
+    path = tmp_path / "checkpoint.pt"
+    write_checkpoint(path, air)
+    whole = path.read_bytes()
+    for size in (0, 1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match="no readable file of weights"):
-            run.load()
+            read_state(path)
+    bits = bytearray(whole)
+    bits[whole.index(air.decode.mlp.seq[0].weight.detach().numpy().tobytes()) + 7] ^= 4
+    path.write_bytes(bits)  # one bit of a weight
+    with pytest.raises(CheckpointError, match="no readable file of weights"):
+        read_state(path)
 
 
-def test_newer_formats_and_plain_weights_are_no_checkpoints(tmp_path: Path, air: AIR) -> None:
-    run = RunFolder.create(tmp_path / "run", 0)
-    torch.save({"format": FORMAT + 1}, run.checkpoint)
-    with pytest.raises(CheckpointError, match="newer than this program's"):
-        run.load()
-    torch.save({"format": FORMAT}, run.checkpoint)
-    with pytest.raises(CheckpointError, match="is no whole checkpoint"):
-        run.load()
-    save_weights(air, run.checkpoint)
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, air: AIR) -> None:
+    path = tmp_path / "checkpoint.pt"
+    for changes, message in [
+        ({"format": FORMAT + 1}, "newer than this program's"),
+        ({"format": FORMAT - 1}, "only its weights can be used, by --load"),
+        ({"format": "3"}, "its format is no number"),
+        ({"step": 2.5}, "it holds no step"),
+        ({"model": [1]}, "it holds no model"),
+        ({"config": None}, "it holds no config"),
+    ]:
+        write_checkpoint(path, air, **changes)  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match=message):
+            read_state(path)
+    save_weights(air, path)
     with pytest.raises(CheckpointError, match="is no checkpoint of a run"):
-        run.load()
+        read_state(path)
+    for content, message in [
+        ([air.state_dict()], "holds no weights, but a list"),
+        ({1: torch.zeros(1)}, "holds no weights, but a dict"),
+        ({"decode": 1.0}, "holds no weights: decode is a float"),
+    ]:
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=message):
+            read_weights(path)
 
 
-def test_runs_begun_in_the_same_second_have_folders_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("time.strftime", lambda form: "now")
-    paths = [RunFolder.create(None, seed).path.name for seed in (4, 4, 5, 4)]
-    assert paths == ["now-seed4", "now-seed4-2", "now-seed5", "now-seed4-3"]
+def test_a_file_that_unpacks_to_more_than_is_sane_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as bomb:
+        zeros = bytes(1 << 26)
+        for part in range(MOST_BYTES // len(zeros) + 1):
+            if part < 2:
+                bomb.writestr(f"archive/data/{part}", zeros)
+            else:  # the same bytes again, under another name
+                info = copy.copy(bomb.filelist[0])
+                info.filename = f"archive/data/{part}"
+                bomb.filelist.append(info)
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(CheckpointError, match=r"bomb\.pt is no readable .* bytes, more than"):
+        read_weights(path)
+
+
+def test_the_file_before_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, previous = tmp_path / "now", tmp_path / "before"
+
+    def write(text: str) -> None:
+        write_atomically(path, lambda file: file.write_text(text), previous)
+
+    write("one")
+    assert not previous.exists()
+    write("two")
+    assert (path.read_text(), previous.read_text()) == ("two", "one")
+    monkeypatch.delattr(os, "link")  # a file system without links
+
+    def no_link(*_: object) -> None:
+        raise OSError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_link, raising=False)
+    write("three")
+    assert (path.read_text(), previous.read_text()) == ("three", "two")
+    assert {file.name for file in tmp_path.iterdir()} == {"now", "before"}
 
 
 def test_constants_of_the_prior_must_be_those_of_the_flags(tmp_path: Path) -> None:

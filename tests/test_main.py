@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -14,19 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import panes, visdom_server
+from conftest import ROOT, SCENES, SMALL, panes, run, visdom_server
 from test_viz import NAMES
 
 import viz
 from air.panes import ORDER
 from main import build_parser, main
 
-ROOT = Path(__file__).parent.parent
-SCENES = "--num-scenes 300 --num-test-scenes 40"
-SMALL = (
-    f"{SCENES} -n 4 -b 8 --rnn-hidden-size 16 --encoder-latent-size 5 --encoder-net 12 "
-    "--decoder-net 12 --predict-net 8 --bl-predict-net 8 --progress-every 2"
-)
 TUTORIAL = (  # with few steps, and few scenes
     f"{SCENES} -n 3 -blr 0.1 --z-pres-prior 0.01 --scale-prior-sd 0.2 --predict-net 200 "
     "--bl-predict-net 200 --decoder-output-use-sigmoid --decoder-output-bias -2 --seed 287710"
@@ -54,22 +47,6 @@ ELSEWHERE = {
     "--viz", "--viz-every", "--viz-log", "--visdom-env", "--visdom-server", "--visdom-port",
     "--resume", "--cuda", "--mnist-dir", "--help",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """One cache of scenes for all."""
-    cache = tmp_path_factory.mktemp("cache")
-    return {**os.environ, "AIR_CACHE": str(cache)}
-
-
-def run(
-    line: str, folder: Path, environment: dict[str, str], timeout: float = 300
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "main.py"), *line.split()]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
-    )
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_events_come_when_they_are_due() -> None:
 def test_zero_means_only_at_the_end() -> None:
     rarely = replace(SETTINGS, progress_every=0, eval_every=0, save_every=0)
     kinds = [type(e) for e in trainer(rarely).train()]
-    early, last = [SnapshotDue, SnapshotDue], [Progress, Evaluated, SnapshotDue, CheckpointDue]
+    early, last = [SnapshotDue, SnapshotDue], [Progress, CheckpointDue, Evaluated, SnapshotDue]
     assert kinds == early + last
 
 
@@ -155,13 +155,13 @@ def test_a_run_that_is_done_only_evaluates_again() -> None:
     done = trainer()
     list(done.train())
     before = weights(done)
-    assert [type(e) for e in done.train()] == [Evaluated, SnapshotDue, CheckpointDue]
+    assert [type(e) for e in done.train()] == [CheckpointDue, Evaluated, SnapshotDue]
     assert all(torch.equal(x, y) for x, y in zip(before, weights(done), strict=True))
 
 
 def test_zero_steps_evaluate() -> None:
     events = list(trainer(replace(SETTINGS, num_steps=0)).train())
-    assert [type(e) for e in events] == [Evaluated, SnapshotDue, CheckpointDue]
+    assert [type(e) for e in events] == [CheckpointDue, Evaluated, SnapshotDue]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

@@ -16,10 +16,10 @@ from test_panes import RECORDS
 
 import viz
 from air import drawing
-from air.checkpoint import RunFolder
 from air.curves import History
 from air.drawing import draw_boxes, enlarge, tile
 from air.events import Evaluated
+from air.run_folder import RunFolder
 from air.snapshots import save_snapshot
 
 NAMES = {

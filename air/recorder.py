@@ -1,0 +1,70 @@
+"""Writes down what training tells: metrics, checkpoints, snapshots, and the live page."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from air.checkpoint import save_weights
+from air.dashboard import Dashboard
+from air.events import CheckpointDue, Event, Progress, SnapshotDue
+from air.run_folder import RunFolder
+from air.snapshots import SCENES, Snapshot, save_snapshot, take_snapshot
+from air.training import Trainer
+
+ON_PAGE = 16  # scenes that are looked at for the live page alone
+
+
+class Recorder:
+    """Keeps a run's folder, and its live page where there is one.
+
+    Args:
+        run: The folder.
+        trainer: What trains.
+        config: Every flag's value.
+        data_sha256: The hash of the scenes.
+        dashboard: The live page, or None.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        trainer: Trainer,
+        config: Mapping[str, Any],
+        data_sha256: str,
+        dashboard: Dashboard | None,
+    ) -> None:
+        self.run, self.trainer, self.dashboard = run, trainer, dashboard
+        self._config = dict(config)
+        self._data_sha256 = data_sha256
+
+    def keep(self, event: Event) -> None:
+        """Writes down what an event brings, and draws it where that is asked for."""
+        if isinstance(event, CheckpointDue):
+            self.save()
+        elif isinstance(event, SnapshotDue):
+            snapshot = self._look(SCENES)
+            save_snapshot(self.run.snapshots, snapshot)
+            if self.dashboard:
+                self.dashboard.draw(snapshot)
+        else:
+            record = event.record()
+            self.run.log(record)
+            if self.dashboard:
+                self.dashboard.record(record)
+            if self.dashboard and isinstance(event, Progress) and self.dashboard.due(event.step):
+                start = time.monotonic()
+                self.dashboard.draw(self._look(ON_PAGE), time.monotonic() - start)
+
+    def save(self) -> None:
+        """Writes the checkpoint, and the weights alone where --save asks for them."""
+        about = {"config": self._config, "data_sha256": self._data_sha256}
+        self.run.save({**about, **self.trainer.state_dict()})
+        if self._config["save"]:
+            save_weights(self.trainer.air, Path(self._config["save"]))
+
+    def _look(self, number: int) -> Snapshot:
+        """At the first held-out scenes, with the model as it is."""
+        trainer = self.trainer
+        what = trainer.held_out, trainer.step, trainer.settings.seed, trainer.miscounted
+        return take_snapshot(trainer.air, *what, number)

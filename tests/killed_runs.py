@@ -1,0 +1,88 @@
+"""Trains a run that is killed again and again, and taken up again each time, until it is done.
+
+    python tests/killed_runs.py FOLDER KILLS [--captured] -- FLAGS OF main.py
+
+Every life is a fork of this process, which has imported all that takes long. It is killed at a
+random moment, every third time while it writes its checkpoint. Prints how often it was killed, and
+how often in writing.
+"""
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import visdom  # noqa: F401  # here, and not in every life
+
+import air.training
+import main
+from air.svi import CompiledSVI
+
+
+def live(arguments: list[str]) -> int:
+    """Starts a life; returns its process."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            code = main.main(arguments)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        finally:
+            os._exit(code)
+    return process
+
+
+def is_writing(folder: Path) -> bool:
+    """Whether the temporary file of a checkpoint is there."""
+    return any(folder.glob(".checkpoint.pt.*.tmp"))
+
+
+def kill(process: int, folder: Path, in_writing: bool) -> bool | None:
+    """Kills a life; returns whether it was writing, or None if it came to its end before."""
+    until = time.monotonic() + random.uniform(0.3, 1.0)
+    while time.monotonic() < until or in_writing:
+        if os.waitpid(process, os.WNOHANG)[0]:
+            return None
+        if in_writing and is_writing(folder):
+            break
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return is_writing(folder)
+
+
+def run(folder: Path, kills: int, flags: list[str]) -> None:
+    """Kills so often, unless the run is done before, and lets the last life end."""
+    random.seed(0)
+    killed = writing = 0
+    while True:
+        if (folder / "checkpoint.pt").exists():
+            arguments = ["--resume", str(folder)]
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            arguments = [*flags, "--output-dir", str(folder)]
+        process = live(arguments)
+        if killed >= kills:
+            code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            break
+        was_writing = kill(process, folder, in_writing=killed % 3 == 2)
+        if was_writing is None:
+            code = 0
+            break
+        killed, writing = killed + 1, writing + was_writing
+    print(killed, writing)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    target, number, *given = sys.argv[1:]
+    if "--captured" in given:  # without Inductor, which compiles for a minute
+        given.remove("--captured")
+        air.training.CompiledSVI = partial(  # type: ignore[attr-defined]
+            CompiledSVI, compiler=lambda graph: graph
+        )
+    run(Path(target), int(number), given[1:])

@@ -1,0 +1,174 @@
+"""Errors in the user's words, and signals; injected where they happen."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from conftest import run as run_main
+from test_training import trainer
+
+from air.faults import exit_code, explain, stop_on_signals, terminate_like_interrupt
+from air.run_folder import RunFolder
+from air.svi import RecordingError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path / "run", 0)
+
+
+def test_errors_that_are_the_users_to_mend_are_explained(run: RunFolder) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+    assert explain(full, run) == (
+        "cannot write: [Errno 28] No space left on device: 'metrics.jsonl'. No checkpoint was "
+        "written yet"
+    )
+    run.save({})
+    assert f"--resume {run.path}" in str(explain(full, run))
+    stuck = str(explain(FloatingPointError("the weight x was not finite"), run))
+    assert f"--load {run.checkpoint}, with a lower --learning-rate" in stuck
+    assert "no CUDA graph" in str(explain(RecordingError("no CUDA graph: x"), run))
+    assert explain(ZeroDivisionError("a defect"), run) is None
+    assert explain(RuntimeError("shapes"), run) is None
+
+
+def test_out_of_memory_is_told_with_what_to_lower(run: RunFolder) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)  # what torch says on a CPU
+    for error in (caught.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+        for known in (run, None):
+            assert "out of memory; lower --batch-size" in str(explain(error, known))
+
+
+def test_signals_stop_after_the_step_and_then_at_once() -> None:
+    running = trainer()
+    with terminate_like_interrupt(), stop_on_signals(running) as received:
+        signal.raise_signal(signal.SIGTERM)
+        assert running.stop_requested
+        assert received == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt) as ended:
+            signal.raise_signal(signal.SIGTERM)
+        assert exit_code(ended.value) == 143
+    assert exit_code(KeyboardInterrupt()) == 130
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def mounted(folder: Path, options: str) -> None:
+    """Mounts a file system in memory; skips the test where that cannot be."""
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if sys.platform != "linux" or os.geteuid() or subprocess.run(mount, stderr=-3).returncode:
+        pytest.skip("needs root, to mount a file system")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """Where a small or read-only file system may be mounted."""
+    folder = tmp_path / "disk"
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=False, stderr=-3)
+
+
+@pytest.mark.parametrize("moment", ["saving", "logging"])
+def test_a_full_disk_ends_training_and_leaves_the_last_checkpoint(
+    disk: Path, moment: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    mounted(disk, "size=16m")
+    flags = f"{SMALL} --output-dir {disk}/run --progress-every 1 --eval-every 0 -n 500"
+    command = [sys.executable, str(ROOT / "main.py"), *flags.split()]
+    command += ["--save-every", "20" if moment == "saving" else "10"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True
+    ) as process:
+        checkpoint = disk / "run" / "checkpoint.pt"
+        while not checkpoint.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        size = checkpoint.stat().st_size
+        with (disk / "ballast").open("wb") as file:  # leaves no room for another checkpoint
+            free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+            file.write(bytes(max(free - (size // 2 if moment == "saving" else 0), 0)))
+        _, complaint = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert complaint.count("\n") == 1, complaint
+    assert "No space left on device" in complaint
+    assert f"--resume {disk}/run" in complaint
+    (disk / "ballast").unlink()
+    step = torch.load(checkpoint, weights_only=True)["step"]
+    assert 0 < step < 500
+    shutil.copytree(disk / "run", tmp_path / "run")
+    done = run_main(f"--resume run -n {step + 3} --save-every 0", tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines if '"elbo"' in line]
+    assert steps == list(range(1, step + 4))
+
+
+def test_a_read_only_folder_is_found_before_training(
+    disk: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    done = run_main(f"{SMALL} --output-dir disk", tmp_path, environment)
+    assert done.returncode == 0
+    shutil.copytree(disk, tmp_path / "kept")
+    mounted(disk, "size=40m")
+    shutil.copytree(tmp_path / "kept", disk / "old")
+    (disk / "new").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for flags in (f"{SMALL} --output-dir disk/new", "--resume disk/old -n 9"):
+        done = run_main(flags, tmp_path, environment)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "cannot write" in done.stderr
+        assert "Read-only file system" in done.stderr
+
+
+@pytest.mark.parametrize("moment", ["making scenes", "evaluating"])
+def test_a_signal_at_any_moment_ends_in_one_line(
+    tmp_path: Path, environment: dict[str, str], moment: str
+) -> None:
+    scenes = "--num-scenes 60000" if moment == "making scenes" else ""
+    line = f"{SMALL} {scenes} --output-dir run --evaluate --iwae-samples 100000"
+    own = {**environment, "AIR_CACHE": str(tmp_path / "cache"), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(ROOT / "main.py"), *line.split()]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=own, stdout=-1, stderr=-1, text=True
+    ) as process:
+        if moment == "making scenes":
+            time.sleep(6)
+        else:
+            assert process.stdout is not None
+            while "held-out scenes" not in process.stdout.readline():
+                assert process.poll() is None
+            time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        complaint = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    assert complaint.count("\n") == complaint.count("interrupted. ") == 1, complaint
+    if moment == "evaluating":
+        again = run_main("--resume run --iwae-samples 2", tmp_path, own)
+        assert again.returncode == 0, again.stderr
+        assert (tmp_path / "run" / "evaluation.json").exists()
+    else:
+        assert not list(tmp_path.glob("cache/**/*.npz"))
+        assert not list(tmp_path.glob("cache/.scenes*"))
+
+
+def test_a_run_that_cannot_move_is_saved_and_named(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    done = run_main(f"{SMALL} -n 60 --likelihood-sd 1e-30 --output-dir run", tmp_path, environment)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "log_likelihood and with it the loss" in done.stderr
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 20
+    assert all(weight.isfinite().all() for weight in state["model"].values())

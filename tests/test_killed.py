@@ -1,0 +1,82 @@
+"""A run that is killed at any moment, and taken up again, ends as one that never was."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import panes, visdom_server
+
+ROOT = Path(__file__).parent.parent
+FLAGS = (
+    "--num-scenes 300 --num-test-scenes 20 -b 8 --rnn-hidden-size 16 --encoder-latent-size 5 "
+    "--encoder-net 12 --decoder-net 12 --predict-net 8 --bl-predict-net 8 --estimator score "
+    "--anneal-prior exp --anneal-prior-to 1e-3 --anneal-prior-duration 200 "
+    "--lr-schedule cosine --progress-every 1 --eval-every 7 --save-every 5"
+)
+
+
+def train(folder: Path, kills: int, flags: str) -> list[int]:
+    """Returns how often the run was killed, and how often while it wrote its checkpoint."""
+    environment = {**os.environ, "AIR_CACHE": str(folder.parent / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "killed_runs.py"), str(folder), str(kills)]
+    done = subprocess.run(
+        [*command, *flags.split()], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    return [int(word) for word in done.stdout.splitlines()[-1].split()]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: v for key, v in record.items() if "second" not in key} for record in records]
+
+
+def same(one: object, other: object) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return one == other
+
+
+@pytest.mark.parametrize(
+    ("how", "steps", "kills"), [("", 200, 20), ("--captured -- --compile", 40, 3)]
+)
+def test_a_killed_run_ends_as_one_that_never_was(
+    tmp_path: Path, how: str, steps: int, kills: int
+) -> None:
+    flags = f"{how or '--'} {FLAGS} -n {steps}"
+    with visdom_server(tmp_path / "server") as (port, _):
+        assert train(tmp_path / "whole", 0, flags) == [0, 0]
+        killed, writing = train(
+            tmp_path / "killed", kills, f"{flags} --viz --visdom-port {port} --viz-every 5"
+        )
+        page = panes(port, "air_killed")
+    assert killed == kills
+    assert writing >= kills // 6
+    whole, again = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+        for name in ("whole", "killed")
+    )
+    for key in ("step", "model", "optimizer", "rng", "tally", "miscounted"):
+        assert same(whole[key], again[key]), key
+    assert lines(tmp_path / "whole") == lines(tmp_path / "killed")
+    assert [line["step"] for line in lines(tmp_path / "killed") if "elbo" in line] == list(
+        range(1, steps + 1)
+    )
+    names = [
+        sorted(path.name for path in (tmp_path / run / "snapshots").iterdir())
+        for run in ("whole", "killed")
+    ]
+    assert names[0] == names[1]
+    assert not list((tmp_path / "killed").glob(".*"))
+    traces = {trace["name"]: trace["x"] for trace in page["elbo"]["content"]["data"]}
+    assert traces["training"] == list(range(1, steps + 1))
