@@ -25,7 +25,7 @@ from tqdm import tqdm
 import multi_mnist
 import viz
 from air import AIR, flags
-from air.checkpoint import CheckpointError, fit_weights, read_weights
+from air.checkpoint import CheckpointError, fit_weights, read_weights, refuse_bomb
 from air.config import AIR_ARGUMENTS, is_compiled, merge_loaded, merge_resumed, pick_device, plain
 from air.config import DEFAULTS as OWN_DEFAULTS
 from air.dashboard import Dashboard, connect
@@ -111,17 +111,15 @@ def prepare(given: Config, collapsed: Session | None = None) -> Session:
     if given.get("resume"):
         run = RunFolder.open(Path(given["resume"]))
         state = run.load()
+        flags.check_values(build_parser(), state["config"], DEFAULTS, run.source)
         config = merge_resumed(state["config"], given)
         weights = state["model"]
     elif given.get("load"):
         weights, saved = read_weights(Path(given["load"]))
+        flags.check_values(build_parser(), saved, DEFAULTS, Path(given["load"]))
         config = merge_loaded(saved, given)
     config = {**DEFAULTS, **config}
     before = state["config"] if state else collapsed.config if collapsed else {}
-    try:
-        flags.check_values(build_parser(), config)
-    except ValueError as error:  # what was given has been checked
-        raise CheckpointError(f"{given.get('resume') or given.get('load')}: {error}") from error
     check_flags(config, given, before)
     device = pick_device(config["device"])
     config["compile"] = is_compiled(config)
@@ -148,7 +146,8 @@ def go_back(trainer: Trainer, state: dict[str, Any], source: Path, data_sha256: 
     if state.get("data_sha256") != data_sha256:
         raise CheckpointError(f"{source} was trained on other scenes than these")
     try:
-        trainer.load_state_dict(state)
+        with warnings.catch_warnings(action="ignore"):
+            trainer.load_state_dict(state)
     except Exception as error:  # whatever a file can hold that was not written here
         raise CheckpointError(f"{source} holds no state of this run: {error!r}") from error
 
@@ -205,6 +204,7 @@ def build_trainer(config: Config, scenes: multi_mnist.SceneSplits, device: torch
 def load_scenes(config: Config) -> multi_mnist.SceneSplits:
     """The scenes of --data, or those that the other data flags describe, made if need be."""
     if config["data"]:
+        refuse_bomb(Path(config["data"]))
         return multi_mnist.load_file(Path(config["data"]), hold_out_all=config["num_steps"] == 0)
     try:
         settings = SceneSettings(**{name: config[flag] for name, flag in SCENE_FLAGS.items()})

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 FORMAT = 3  # of checkpoint.pt; raise it when programs before and after cannot read each other's
-MOST_BYTES = 4 << 30  # in a file of weights, unpacked
+MOST_BYTES = 8 << 30  # in a file of weights or scenes, unpacked
 
 
 class CheckpointError(ValueError):
@@ -93,18 +93,33 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def refuse_bomb(path: Path) -> None:
+    """Looks at a file's table of contents before anything is unpacked.
+
+    Raises:
+        CheckpointError: If it is a zip file that unpacks to more than `MOST_BYTES`.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            size = sum(part.file_size for part in file.infolist())
+        if size > MOST_BYTES:
+            raise CheckpointError(
+                f"{path} unpacks to {size:,} bytes, more than the {MOST_BYTES:,} of this program"
+            )
+
+
 def _load(path: Path) -> dict[str, Any]:
     try:
+        refuse_bomb(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
-                size = sum(part.file_size for part in file.infolist())
-                if size > MOST_BYTES:
-                    raise ValueError(f"unpacked it has {size:,} bytes, more than {MOST_BYTES:,}")
                 if damaged := file.testzip():  # torch would not look
                     raise ValueError(f"{damaged} in it is damaged")
         with warnings.catch_warnings():  # of foreign files, which end in an error anyway
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {path}") from error
     except Exception as error:  # foreign bytes make zipfile and torch raise anything
@@ -147,9 +162,6 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = _load(path)
     whole = _is_checkpoint(state, path)
     weights, config = (state["model"], state["config"]) if whole else (state, {})
-    for name, weight in weights.items():
-        if not isinstance(weight, Tensor):
-            raise CheckpointError(f"{path} holds no weights: {name} is a {type(weight).__name__}")
     return weights, config
 
 
@@ -164,6 +176,9 @@ def fit_weights(module: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
     Raises:
         CheckpointError: If names or shapes differ from the module's, or constants of its prior.
     """
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor):
+            raise CheckpointError(f"{path} holds no weights: {name} is a {type(weight).__name__}")
     own = module.state_dict()
     problems = [f"{name} is missing" for name in own if name not in weights]
     problems += [f"{name} is unknown" for name in weights if name not in own]

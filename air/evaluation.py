@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro.poutine as poutine
 import torch
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from air.boxes import score_boxes, tight_boxes
 from air.inference import forked_rng, infer
 from air.priors import PresencePrior
 
+MOST_OBJECTS = 1000  # in one scene
 MISCOUNTED = 16  # wrongly counted scenes that an evaluation names
 
 
@@ -87,7 +89,18 @@ class HeldOut(NamedTuple):
 
     @classmethod
     def from_numpy(cls, *arrays: NDArray[Any] | None) -> "HeldOut":
-        """The fields in their order, as NumPy arrays."""
+        """The fields in their order, as NumPy arrays.
+
+        Raises:
+            ValueError: If a count is beyond sense, or a box of a counted object not there.
+        """
+        _, counts, boxes, _ = (*arrays, None, None, None)[:4]
+        if counts is not None and (counts > MOST_OBJECTS).any():
+            raise ValueError(f"counts: expected at most {MOST_OBJECTS}, got {counts.max()}")
+        if counts is not None and boxes is not None:
+            used = np.arange(boxes.shape[1]) < counts[:, None]
+            if (counts > boxes.shape[1]).any() or not np.isfinite(boxes[used]).all():
+                raise ValueError("boxes: expected finite ones for all of counts")
         return cls(*(None if a is None else torch.from_numpy(a) for a in arrays))  # type: ignore[arg-type]
 
     def first(self, number: int) -> "HeldOut":

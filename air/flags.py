@@ -254,21 +254,26 @@ def _add_output(add: Add) -> None:
     add("-v", "--verbose", action="store_true", help="print the nets and every setting")
 
 
-def check_values(parser: argparse.ArgumentParser, config: Mapping[str, Any]) -> None:
-    """Holds a configuration, which may come from a file, to what its flags accept.
+def check_values(
+    parser: argparse.ArgumentParser,
+    config: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    source: Path,
+) -> None:
+    """Holds a configuration from a file to what its flags accept.
 
     Raises:
         ValueError: For the first value that its flag would refuse.
     """
     for action in parser._actions:
-        value = config.get(action.dest)
-        if value is None or action.dest == "help":
+        value = config.get(action.dest, defaults.get(action.dest))
+        if value is None and defaults.get(action.dest) is None:
             continue
         listed = action.nargs in ("*", "+")
         switch = action.nargs == 0 and not isinstance(action.const, str)
         fits = isinstance(value, list | tuple) == listed and isinstance(value, bool) == switch
         if not fits or not all(_accepts(action, one) for one in (value if listed else [value])):
-            raise ValueError(f"{action.option_strings[-1]} cannot be {value!r}")
+            raise ValueError(f"{source}: {action.option_strings[-1]} cannot be {value!r}")
 
 
 def _accepts(action: argparse.Action, value: Any) -> bool:  # noqa: ANN401

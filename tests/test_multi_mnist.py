@@ -341,7 +341,7 @@ def test_spoilt_idx_is_named(digits: list[Array], tmp_path: Path) -> None:
     for name, old, new, problem in (
         (TRAIN_IMAGES, slice(-1, None), b"", "cannot reshape array"),
         (TRAIN_IMAGES, slice(9, None), b"", "buffer is smaller"),
-        (TRAIN_IMAGES, slice(None), gzip.compress(b"1234567")[:-9], "end-of-stream"),
+        (TRAIN_IMAGES, slice(None), gzip.compress(b"1234567")[:-9], "buffer is smaller"),
         (TEST_IMAGES, slice(4, None), bytes(12), r"header \[2051, 0, 0, 0\]"),
         (TEST_LABELS, slice(0, 4), b"\0\0\x08\x03", r"header \[2051, 1000\]"),
     ):

@@ -1,0 +1,311 @@
+"""Whatever is given, the program succeeds or says in one line, with exit code 2, what is wrong.
+
+About 2,300 cases: flags, files of scenes and of digits, checkpoints. Training itself is left out.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_air
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import main
+import multi_mnist
+from air import flags
+from air.checkpoint import CheckpointError, read_weights
+from air.evaluation import HeldOut, evaluate
+from air.run_folder import RunFolder
+
+TINY = [
+    "-b",
+    "4",
+    "--rnn-hidden-size",
+    "6",
+    "--encoder-latent-size",
+    "3",
+    "--encoder-net",
+    "4",
+    "--decoder-net",
+    "4",
+    "--predict-net",
+    "4",
+    "--bl-predict-net",
+    "4",
+    "--window-size",
+    "6",
+    "-n",
+    "2",
+]
+
+
+def cases(number: int) -> settings:
+    return settings(
+        max_examples=number,
+        deadline=None,
+        database=None,
+        derandomize=True,  # the same cases in every run of the suite
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    """A whole file of scenes: [30, 12, 12], with counts and boxes."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 3, 30)
+    boxes = rng.uniform(0, 12, (30, 2, 4)).astype(np.float32)
+    x = rng.integers(0, 255, (30, 12, 12), np.uint8)
+    np.savez(tmp_path / "mine.npz", x=x, counts=counts, boxes=boxes)
+    return tmp_path / "mine.npz"
+
+
+@pytest.fixture
+def program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[[list[str]], int]]:
+    """Runs the program up to training; gives its exit code, and looks at what it says."""
+    number = iter(range(10**9))
+
+    def run(arguments: list[str]) -> int:
+        folder = tmp_path / f"out{next(number)}"
+        monkeypatch.chdir(tmp_path)
+        code = 0
+        try:
+            code = main.main([*arguments, *(() if "--resume" in arguments else OUT(folder))])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        said = capsys.readouterr()
+        assert code in (0, 2), (arguments, said)
+        if code == 2:
+            assert said.err.count("\n") == 1, (arguments, said.err)
+            assert said.err.startswith(("main.py: error: ", "pytest: error: ", "-c: error: ")) or (
+                ": error: " in said.err
+            )
+        return code
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "train", lambda session: 0)
+        yield run
+
+
+def OUT(folder: Path) -> list[str]:
+    return ["--output-dir", str(folder)]
+
+
+def options() -> list[str]:
+    """Every flag but those that write elsewhere, ask servers, or ask for more memory than is."""
+    found = []
+    for action in main.build_parser()._actions:
+        names = {"help", "output_dir", "viz", "viz_log", "save", "mnist_dir", "cache_dir", "resume"}
+        sizes = {"num_scenes", "num_test_scenes", "x_size"}
+        if action.dest not in names | sizes:
+            found += [name for name in action.option_strings if name.startswith("--")]
+    return found
+
+
+words = st.one_of(
+    st.integers(-3, 40).map(str),
+    st.floats(-2, 2).map(str),
+    st.sampled_from(["nan", "inf", "-inf", "1e400", "1e-400", "0x10", "1_0", "", " ", "-", "--"]),
+    st.sampled_from(["ReLU", "cosine", "marginal", "cpu", "cuda:9", "none", "mine.npz", "."]),
+    st.text(st.characters(codec="utf-8"), max_size=8),
+)
+
+
+@cases(600)
+@given(st.lists(st.tuples(st.sampled_from(options()), st.lists(words, max_size=2)), max_size=3))
+def test_flags(
+    scenes: Path, program: Callable[[list[str]], int], asked: list[tuple[str, list[str]]]
+) -> None:
+    line = [word for name, values in asked for word in (name, *values)]
+    program([*TINY, "--data", str(scenes), *line])
+
+
+def damaged(whole: bytes) -> st.SearchStrategy[bytes]:
+    """Bytes like these with some changed, cut out or put in."""
+    place = st.integers(0, len(whole))
+    change = st.tuples(place, st.integers(0, 30), st.binary(max_size=30))
+
+    def apply(changes: list[tuple[int, int, bytes]]) -> bytes:
+        found = whole
+        for start, length, new in changes:
+            found = found[:start] + new + found[start + length :]
+        return found
+
+    return st.lists(change, min_size=1, max_size=4).map(apply)
+
+
+def use(path: Path) -> None:
+    """Loads a file of scenes as the program does, and evaluates on them."""
+    try:
+        found = multi_mnist.load_file(path)
+        held_out = HeldOut.from_numpy(
+            found.test.x, found.test.counts, found.test.boxes, found.test.overlaps
+        )
+    except ValueError:
+        return
+    if found.train.x.shape[1] == 12:
+        evaluate(small_air(), held_out)
+
+
+@cases(500)
+@given(st.data())
+def test_damaged_files_of_scenes(scenes: Path, data: st.DataObject) -> None:
+    path = scenes.with_name("damaged.npz")
+    path.write_bytes(data.draw(damaged(scenes.read_bytes())))
+    use(path)
+
+
+numbers = st.one_of(st.integers(-5, 5), st.floats(width=32), st.integers(-(2**60), 2**60))
+types = st.sampled_from(["uint8", "int8", "int64", "float32", "float64", "bool", "U3", "complex64"])
+
+
+@cases(400)
+@given(st.data())
+def test_files_of_other_arrays(scenes: Path, data: st.DataObject) -> None:
+    with np.load(scenes) as file:
+        arrays = dict(file)
+    for name in data.draw(st.sets(st.sampled_from(sorted(multi_mnist.FORM)), max_size=2)):
+        shape = data.draw(st.lists(st.sampled_from([0, 1, 2, 4, 12, 30]), max_size=4))
+        if name in arrays and data.draw(st.booleans()):
+            array = arrays[name].copy()
+            array.flat[data.draw(st.integers(0, array.size - 1))] = data.draw(st.integers(0, 99))
+        else:
+            with np.errstate(all="ignore"), contextlib.suppress(OverflowError):
+                kind = data.draw(types)
+                array = np.full(shape, data.draw(numbers)).astype(kind)
+        arrays[data.draw(st.sampled_from(["", "test_"])) + name] = array
+    path = scenes.with_name("other.npz")
+    np.savez(path, **arrays)
+    use(path)
+
+
+@cases(300)
+@given(st.data())
+def test_damaged_idx_files(tmp_path: Path, data: st.DataObject) -> None:
+    images = np.full((20, 28, 28), 9, np.uint8)
+    whole = {
+        "images-idx3": b"\0\0\x08\x03" + np.array(images.shape, ">u4").tobytes() + images.tobytes(),
+        "labels-idx1": b"\0\0\x08\x01" + np.array([20], ">u4").tobytes() + bytes(20),
+    }
+    for part in ("train", "t10k"):
+        for kind, content in whole.items():
+            (tmp_path / f"{part}-{kind}-ubyte").write_bytes(content)
+    name = data.draw(st.sampled_from(sorted(multi_mnist.MNIST_FILES)))
+    (tmp_path / name).write_bytes(data.draw(damaged((tmp_path / name).read_bytes())))
+    wanted = multi_mnist.SceneSettings(digits="mnist", num_scenes=2, num_test_scenes=2)
+    with contextlib.suppress(ValueError):
+        multi_mnist.load_scenes(wanted, cache_dir=tmp_path / "cache", mnist_dir=tmp_path)
+
+
+@pytest.fixture
+def checkpoint(scenes: Path, tmp_path: Path) -> Path:
+    """The checkpoint of a small run."""
+    session = main.prepare(
+        main.plain(vars(main.build_parser().parse_args(
+            [*TINY, "--data", str(scenes), "--output-dir", str(tmp_path / "run")]
+        )))
+    )  # fmt: skip
+    for event in session.trainer.train():
+        session.recorder.keep(event)
+    return session.run.checkpoint
+
+
+@cases(250)
+@given(st.data())
+def test_damaged_checkpoints(checkpoint: Path, tmp_path: Path, data: st.DataObject) -> None:
+    other = tmp_path / "damaged.pt"
+    other.write_bytes(data.draw(damaged(checkpoint.read_bytes())))
+    with contextlib.suppress(CheckpointError):
+        read_weights(other)
+
+
+values = st.one_of(
+    st.none(), st.booleans(), st.integers(-5, 5), st.floats(), st.text(max_size=4),
+    st.lists(st.integers(0, 3), max_size=2), st.just({}), st.just(torch.zeros(3)),
+    st.just(torch.tensor(7)),
+)  # fmt: skip
+
+
+@cases(250)
+@given(
+    st.sampled_from(["", "config", "model", "optimizer", "tally"]),
+    st.integers(0, 10**6),
+    st.one_of(st.just("nothing"), values),
+)
+def test_checkpoints_of_other_content(
+    checkpoint: Path,
+    program: Callable[[list[str]], int],
+    tmp_path: Path,
+    inner: str,
+    place: int,
+    value: Any,  # noqa: ANN401
+) -> None:
+    state = torch.load(checkpoint, weights_only=True)
+    target = dict(state[inner] if inner else state)
+    name = sorted(target)[place % len(target)]
+    if (inner, name) in (("config", "rnn_hidden_size"), ("config", "model_steps")):
+        return  # may ask for more memory than there is
+    target[name] = value
+    if isinstance(value, str) and value == "nothing":
+        del target[name]
+    folder = tmp_path / f"other{len(list(tmp_path.glob('other*')))}"
+    folder.mkdir()
+    torch.save({**state, inner: target} if inner else target, folder / "checkpoint.pt")
+    program(["--resume", str(folder), "--no-viz"])
+
+
+class Trap:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+def test_no_file_is_ever_executed(
+    tmp_path: Path, scenes: Path, program: Callable[[list[str]], int]
+) -> None:
+    sprung = tmp_path / "sprung"
+    trap = Trap(sprung)
+    np.savez(tmp_path / "trap.npz", x=np.array([trap, trap], dtype=object))
+    (tmp_path / "raw.npz").write_bytes(pickle.dumps(trap))
+    torch.save(
+        {"format": 3, "config": trap, "model": {}, "optimizer": {}, "step": 1}, tmp_path / "t.pt"
+    )
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(trap))
+    for name in multi_mnist.MNIST_FILES:
+        (tmp_path / name).write_bytes(pickle.dumps(trap))
+    run = RunFolder.create(tmp_path / "run", 0)
+    run.checkpoint.write_bytes(pickle.dumps(trap))
+    del run
+    for line in (
+        "--data trap.npz", "--data raw.npz", f"--data {scenes} --load t.pt", "--resume run",
+        f"--data {scenes} --load raw.pt", f"--digits mnist --mnist-dir {tmp_path} --num-scenes 3",
+    ):  # fmt: skip
+        assert program(line.split()) == 2
+    assert not sprung.exists()
+
+
+def test_configurations_are_held_to_their_flags() -> None:
+    parser = main.build_parser()
+    for whole in (main.DEFAULTS, json.loads(json.dumps(main.DEFAULTS)), {}):
+        flags.check_values(parser, whole, main.DEFAULTS, Path("file"))
+    for name, value in [
+        ("batch_size", "8"), ("batch_size", 8.5), ("counts", [1, "x"]), ("counts", 3), ("viz", 1),
+        ("device", 5), ("estimator", "no"), ("learning_rate", -1.0), ("use_masking", "yes"),
+        ("seed", True), ("window_size", None), ("non_linearity", "Nonsense"), ("cache_dir", 3),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=r"^file: --\S+ cannot be"):
+            flags.check_values(parser, {name: value}, main.DEFAULTS, Path("file"))
