@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -50,7 +51,8 @@ def draw_run(run: RunFolder, gif: bool = False) -> None:
     for name, sheet in sheets(snapshot, 8, zoom).items():
         save_picture(run.figures / f"{name}.png", sheet)
     save_figure(run.figures / "scenes.png", overview(snapshot.scenes.pick(slice(8))), dpi=100)
-    save_figure(run.figures / "curves.png", curves(History(run.read_metrics())), dpi=DPI)
+    with rc_context({"font.size": 6.5}):
+        save_figure(run.figures / "curves.png", curves(History(run.read_metrics())), dpi=DPI)
     if gif:
         chosen = np.unique(np.linspace(0, len(files) - 1, FRAMES).round().astype(int))
         paths = [[*files.values()][i] for i in chosen]
@@ -102,7 +104,7 @@ def curves(history: History) -> Figure:
         draw.append(lambda axes: _draw_histogram(axes, latest["count_histogram"]))
     columns = 3
     rows = max(1, -(-len(draw) // columns))
-    figure = Figure((10.8, 3 * rows))
+    figure = Figure((7.1, 2 * rows))
     figure.subplots_adjust(0.07, 0.18 / rows, 0.99, 1 - 0.1 / rows, wspace=0.3, hspace=0.42)
     for axes in np.ravel(figure.subplots(rows, columns)):
         if draw:
@@ -128,7 +130,7 @@ def _draw_panel(axes: Axes, panel: Panel, history: History) -> None:
         line = {"line": "-", "points": "-", "dotted": ":"}[curve.style] + ("o" if few else "")
         label = f"{curve.label}: {finite[-1]:.4g}"
         axes.plot(
-            steps, np.array(values, float), line, color=curve.colour, label=label, ms=2.5, lw=0.9
+            steps, np.array(values, float), line, color=curve.colour, label=label, ms=1.8, lw=0.7
         )
     axes.set(xlabel="step", ylabel=panel.unit, xlim=(0, None))
     axes.set_title(panel.title, size="medium")
@@ -147,7 +149,7 @@ def _draw_confusion(axes: Axes, matrix: Sequence[Sequence[int]]) -> None:
     axes.set(xticks=range(scenes.shape[1]), yticks=range(scenes.shape[0]))
     axes.set(xlabel="inferred count", ylabel="true count")
     axes.set_title("Held-out scenes", size="medium")
-    size = min(10.0, 60 / scenes.shape[1])
+    size = min(7.0, 40 / scenes.shape[1])
     for (true, inferred), number in np.ndenumerate(scenes):
         ink = "white" if shares[true, inferred] > 0.55 else "black"
         axes.text(inferred, true, f"{number:,.0f}", color=ink, ha="center", va="center", size=size)

@@ -16,7 +16,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-import visdom  # noqa: F401  # here, and not in every life
+import visdom  # noqa: F401
 
 import air.training
 import main
@@ -44,7 +44,7 @@ def is_writing(folder: Path) -> bool:
 
 def kill(process: int, folder: Path, in_writing: bool) -> bool | None:
     """Kills a life; returns whether it was writing, or None if it came to its end before."""
-    until = time.monotonic() + random.uniform(0.3, 1.0)
+    until = time.monotonic() + random.uniform(0.3, 0.8)
     while time.monotonic() < until or in_writing:
         if os.waitpid(process, os.WNOHANG)[0]:
             return None

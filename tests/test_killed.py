@@ -16,7 +16,7 @@ FLAGS = (
     "--num-scenes 300 --num-test-scenes 20 -b 8 --rnn-hidden-size 16 --encoder-latent-size 5 "
     "--encoder-net 12 --decoder-net 12 --predict-net 8 --bl-predict-net 8 --estimator score "
     "--anneal-prior exp --anneal-prior-to 1e-3 --anneal-prior-duration 200 "
-    "--lr-schedule cosine --progress-every 1 --eval-every 7 --save-every 5"
+    "--lr-schedule cosine --progress-every 1 --eval-every 21 --save-every 5"
 )
 
 
@@ -48,7 +48,7 @@ def same(one: object, other: object) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("how", "steps", "kills"), [("", 200, 20), ("--captured -- --compile", 40, 3)]
+    ("how", "steps", "kills"), [("", 150, 20), ("--captured -- --compile", 30, 2)]
 )
 def test_a_killed_run_ends_as_one_that_never_was(
     tmp_path: Path, how: str, steps: int, kills: int
@@ -57,7 +57,7 @@ def test_a_killed_run_ends_as_one_that_never_was(
     with visdom_server(tmp_path / "server") as (port, _):
         assert train(tmp_path / "whole", 0, flags) == [0, 0]
         killed, writing = train(
-            tmp_path / "killed", kills, f"{flags} --viz --visdom-port {port} --viz-every 5"
+            tmp_path / "killed", kills, f"{flags} --viz --visdom-port {port} --viz-every 20"
         )
         page = panes(port, "air_killed")
     assert killed == kills

@@ -128,7 +128,7 @@ def test_curves_draw_what_is_there(tmp_path: Path, records: list[dict[str, Any]]
     path = tmp_path / "curves.png"
     viz.save_figure(path, viz.curves(History(records)), viz.DPI)
     picture = load(path)
-    assert picture.width == 3240
+    assert picture.width == 2130
     assert (len(picture.getcolors(1 << 24) or []) > 1) == bool(records)
 
 
