@@ -74,6 +74,19 @@ def test_gradient_variance_of_every_part(tmp_path: Path) -> None:
     names = [cells(row)[0] for row in rows[2:]]
     assert names == ["initial states", "decode", "rnn", "predict", "encode"]
     assert all(float(cell) > 0 for row in rows[2:] for cell in cells(row)[1:])
+    own = f"-n 3 -lr 0.1 --estimator score --output-dir {tmp_path}/run {TINY}"
+    run(str(BENCHMARKS.parents[1] / "main.py"), own, tmp_path)
+    load = f"--load {tmp_path}/run/checkpoint.pt"
+    trained = run("gradient_variance.py", f"{load} --draws 3 --batch-size 4 -- {TINY}", tmp_path)
+    assert [cells(row)[1] for row in trained.splitlines()[2:]] != [
+        cells(row)[1] for row in rows[2:]
+    ]
+
+
+def test_a_long_run_is_followed(tmp_path: Path) -> None:
+    rows = run("long_run.py", "--steps 150", tmp_path).splitlines()
+    assert len(rows) == 2 + 9 + 1
+    assert rows[-1].startswith("memory ")
 
 
 @pytest.mark.parametrize("estimator", ["marginal", "score"])

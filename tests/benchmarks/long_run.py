@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 MAIN = Path(__file__).parents[2] / "main.py"
@@ -52,11 +53,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = follow(Path(folder, "run"), args.steps, args.flags)
     found = [row for row in found if row[1]]
+    if not found:
+        sys.exit("the run failed, or it was too short to see anything")
+    tenths = [
+        next((row for row in found if row[0] >= tenth * args.steps / 10), found[-1])
+        for tenth in range(1, 11)
+    ]
     print("| step | memory, MiB | ms a step |")
     print("|---|---|---|")
-    tenths = found[9::10]
-    for (before, _, start), (step, memory, seconds) in zip(tenths, tenths[1:], strict=False):
-        print(f"| {step:,} | {memory:.0f} | {1000 * (seconds - start) / (step - before):.2f} |")
+    for (before, _, start), (step, memory, seconds) in pairwise(tenths):
+        pace = 1000 * (seconds - start) / max(step - before, 1)
+        print(f"| {step:,} | {memory:.0f} | {pace:.2f} |")
     print(f"memory {tenths[-1][1] / tenths[0][1] - 1:+.1%} since step {tenths[0][0]:,}")
 
 
