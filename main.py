@@ -8,6 +8,7 @@ The model is in ``air/``, its nets in ``modules.py``, the scenes in ``multi_mnis
 """
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -160,7 +161,7 @@ def begin(
     visdom: Any,  # noqa: ANN401
 ) -> Session:
     """Makes the run's folder ready, and its live page where `visdom` is a client."""
-    run.rewind(trainer.step, trainer.step == config["num_steps"])
+    run.go_on(trainer.step, trainer.step == config["num_steps"])
     run.write_json("config.json", config | {"data_sha256": data_sha256, "versions": versions()})
     if config["verbose"]:
         print(trainer.air, config, sep="\n")
@@ -179,8 +180,8 @@ def check_flags(config: Config, given: Config, saved: Config) -> None:
         path = config[name] and Path(config[name])
         if path and path.exists() and config[name] != saved.get(name):
             raise ValueError(f"{flag} never overwrites, and {path} exists; name another file")
-        if path and not path.parent.is_dir():
-            raise ValueError(f"{flag}: there is no folder {path.parent} for {path.name}")
+        if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise ValueError(f"{flag}: there is no folder {path.parent} to write {path.name} into")
 
 
 def build_trainer(config: Config, scenes: multi_mnist.SceneSplits, device: torch.device) -> Trainer:
@@ -246,7 +247,7 @@ def train(session: Session) -> int | None:
                     print(f"step {event.step:,} of {total:,}: {event}", flush=True)
             elif collapsed:  # and the pictures of it are kept
                 break
-    return None if collapsed else finish(session, received)
+    return None if collapsed and not received else finish(session, received)
 
 
 def events(session: Session) -> Iterator[Event]:
@@ -265,8 +266,7 @@ def with_next_seed(session: Session) -> Config:
     session.recorder.save()
     viz.draw_run(session.run)
     print(f"Starting over with --seed {seed}; {session.run.path} is left as it is.", flush=True)
-    if folder := config["output_dir"]:
-        folder = folder.removesuffix(f"-seed{config['seed']}") + f"-seed{seed}"
+    folder = str(session.run.path).removesuffix(f"-seed{config['seed']}") + f"-seed{seed}"
     changed = {"seed": seed, "restarts": config["restarts"] - 1, "output_dir": folder}
     return {**config, **changed, "resume": None}
 
@@ -274,7 +274,7 @@ def with_next_seed(session: Session) -> Config:
 def finish(session: Session, received: Sequence[int]) -> int:
     """Draws, saves where there is a need to, and says how the run ended."""
     trainer, run, total = session.trainer, session.run, session.config["num_steps"]
-    interrupted = trainer.step < total
+    interrupted = bool(received) or trainer.step < total
     if interrupted:
         session.recorder.keep(CheckpointDue(trainer.step))
         session.recorder.keep(SnapshotDue(trainer.step))

@@ -5,6 +5,7 @@ Only tensors and plain values are stored, and read with ``weights_only=True``.
 
 import io
 import os
+import pickle
 import shutil
 import warnings
 import zipfile
@@ -40,22 +41,25 @@ def write_atomically(path: Path, write: Any, previous: Path | None = None) -> No
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         if previous and path.exists():
-            _also_as(path, previous)
+            copy_atomically(path, previous)
         temporary.replace(path)
         _flush_names(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _also_as(path: Path, other: Path) -> None:
-    """Gives a file a second name, so that at no time it has none."""
+def copy_atomically(path: Path, other: Path) -> None:
+    """Gives a file a second name, in one step; where that cannot be, copies it."""
     temporary = other.with_name(f".{other.name}.{os.getpid()}.tmp")
     try:
         try:
             os.link(path, temporary)
         except OSError:  # a file system without links
             shutil.copyfile(path, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(other)
+        _flush_names(other.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -99,9 +103,12 @@ def refuse_bomb(path: Path) -> None:
     Raises:
         CheckpointError: If it is a zip file that unpacks to more than `MOST_BYTES`.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            size = sum(part.file_size for part in file.infolist())
+    if path.is_file() and zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as file:
+                size = sum(part.file_size for part in file.infolist())
+        except Exception as error:  # foreign bytes make zipfile raise anything
+            raise CheckpointError(f"{path} is damaged: {error}") from error
         if size > MOST_BYTES:
             raise CheckpointError(
                 f"{path} unpacks to {size:,} bytes, more than the {MOST_BYTES:,} of this program"
@@ -109,8 +116,12 @@ def refuse_bomb(path: Path) -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise CheckpointError(f"there is no file {path}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file")
+    refuse_bomb(path)
     try:
-        refuse_bomb(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
                 if damaged := file.testzip():  # torch would not look
@@ -118,12 +129,11 @@ def _load(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():  # of foreign files, which end in an error anyway
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no file {path}") from error
+    except pickle.UnpicklingError as error:  # torch would advise to execute what is in it
+        reason = "it holds more than tensors and plain values, or is of another kind"
+        raise CheckpointError(f"{path} is no readable file of weights: {reason}") from error
     except Exception as error:  # foreign bytes make zipfile and torch raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = "it is damaged, cut off or of another kind"
         raise CheckpointError(f"{path} is no readable file of weights: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise CheckpointError(f"{path} holds no weights, but a {type(state).__name__}")

@@ -48,6 +48,11 @@ RESUMABLE = {
     "viz_every", "viz_log", "visdom_env", "visdom_server", "visdom_port", "verbose", "resume",
     "data", "mnist_dir", "cache_dir",
 }  # fmt: skip
+# What is asked anew, or not at all: files to write and servers to reach, which no file may name.
+_OF_THE_PROCESS = {
+    "save", "output_dir", "cache_dir", "viz", "viz_log", "visdom_env", "visdom_server",
+    "visdom_port",
+}  # fmt: skip
 # What a model is, beside its weights: a checkpoint of it brings these along.
 _OF_THE_MODEL = {*AIR_ARGUMENTS.values(), "z_pres_prior", "z_pres_prior_raw"}
 
@@ -71,7 +76,8 @@ def merge_resumed(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
                 f"--resume keeps the settings of the run, where {name} is {saved.get(name)}, "
                 f"got {value}; leave that flag out, or begin a new run"
             )
-    return {**DEFAULTS, **saved, **given}
+    mine = {name: value for name, value in saved.items() if name not in _OF_THE_PROCESS}
+    return {**DEFAULTS, **mine, **given}
 
 
 def _changes_rates(name: str, saved: Mapping[str, Any]) -> bool:

@@ -62,8 +62,8 @@ def explain(error: Exception, run: RunFolder | None) -> str | None:
     """
     if isinstance(error, FloatingPointError) and run:
         return (
-            f"{error}. The run is saved as it is; begin a new one from its weights, "
-            f"--load {run.checkpoint}, with a lower --learning-rate"
+            f"{error}. The run is saved as it is; begin a new one with a lower --learning-rate, "
+            f"from its weights by --load {run.checkpoint}"
         )
     if isinstance(error, RecordingError):
         what = str(error)
@@ -80,5 +80,5 @@ def explain(error: Exception, run: RunFolder | None) -> str | None:
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    texts = "can't allocate memory", "not enough memory", "out of memory"
+    texts = "can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED"
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

@@ -6,6 +6,7 @@ given leaves no value behind, so that a run that goes on can tell what is asked 
 
 import argparse
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -273,7 +274,9 @@ def check_values(
         switch = action.nargs == 0 and not isinstance(action.const, str)
         fits = isinstance(value, list | tuple) == listed and isinstance(value, bool) == switch
         if not fits or not all(_accepts(action, one) for one in (value if listed else [value])):
-            raise ValueError(f"{source}: {action.option_strings[-1]} cannot be {value!r}")
+            raise ValueError(
+                f"{source}: {action.option_strings[-1]} cannot be {reprlib.repr(value)}"
+            )
 
 
 def _accepts(action: argparse.Action, value: Any) -> bool:  # noqa: ANN401

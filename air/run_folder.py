@@ -14,11 +14,18 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from air.checkpoint import FORMAT, CheckpointError, read_state, write_atomically, write_state
+from air.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    copy_atomically,
+    read_state,
+    write_atomically,
+    write_state,
+)
 
 try:
     import fcntl
@@ -64,25 +71,54 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """An existing run, by its folder or by one of the checkpoints in it.
+        """An existing run, by its folder or by one of the two checkpoints in it; writes nothing.
 
         Raises:
-            CheckpointError: If there is no checkpoint, it is in use, or cannot be written.
+            CheckpointError: If there is no checkpoint, or the run is in use.
         """
         run = cls(path.parent, path) if path.is_file() else cls(path)
-        if not run.source.is_file():
+        if run.source not in (run.checkpoint, run.previous) or not run.source.is_file():
             raise CheckpointError(f"{path} is no folder of a run: it holds no checkpoint.pt")
-        try:
-            run._lock()
-            for left_over in run.path.glob(".*.tmp"):  # by a run that was killed while writing
-                left_over.unlink()
-            probe = run.path / ".probe.tmp"
-            probe.touch()
-            probe.unlink()
-            run.figures.mkdir(exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot write into {run.path}: {error}") from error
+        run._lock()
         return run
+
+    def go_on(self, step: int, finished: bool = False) -> None:
+        """Makes ready what a run that goes on from `step` writes again, and drops it.
+
+        Those are metrics and snapshots after that step and, of a run that has taken its last step,
+        the evaluation; and what a run that was killed left half written.
+
+        Raises:
+            CheckpointError: If the folder cannot be written, or the metrics are damaged.
+        """
+        kept = self._records_until(step, finished)
+        try:
+            for name in (".*.pt.*.tmp", ".*.json*.*.tmp", "*/.*.npz.*.tmp", "figures/.*.tmp"):
+                for left_over in self.path.glob(name):
+                    left_over.unlink()
+            if self.source != self.checkpoint and self.source.exists():
+                copy_atomically(self.source, self.checkpoint)  # before anything is done to it
+            for path in self.snapshots.glob("*.npz"):
+                if path.stem.isdecimal() and int(path.stem) > step:
+                    path.unlink()
+            lines = [json.dumps(record) + "\n" for record in kept]
+            write_atomically(self.metrics, lambda path: path.write_text("".join(lines)))
+            self.figures.mkdir(exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot write into {self.path}: {error}") from error
+
+    def _records_until(self, step: int, finished: bool) -> list[dict[str, Any]]:
+        kept: list[dict[str, Any]] = []
+        try:
+            for record in self._records():
+                if record["step"] > step:
+                    break
+                if record["step"] < step or not (finished and "eval_elbo" in record):
+                    kept.append(record)
+        except CheckpointError:
+            if not kept or kept[-1]["step"] < step:  # or the damage is in what is written again
+                raise
+        return kept
 
     def _lock(self) -> None:
         """Keeps other processes out until this one ends, however it ends, or forgets the run."""
@@ -113,30 +149,20 @@ class RunFolder:
         Raises:
             CheckpointError: If one of them is no record.
         """
-        if not self.metrics.exists():
-            return []
-        whole = [line for line in self.metrics.read_text().splitlines(True) if line[-1] == "\n"]
-        try:
-            return [dict(json.loads(line)) for line in whole]
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{self.metrics} holds a line that is no record") from error
+        return list(self._records())
 
-    def rewind(self, step: int, finished: bool = False) -> None:
-        """Drops the metrics and snapshots that a run which goes on from `step` writes again.
-
-        Those are the ones after it and, of a run that has taken its last step, the evaluation.
-        """
-        for path in self.snapshots.glob("*.npz"):
-            if path.stem.isdecimal() and int(path.stem) > step:
-                path.unlink()
-        kept = [
-            record
-            for record in self.read_metrics()
-            if record["step"] < step
-            or (record["step"] == step and not (finished and "eval_elbo" in record))
-        ]
-        lines = [json.dumps(record) + "\n" for record in kept]
-        write_atomically(self.metrics, lambda path: path.write_text("".join(lines)))
+    def _records(self) -> Iterator[dict[str, Any]]:
+        lines = self.metrics.read_bytes().splitlines(True) if self.metrics.exists() else []
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                raise CheckpointError(f"{self.metrics}: line {number} is no record")
+            yield record
 
     def how_to_go_on(self) -> str:
         """What to tell whose run ended badly."""
@@ -158,27 +184,34 @@ class RunFolder:
             CheckpointError: If it is damaged, foreign or of another program; the message says
                 whether the one before it can be used.
         """
+        if self.source == self.previous and _is_whole(self.checkpoint):
+            raise CheckpointError(f"{self.checkpoint} is whole: --resume {self.path}")
         try:
             return read_state(self.source)
         except CheckpointError as error:
-            if self.source == self.previous or not self.previous.exists():
+            if self.source == self.previous or not _is_whole(self.previous):
                 raise
-            try:
-                step = read_state(self.previous)["step"]
-            except CheckpointError:
-                raise error from None
             raise CheckpointError(
-                f"{error}; the one before it, of step {step:,}, is whole: --resume {self.previous}"
+                f"{error}; the one before it is whole: --resume {self.previous}"
             ) from error
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        read_state(checkpoint)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _new_folder(path: Path) -> Path:
     """Makes a folder of that name, or with -2, -3, ... behind it where another run was first."""
     number = 1
+    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         except FileExistsError:
             number += 1

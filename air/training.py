@@ -26,7 +26,8 @@ from air.svi import SVI, CompiledSVI, make_optimizer
 Estimator = Literal["score", "marginal"]
 Schedule = Literal["constant", "cosine"]
 
-MOST_SKIPPED = 20  # steps in a row whose loss or gradients are not finite
+MOST_SKIPPED = 20  # steps in a row whose loss or gradients are not finite end training
+LOOK_EVERY = 100  # steps, at the least, whether there are so many
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,6 @@ class Tally:
         self.sums[:3] = 0
         return elbo / counted, grad_norm / counted, int(skipped)
 
-    def is_stuck(self) -> bool:
-        """Whether the last `MOST_SKIPPED` steps were skipped."""
-        return bool(self.in_a_row >= MOST_SKIPPED)
-
 
 class Trainer:
     """Trains an AIR by SVI.
@@ -141,18 +138,20 @@ class Trainer:
             evaluation = not last and _due(self.step, settings.eval_every)
             checkpoint = not last and _due(self.step, settings.save_every)
             snapshot = evaluation or checkpoint or (not last and _is_early(self.step))
-            if not (progress or snapshot or self.stop_requested):
+            look = progress or snapshot or _due(self.step, LOOK_EVERY)
+            if not (look or self.stop_requested):
                 continue
-            if self.tally.is_stuck():  # waits for the device
+            stuck = self.tally.in_a_row >= MOST_SKIPPED  # waits for the device
+            self.seconds += time.perf_counter() - start
+            if progress or stuck:
+                yield self._progress(self.step - since_step, self.seconds - since)
+                since, since_step = self.seconds, self.step
+            if stuck:
                 what = first_not_finite(self.air, self.images, self.prior)
                 raise FloatingPointError(
                     f"{what} and with it the loss or its gradients were not finite for "
-                    f"{MOST_SKIPPED} steps in a row; lower the learning rate"
+                    f"{int(self.tally.in_a_row)} steps in a row"
                 )
-            self.seconds += time.perf_counter() - start
-            if progress:
-                yield self._progress(self.step - since_step, self.seconds - since)
-                since, since_step = self.seconds, self.step
             if evaluation:
                 yield self.evaluate(settings.eval_scenes)
             if snapshot:
@@ -228,15 +227,31 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back to where `state_dict` was taken."""
+        """Goes back to where `state_dict` was taken.
+
+        Raises:
+            ValueError: If it is the state of another model, or none.
+        """
+        counted, wrong = len(self.held_out.images), list(state["miscounted"])
+        for steps in (state["step"], state["tally"]["steps"]):
+            if type(steps) is not int or steps < 0:
+                raise ValueError(f"step is {steps!r}")
+        if not isinstance(state["seconds"], float) or not math.isfinite(state["seconds"]):
+            raise ValueError(f"seconds are {state['seconds']!r}")
+        if not all(type(index) is int and 0 <= index < counted for index in wrong):
+            raise ValueError("miscounted scenes are not among those held out")
         self.step, self.seconds = state["step"], state["seconds"]
-        self.miscounted = list(state["miscounted"])
+        self.miscounted = wrong
         self.tally.steps = state["tally"]["steps"]
         self.tally.sums.copy_(state["tally"]["sums"])
         self.air.load_state_dict(state["model"])
         # What follows from the settings and the device stays as it is here.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        for parameter, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # a fused Adam goes by memory, and never asks
+                if moments[name].shape != parameter.shape or not moments[name].is_contiguous():
+                    raise ValueError(f"the optimiser's {name} is not of the shape of its weight")
         self._factor = math.nan
         self.prior.set_step(self.step)
         torch.set_rng_state(state["rng"])

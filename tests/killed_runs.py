@@ -58,10 +58,11 @@ def kill(process: int, folder: Path, in_writing: bool) -> bool | None:
 def run(folder: Path, kills: int, flags: list[str]) -> None:
     """Kills so often, unless the run is done before, and lets the last life end."""
     random.seed(0)
+    page = flags[flags.index("--viz") :] if "--viz" in flags else []
     killed = writing = 0
     while True:
         if (folder / "checkpoint.pt").exists():
-            arguments = ["--resume", str(folder)]
+            arguments = ["--resume", str(folder), *page]
         else:
             shutil.rmtree(folder, ignore_errors=True)
             arguments = [*flags, "--output-dir", str(folder)]

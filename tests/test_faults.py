@@ -1,5 +1,6 @@
 """Errors in the user's words, and signals; injected where they happen."""
 
+import contextlib
 import errno
 import json
 import os
@@ -36,7 +37,7 @@ def test_errors_that_are_the_users_to_mend_are_explained(run: RunFolder) -> None
     run.save({})
     assert f"--resume {run.path}" in str(explain(full, run))
     stuck = str(explain(FloatingPointError("the weight x was not finite"), run))
-    assert f"--load {run.checkpoint}, with a lower --learning-rate" in stuck
+    assert f"a lower --learning-rate, from its weights by --load {run.checkpoint}" in stuck
     assert "no CUDA graph" in str(explain(RecordingError("no CUDA graph: x"), run))
     assert explain(ZeroDivisionError("a defect"), run) is None
     assert explain(RuntimeError("shapes"), run) is None
@@ -79,14 +80,12 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=False, stderr=-3)
 
 
-@pytest.mark.parametrize("moment", ["saving", "logging"])
 def test_a_full_disk_ends_training_and_leaves_the_last_checkpoint(
-    disk: Path, moment: str, tmp_path: Path, environment: dict[str, str]
+    disk: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     mounted(disk, "size=16m")
     flags = f"{SMALL} --output-dir {disk}/run --progress-every 1 --eval-every 0 -n 500"
-    command = [sys.executable, str(ROOT / "main.py"), *flags.split()]
-    command += ["--save-every", "20" if moment == "saving" else "10"]
+    command = [sys.executable, str(ROOT / "main.py"), *flags.split(), "--save-every", "20"]
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True
     ) as process:
@@ -95,9 +94,9 @@ def test_a_full_disk_ends_training_and_leaves_the_last_checkpoint(
             assert process.poll() is None
             time.sleep(0.01)
         size = checkpoint.stat().st_size
-        with (disk / "ballast").open("wb") as file:  # leaves no room for another checkpoint
+        with contextlib.suppress(OSError), (disk / "ballast").open("wb") as file:
             free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-            file.write(bytes(max(free - (size // 2 if moment == "saving" else 0), 0)))
+            file.write(bytes(max(free - size // 2, 0)))  # no room for another checkpoint
         _, complaint = process.communicate(timeout=120)
     assert process.returncode == 1
     assert complaint.count("\n") == 1, complaint

@@ -1,5 +1,6 @@
 """The program as its users run it: in a process of its own, from flags to files and exit codes."""
 
+import gc
 import json
 import math
 import re
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from conftest import ROOT, SCENES, SMALL, panes, run, visdom_server
 from test_viz import NAMES
 
 import viz
+from air.evaluation import evaluate
 from air.panes import ORDER
 from main import build_parser, main
 
@@ -237,7 +240,10 @@ def test_wrong_input_ends_in_one_line_with_exit_code_2(
         ("--load mine.npz --data mine.npz", "mine.npz"),
         ("--save mine.npz --data mine.npz", "--save never overwrites, and mine.npz exists"),
         ("--output-dir taken --data mine.npz", "--output-dir must be a new or empty folder"),
-        ("--save nowhere/w.pt --data mine.npz", "--save: there is no folder nowhere"),
+        (
+            "--save nowhere/w.pt --data mine.npz",
+            "there is no folder nowhere to write w.pt into",
+        ),
         ("--viz-log mine.npz --data mine.npz", "--viz-log never overwrites, and mine.npz exists"),
         ("--no-masking --data mine.npz", "--estimator score"),
         ("--counts 0 99", "--counts: expected int from 0 to 50"),
@@ -269,6 +275,47 @@ def test_a_collapsed_run_starts_over_from_the_next_seed(
     assert environments == {"air_run", "air_run-seed8", "air_run-seed9"}
     # It would start over into run-seed8 again.
     assert "run-seed8 is not empty" in refused("--resume run")
+
+
+@pytest.mark.parametrize("collapses", [False, True])
+def test_a_signal_during_an_evaluation_ends_the_run(
+    collapses: bool,
+    tmp_path: Path,
+    environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def evaluate_and_be_told_to_stop(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AIR_CACHE", environment["AIR_CACHE"])
+    monkeypatch.setattr("air.training.evaluate", evaluate_and_be_told_to_stop)
+    more = "--eval-every 2 --alarm-after 2 --restarts 3" if collapses else "--evaluate"
+    assert main(f"{SMALL} --output-dir run {more}".split()) == 143
+    assert f"saved at step {2 if collapses else 4} of 4" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    monkeypatch.undo()
+    gc.collect()  # until then this process holds the run
+    assert run("--resume run --restarts 0", tmp_path, environment).returncode == 0
+
+
+def test_a_foreign_checkpoint_names_no_files_to_write(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    assert run(f"{SMALL} --output-dir run", tmp_path, environment).returncode == 0
+    (tmp_path / "victim.pt").write_text("precious")
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state["config"] |= {"save": "victim.pt", "viz_log": "victim.pt", "cache_dir": "elsewhere"}
+    state["config"] |= {"viz": True, "visdom_server": "http://127.0.0.1", "visdom_port": 1}
+    torch.save(state, path)
+    done = run("--resume run -n 5", tmp_path, environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "victim.pt").read_text() == "precious"
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_viz_without_a_server_ends_before_training(
@@ -353,8 +400,9 @@ def test_a_resumed_run_goes_on_with_its_curves(
             done = run(flags, tmp_path, environment)
             assert (done.returncode, done.stderr) == (0, "")
         found = panes(port, "air_run")
-    assert "no visdom server answers" in refused("--resume run -n 9")
-    assert run("--resume run -n 9 --no-viz", tmp_path, environment).returncode == 0
+    done = run("--resume run -n 9", tmp_path, environment)  # without the page, without its server
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no visdom server answers" in refused(f"--resume run -n 10 --viz --visdom-port {port}")
     traces = {trace["name"]: trace["x"] for trace in found["elbo"]["content"]["data"]}
     assert traces["training"] == [2, 4, 6, 8]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from conftest import small_air
 
 from air import AIR
-from air.checkpoint import CheckpointError, load_weights
+from air.checkpoint import CheckpointError, load_weights, read_state
 from air.run_folder import RunFolder
 
 
@@ -62,7 +63,7 @@ def test_metrics_are_lines_of_json(tmp_path: Path) -> None:
     for step in (0, 1, 2, 30):
         run.snapshots.mkdir(exist_ok=True)
         (run.snapshots / f"{step:08}.npz").write_text("")
-    run.rewind(1)
+    run.go_on(1)
     assert sorted(path.name for path in run.snapshots.iterdir()) == ["00000000.npz", "00000001.npz"]
     run.log({"step": 2, "elbo": 3.0})
     lines = run.metrics.read_text().splitlines()
@@ -91,15 +92,34 @@ def test_the_checkpoint_before_is_offered_where_the_last_is_damaged(
     run = RunFolder.create(tmp_path / "run", 0)
     for step in (1000, 2000):
         save(run, air, step)
-    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is no .* of step 1,000, is whole: "):
-        run.load()
+        run.log({"step": step})
+    path, checkpoint, previous = run.path, run.checkpoint, run.previous
     del run
-    assert RunFolder.open(tmp_path / "run" / "checkpoint.previous.pt").load()["step"] == 1000
-    (tmp_path / "run" / "checkpoint.previous.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt is whole: --resume"):
+        RunFolder.open(previous).load()  # or what came after it would be lost
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is no .* before it is whole: --"):
+        RunFolder.open(path).load()
+    run = RunFolder.open(previous)
+    assert run.load()["step"] == 1000
+    run.go_on(1000)
+    assert [read_state(file)["step"] for file in (checkpoint, previous)] == [1000, 1000]
+    assert [record["step"] for record in run.read_metrics()] == [1000]
+    del run
+    previous.write_bytes(b"")
+    checkpoint.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt is no readable") as refused:
-        RunFolder.open(tmp_path / "run").load()
+        RunFolder.open(path).load()
     assert "the one before" not in str(refused.value)
+
+
+def test_only_the_checkpoints_of_a_run_are_gone_on_with(tmp_path: Path, air: AIR) -> None:
+    run = RunFolder.create(tmp_path / "run", 0)
+    save(run, air, 1)
+    shutil.copy(run.checkpoint, run.path / "copy.pt")
+    for name in ("copy.pt", "metrics.jsonl"):
+        with pytest.raises(CheckpointError, match="is no folder of a run"):
+            RunFolder.open(run.path / name)
 
 
 def test_two_processes_cannot_have_the_same_folder(tmp_path: Path, air: AIR) -> None:
@@ -125,18 +145,44 @@ def test_two_processes_cannot_have_the_same_folder(tmp_path: Path, air: AIR) -> 
 def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path: Path, air: AIR) -> None:
     run = RunFolder.create(tmp_path / "run", 0)
     save(run, air, 1)
+    run.snapshots.mkdir()
+    halves = [
+        run.path / ".checkpoint.pt.77.tmp", run.path / ".checkpoint.previous.pt.77.tmp",
+        run.path / ".config.json.77.tmp", run.path / ".metrics.jsonl.77.tmp",
+        run.snapshots / ".00000004.npz.77.tmp", run.figures / ".curves.png.77.tmp",
+    ]  # fmt: skip
+    for path in (*halves, run.path / ".mine.tmp"):
+        path.write_text("half")
     path = run.path
-    (path / ".checkpoint.pt.77.tmp").write_text("half")
-    (path / "mine.tmp").write_text("precious")
     del run
-    RunFolder.open(path)
-    assert not (path / ".checkpoint.pt.77.tmp").exists()
-    assert (path / "mine.tmp").exists()
+    RunFolder.open(path).go_on(1)
+    assert not any(half.exists() for half in halves)
+    assert (path / ".mine.tmp").exists()
+
+
+def test_a_full_disk_is_found_in_logging(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", 0)
+    run.metrics = Path("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        run.log({"step": 1})
+
+
+def test_a_folder_of_runs_that_cannot_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to("unmounted")
+    with pytest.raises(CheckpointError, match="cannot write into --output-dir"):
+        RunFolder.create(None, 0)
 
 
 def test_a_line_that_is_no_record_is_refused(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", 0)
-    for line in ("{]", "3", "[1, 2]"):
-        run.metrics.write_text(f'{{"step": 1}}\n{line}\n')
-        with pytest.raises(CheckpointError, match=r"metrics\.jsonl holds a line that is no record"):
+    for line in (b"{]", b"3", b"[1, 2]", b"{}", b'{"step": "x"}', b'{"step": "\xff"}'):
+        run.metrics.write_bytes(b'{"step": 1}\n' + line + b"\n")
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl: line 2 is no record"):
             run.read_metrics()
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl: line 2 is no record"):
+            run.go_on(2)
+        run.go_on(1)  # writes it again
+        assert run.read_metrics() == [{"step": 1}]

@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from air.evaluation import HeldOut
 from air.events import CheckpointDue, Evaluated, Progress, SnapshotDue
 from air.svi import CompiledSVI
 from air.training import (
+    LOOK_EVERY,
     MOST_SKIPPED,
     Estimator,
     Tally,
@@ -131,6 +133,39 @@ def test_resumed_is_as_if_never_stopped(
     assert whole.miscounted == resumed.miscounted
 
 
+def test_a_run_that_tells_nothing_ends_too() -> None:
+    rarely = replace(SETTINGS, num_steps=400, progress_every=0, eval_every=0, save_every=0)
+    running = trainer(rarely)
+    with torch.no_grad():
+        running.air.likelihood_sd = 1e-30
+    with (
+        pyro.validation_enabled(False),
+        pytest.raises(FloatingPointError),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        list(running.train())
+    assert running.step <= MOST_SKIPPED + LOOK_EVERY
+
+
+def test_a_state_of_something_else_is_refused() -> None:
+    done = trainer()
+    list(done.train())
+    for changes, message in [
+        ({"step": -5}, "step is -5"),
+        ({"step": True}, "step is True"),
+        ({"seconds": "abc"}, "seconds are 'abc'"),
+        ({"seconds": math.nan}, "seconds are nan"),
+        ({"miscounted": [10**9]}, "not among those held out"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            trainer().load_state_dict({**done.state_dict(), **changes})
+    state = done.state_dict()
+    for moments in state["optimizer"]["state"].values():
+        moments["exp_avg"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="optimiser's exp_avg is not of the shape of its weight"):
+        trainer().load_state_dict(state)
+
+
 def test_a_resumed_run_knows_which_scenes_it_miscounted() -> None:
     first, second = trainer(), trainer()
     list(first.train())
@@ -224,9 +259,9 @@ def test_training_that_does_not_move_any_more_ends() -> None:
 
     with (
         pyro.validation_enabled(False),
-        pytest.raises(FloatingPointError, match="20 steps in a row; lower the learning rate"),
+        pytest.raises(FloatingPointError, match=r"log_likelihood and .* for 20 steps in a row"),
     ):
         collect()
     progress = [event for event in events if isinstance(event, Progress)]
-    assert [event.step for event in progress] == list(range(1, MOST_SKIPPED))
+    assert [event.step for event in progress] == list(range(1, MOST_SKIPPED + 1))
     assert all(event.skipped == 1 and math.isnan(event.elbo) for event in progress)
