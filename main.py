@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +40,6 @@ from multi_mnist import SceneSettings
 
 QUIET_SECONDS = 10.0  # between progress lines where there is no terminal for a progress bar
 Config = dict[str, Any]  # every flag's value by name
-
 # The settings of the scenes and their flags: --seed is that of training here.
 SCENE_FLAGS = {
     field.name: "data_seed" if field.name == "seed" else field.name
@@ -73,11 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         while code is None:
             run = None
             try:
-                session = prepare(given, session)
-                run = session.run
-                with session.recorder.dashboard or nullcontext():
+                with ExitStack() as held:
+                    session = prepare(given, held, session)
+                    run = session.run
+                    if session.recorder.dashboard:
+                        held.enter_context(session.recorder.dashboard)
                     code = train(session)
-                given = with_next_seed(session) if code is None else given
+                    given = given if code is not None else with_next_seed(session)
             except KeyboardInterrupt as signaled:
                 how = run.how_to_go_on() if run else "Training had not begun"
                 parser.exit(exit_code(signaled), f"{parser.prog}: interrupted. {how}\n")
@@ -97,11 +98,12 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-def prepare(given: Config, collapsed: Session | None = None) -> Session:
+def prepare(given: Config, held: ExitStack, collapsed: Session | None = None) -> Session:
     """From the flags given to everything in place; writes nothing before all has been checked.
 
     Args:
         given: The flags.
+        held: Lets go of the run's folder.
         collapsed: The run in whose place this one begins.
 
     Raises:
@@ -111,6 +113,7 @@ def prepare(given: Config, collapsed: Session | None = None) -> Session:
     config, run, state, weights = given, None, None, None
     if given.get("resume"):
         run = RunFolder.open(Path(given["resume"]))
+        held.callback(run.close)
         state = run.load()
         flags.check_values(build_parser(), state["config"], DEFAULTS, run.source)
         config = merge_resumed(state["config"], given)
@@ -139,6 +142,7 @@ def prepare(given: Config, collapsed: Session | None = None) -> Session:
         visdom = connect(server, config["visdom_port"], config["viz_log"])
     if run is None:
         run = RunFolder.create(config["output_dir"], config["seed"])
+        held.callback(run.close)
     return begin(config, trainer, scenes.sha256, run, visdom)
 
 
@@ -261,25 +265,23 @@ def events(session: Session) -> Iterator[Event]:
 
 def with_next_seed(session: Session) -> Config:
     """The flags of a run that starts over, in a folder beside that of the collapsed one."""
-    config = session.config
-    seed = config["seed"] + 1
+    config, seed = session.config, session.config["seed"] + 1
     session.recorder.save()
     viz.draw_run(session.run)
     print(f"Starting over with --seed {seed}; {session.run.path} is left as it is.", flush=True)
     folder = str(session.run.path).removesuffix(f"-seed{config['seed']}") + f"-seed{seed}"
-    changed = {"seed": seed, "restarts": config["restarts"] - 1, "output_dir": folder}
-    return {**config, **changed, "resume": None}
+    anew = {"seed": seed, "output_dir": folder, "resume": None}
+    return {**config, **anew, "restarts": config["restarts"] - 1}
 
 
 def finish(session: Session, received: Sequence[int]) -> int:
     """Draws, saves where there is a need to, and says how the run ended."""
     trainer, run, total = session.trainer, session.run, session.config["num_steps"]
-    interrupted = bool(received) or trainer.step < total
-    if interrupted:
-        session.recorder.keep(CheckpointDue(trainer.step))
-        session.recorder.keep(SnapshotDue(trainer.step))
+    if received:
+        for event in (CheckpointDue(trainer.step), SnapshotDue(trainer.step)):
+            session.recorder.keep(event)
     viz.draw_run(run)
-    if interrupted:
+    if received:
         print(
             f"Interrupted, and saved at step {trainer.step:,} of {total:,}. "
             f"Go on with: python main.py --resume {run.path}"

@@ -62,7 +62,7 @@ def draw_run(run: RunFolder, gif: bool = False) -> None:
 def save_picture(path: Path, picture: Pictures) -> None:
     """Writes an RGB picture [height, width, 3] as PNG, to be printed at `DPI`."""
     image = Image.fromarray(picture)
-    write_atomically(path, lambda file: image.save(file, "PNG", dpi=(DPI, DPI)))
+    write_atomically(path, lambda file: image.save(file, "PNG", dpi=(DPI, DPI), compress_level=3))
 
 
 def save_figure(path: Path, figure: Figure, dpi: int) -> None:

@@ -34,7 +34,9 @@ def build_parser(description: str) -> Parser:
     _add_training(_adder(parser, "training"))
     _add_prior(_adder(parser, "prior"))
     _add_model(_adder(parser, "nets and windows"))
-    _add_output(_adder(parser, "evaluation and output"))
+    output = _adder(parser, "evaluation and output")
+    _add_output(output)
+    _add_page(output)
     return parser
 
 
@@ -222,6 +224,17 @@ def _add_output(add: Add) -> None:
     add("--iwae-scenes", type=COUNT, help="held-out scenes in that bound, the first so many")
     add("--alarm-after", type=NATURAL, help="steps before a sign of collapse is an alarm")
     add(
+        "--data",
+        metavar="FILE",
+        help="train on the scenes in an .npz file with x, uint8 [N, H, H], and, for the "
+        "accuracies, counts, [N]; held out are its test_x, test_counts, ... or, where it has "
+        "none, the last tenth, with -n 0 all",
+    )
+    add("-v", "--verbose", action="store_true", help="print the nets and every setting")
+
+
+def _add_page(add: Add) -> None:
+    add(
         "--viz",
         action=argparse.BooleanOptionalAction,
         help="draw curves and scenes live on a visdom server",
@@ -245,14 +258,6 @@ def _add_output(add: Add) -> None:
         "VISDOM_PASSWORD",
     )
     add("--visdom-port", type=number(int, at_least=1, at_most=65535), help="its port")
-    add(
-        "--data",
-        metavar="FILE",
-        help="train on the scenes in an .npz file with x, uint8 [N, H, H], and, for the "
-        "accuracies, counts, [N]; held out are its test_x, test_counts, ... or, where it has "
-        "none, the last tenth, with -n 0 all",
-    )
-    add("-v", "--verbose", action="store_true", help="print the nets and every setting")
 
 
 def check_values(

@@ -14,7 +14,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.figures = path / "figures"
         self.snapshots = path / "snapshots"
+        self._release: Callable[[], object] | None = None
 
     @classmethod
     def create(cls, name: str | Path | None, seed: int) -> "RunFolder":
@@ -120,12 +121,16 @@ class RunFolder:
                 raise
         return kept
 
+    def close(self) -> None:
+        """Lets others have it; the end of the process does so too, however it comes."""
+        if self._release:
+            self._release()
+
     def _lock(self) -> None:
-        """Keeps other processes out until this one ends, however it ends, or forgets the run."""
         if fcntl is None:
             return
         descriptor = os.open(self.path, os.O_RDONLY)
-        weakref.finalize(self, os.close, descriptor)
+        self._release = weakref.finalize(self, os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

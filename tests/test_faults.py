@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, panes, visdom_server
 from conftest import run as run_main
 from test_training import trainer
 
+from air.checkpoint import CheckpointError
 from air.faults import exit_code, explain, stop_on_signals, terminate_like_interrupt
+from air.panes import ORDER
 from air.run_folder import RunFolder
 from air.svi import RecordingError
 
@@ -116,18 +118,17 @@ def test_a_full_disk_ends_training_and_leaves_the_last_checkpoint(
 def test_a_read_only_folder_is_found_before_training(
     disk: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    done = run_main(f"{SMALL} --output-dir disk", tmp_path, environment)
-    assert done.returncode == 0
-    shutil.copytree(disk, tmp_path / "kept")
-    mounted(disk, "size=40m")
-    shutil.copytree(tmp_path / "kept", disk / "old")
+    mounted(disk, "size=9m")
+    run = RunFolder.create(disk / "old", 0)
+    run.log({"step": 1})
     (disk / "new").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    for flags in (f"{SMALL} --output-dir disk/new", "--resume disk/old -n 9"):
-        done = run_main(flags, tmp_path, environment)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert "cannot write" in done.stderr
-        assert "Read-only file system" in done.stderr
+    with pytest.raises(CheckpointError, match=r"cannot write into .*Read-only file system"):
+        run.go_on(1)
+    done = run_main(f"{SMALL} --output-dir disk/new", tmp_path, environment)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "cannot write" in done.stderr
+    assert "Read-only file system" in done.stderr
 
 
 @pytest.mark.parametrize("moment", ["making scenes", "evaluating"])
@@ -159,6 +160,32 @@ def test_a_signal_at_any_moment_ends_in_one_line(
     else:
         assert not list(tmp_path.glob("cache/**/*.npz"))
         assert not list(tmp_path.glob("cache/.scenes*"))
+
+
+def test_two_at_once(tmp_path: Path, environment: dict[str, str]) -> None:
+    """The same new cache and the same page serve both; the same folder serves one."""
+    own = {**environment, "AIR_CACHE": str(tmp_path / "cache")}
+    with visdom_server(tmp_path / "server") as (port, _):
+        flags = f"{SMALL} -n 20 --viz --visdom-port {port} --visdom-env same --output-dir"
+        runs = [
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "main.py"), *flags.split(), name],
+                cwd=tmp_path, env=own, stdout=-1, stderr=-1, text=True,
+            )
+            for name in ("one", "two", "one")
+        ]  # fmt: skip
+        said = [run.communicate(timeout=200)[1] for run in runs]
+        assert runs[1].returncode == 0, said[1]
+        assert sorted([runs[0].returncode, runs[2].returncode]) == [0, 2]
+        assert sorted([said[0].count("\n"), said[2].count("\n")]) == [0, 1]
+        assert "one is " in said[0] + said[2]  # in use, or no longer empty
+        assert set(panes(port, "same")) == set(ORDER) - {"baseline"}
+    sums = [
+        json.loads((tmp_path / name / "config.json").read_text())["data_sha256"]
+        for name in ("one", "two")
+    ]
+    assert sums[0] == sums[1]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_a_run_that_cannot_move_is_saved_and_named(

@@ -219,13 +219,12 @@ def test_damaged_idx_files(tmp_path: Path, data: st.DataObject) -> None:
 @pytest.fixture
 def checkpoint(scenes: Path, tmp_path: Path) -> Path:
     """The checkpoint of a small run."""
-    session = main.prepare(
-        main.plain(vars(main.build_parser().parse_args(
-            [*TINY, "--data", str(scenes), "--output-dir", str(tmp_path / "run")]
-        )))
-    )  # fmt: skip
-    for event in session.trainer.train():
-        session.recorder.keep(event)
+    line = [*TINY, "--data", str(scenes), "--output-dir", str(tmp_path / "run")]
+    asked = main.plain(vars(main.build_parser().parse_args(line)))
+    with contextlib.ExitStack() as held:
+        session = main.prepare(asked, held)
+        for event in session.trainer.train():
+            session.recorder.keep(event)
     return session.run.checkpoint
 
 

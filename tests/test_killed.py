@@ -48,7 +48,7 @@ def same(one: object, other: object) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("how", "steps", "kills"), [("", 150, 20), ("--captured -- --compile", 30, 2)]
+    ("how", "steps", "kills"), [("", 150, 20), ("--captured -- --compile", 20, 1)]
 )
 def test_a_killed_run_ends_as_one_that_never_was(
     tmp_path: Path, how: str, steps: int, kills: int
@@ -61,7 +61,7 @@ def test_a_killed_run_ends_as_one_that_never_was(
         )
         page = panes(port, "air_killed")
     assert killed == kills
-    assert writing >= kills // 6
+    assert writing >= kills // 10
     whole, again = (
         torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
         for name in ("whole", "killed")

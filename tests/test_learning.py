@@ -39,7 +39,7 @@ def train(settings: TrainingSettings, cache: Path) -> tuple[Evaluation, float]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fast")
 def test_the_default_recipe_learns_to_count(cache: Path) -> None:
-    result, empty = train(TrainingSettings(num_steps=700, eval_every=0), cache)
+    result, empty = train(TrainingSettings(num_steps=500, eval_every=0), cache)
     assert result.accuracy_mode is not None
     assert result.accuracy_mode >= 0.9
     assert result.elbo > empty + 100
@@ -48,6 +48,6 @@ def test_the_default_recipe_learns_to_count(cache: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fast")
 def test_the_score_function_learns_to_see(cache: Path) -> None:
-    settings = TrainingSettings(num_steps=400, eval_every=0, estimator="score")
+    settings = TrainingSettings(num_steps=300, eval_every=0, estimator="score")
     result, empty = train(settings, cache)
     assert result.elbo > empty + 40

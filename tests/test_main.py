@@ -1,6 +1,5 @@
 """The program as its users run it: in a process of its own, from flags to files and exit codes."""
 
-import gc
 import json
 import math
 import re
@@ -39,10 +38,10 @@ LINES = [
     f"{SMALL} -t 5 --estimator marginal --window-size 20 --no-decoder-output-use-sigmoid "
     "--likelihood-sd 0.2 --jit",
     f"{SMALL} --z-pres-prior 0.9 --z-pres-prior-raw --anneal-prior exp --anneal-prior-to 1e-3 "
-    "--anneal-prior-begin 1 --anneal-prior-duration 1e6 --no-viz",
-    f"{SMALL} --scale-prior-mean 2 --scale-prior-sd 0.3 --pos-prior-mean 0.1 --pos-prior-sd 0.9",
-    f"{SMALL} --counts 0 1 --x-size 40 --scale-mean 1.5 --scale-sd 0.05 --min-gap 2 "
-    "--data-seed 3 --digits embedded --recipe air --cache-dir cache",
+    "--anneal-prior-begin 1 --anneal-prior-duration 1e6 --no-viz --scale-prior-mean 2 "
+    "--scale-prior-sd 0.3 --pos-prior-mean 0.1 --pos-prior-sd 0.9 --counts 0 1 --x-size 40 "
+    "--scale-mean 1.5 --scale-sd 0.05 --min-gap 2 --data-seed 3 --digits embedded --recipe air "
+    "--cache-dir cache",
     "--data mine.npz -n 2 -b 8 --no-compile",
 ]
 # Run by tests of their own, with a server, an earlier run, a GPU or full MNIST.
@@ -136,7 +135,8 @@ def test_a_run_leaves_what_the_readme_says(tmp_path: Path, environment: dict[str
     viz.main([str(out)])  # draws them again from the folder alone
     assert {path.name: path.read_bytes() for path in (out / "figures").iterdir()} == drawn
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoint.pt", "figures", "snapshots",
+        "config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "figures",
+        "snapshots",
     }  # fmt: skip
 
 
@@ -145,35 +145,35 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 ) -> None:
     line = f"{SMALL} -n 60 --progress-every 1 --anneal-prior lin --anneal-prior-duration 100"
     assert run(f"{line} --output-dir whole", tmp_path, environment).returncode == 0
-    for number in (signal.SIGINT, signal.SIGTERM):
-        name = f"stopped{number}"
-        command = [sys.executable, str(ROOT / "main.py"), *line.split(), "--output-dir", name]
-        with subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
-        ) as process:
-            log = tmp_path / name / "metrics.jsonl"
-            deadline = time.monotonic() + 60
-            while not log.exists() or len(log.read_text().splitlines()) < 3:
-                assert time.monotonic() < deadline, "no step was taken"
-                time.sleep(0.01)
-            process.send_signal(number)
-            output = process.communicate(timeout=60)[0]
-        assert process.returncode == 128 + number
-        assert f"python main.py --resume {name}" in output
-        assert torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["step"] < 60
-        done = run(f"--resume {name}", tmp_path, environment)
-        assert done.returncode == 0, done.stderr
-        whole, resumed = (
-            torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True)
-            for folder in ("whole", name)
-        )
-        for key, weight in whole["model"].items():
-            assert torch.equal(weight, resumed["model"][key]), key
-        expected, found = (
-            [{k: v for k, v in line.items() if "second" not in k} for line in metrics(folder)]
-            for folder in (tmp_path / "whole", tmp_path / name)
-        )
-        assert found == expected
+    number = signal.SIGINT  # SIGTERM: see test_faults
+    name = "stopped"
+    command = [sys.executable, str(ROOT / "main.py"), *line.split(), "--output-dir", name]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        log = tmp_path / name / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not log.exists() or len(log.read_text().splitlines()) < 3:
+            assert time.monotonic() < deadline, "no step was taken"
+            time.sleep(0.01)
+        process.send_signal(number)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number
+    assert f"python main.py --resume {name}" in output
+    assert torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["step"] < 60
+    done = run(f"--resume {name}", tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    whole, resumed = (
+        torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True)
+        for folder in ("whole", name)
+    )
+    for key, weight in whole["model"].items():
+        assert torch.equal(weight, resumed["model"][key]), key
+    expected, found = (
+        [{k: v for k, v in line.items() if "second" not in k} for line in metrics(folder)]
+        for folder in (tmp_path / "whole", tmp_path / name)
+    )
+    assert found == expected
 
 
 def test_resume_refuses_what_would_be_another_run(
@@ -298,7 +298,6 @@ def test_a_signal_during_an_evaluation_ends_the_run(
     assert not (tmp_path / "run" / "evaluation.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     monkeypatch.undo()
-    gc.collect()  # until then this process holds the run
     assert run("--resume run --restarts 0", tmp_path, environment).returncode == 0
 
 
@@ -400,8 +399,6 @@ def test_a_resumed_run_goes_on_with_its_curves(
             done = run(flags, tmp_path, environment)
             assert (done.returncode, done.stderr) == (0, "")
         found = panes(port, "air_run")
-    done = run("--resume run -n 9", tmp_path, environment)  # without the page, without its server
-    assert (done.returncode, done.stderr) == (0, "")
     assert "no visdom server answers" in refused(f"--resume run -n 10 --viz --visdom-port {port}")
     traces = {trace["name"]: trace["x"] for trace in found["elbo"]["content"]["data"]}
     assert traces["training"] == [2, 4, 6, 8]

@@ -166,6 +166,13 @@ def test_a_state_of_something_else_is_refused() -> None:
         trainer().load_state_dict(state)
 
 
+def test_a_state_of_a_gpu_is_taken_up_on_a_cpu() -> None:
+    done, other = trainer(), trainer(seed=3)
+    list(done.train())
+    other.load_state_dict({**done.state_dict(), "cuda_rng": torch.zeros(16, dtype=torch.uint8)})
+    assert all(torch.equal(x, y) for x, y in zip(weights(done), weights(other), strict=True))
+
+
 def test_a_resumed_run_knows_which_scenes_it_miscounted() -> None:
     first, second = trainer(), trainer()
     list(first.train())
