@@ -89,12 +89,6 @@ def test_gradient_variance_of_every_part_of_a_loaded_model(tmp_path: Path) -> No
     assert float(rows["predict"][0]) > 0
 
 
-def test_a_long_run_is_followed(tmp_path: Path) -> None:
-    rows = run("long_run.py", "--steps 60", tmp_path).splitlines()
-    assert len(rows) == 2 + 9 + 1
-    assert rows[-1].startswith("memory ")
-
-
 @pytest.mark.parametrize("estimator", ["marginal", "score"])
 @pytest.mark.parametrize("num_steps", [1, 3])
 def test_the_floor_has_the_gradients_of_the_pyro_program(estimator: str, num_steps: int) -> None:

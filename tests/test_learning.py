@@ -48,6 +48,6 @@ def test_the_default_recipe_learns_to_count(cache: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fast")
 def test_the_score_function_learns_to_see(cache: Path) -> None:
-    settings = TrainingSettings(num_steps=300, eval_every=0, estimator="score")
+    settings = TrainingSettings(num_steps=220, eval_every=0, estimator="score")
     result, empty = train(settings, cache)
     assert result.elbo > empty + 40
