@@ -143,10 +143,9 @@ class History:
     def add(self, record: Record) -> None:
         """Takes up a record; its step must not be smaller than those before."""
         for key, series in self._series.items():
-            if key in record or key == "p_any":
-                found = value(record, key)
-                if found is not None:
-                    series.add(int(record["step"]), found)
+            found = value(record, key)
+            if found is not None:
+                series.add(int(record["step"]), found)
         self.latest.update({key: entry for key, entry in record.items() if entry is not None})
 
     def points(self, key: str) -> Points:

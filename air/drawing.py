@@ -87,7 +87,11 @@ def tile(pictures: Pictures, columns: int, rows: int | None = None) -> Pictures:
 
 
 def sheets(
-    snapshot: Snapshot, columns: int, zoom: int, rows: int | None = None
+    snapshot: Snapshot,
+    columns: int,
+    zoom: int,
+    rows: int | None = None,
+    taken_apart: int | None = None,
 ) -> dict[str, Pictures]:
     """The pictures of a snapshot, each as one sheet [height, width, 3], by name.
 
@@ -96,6 +100,7 @@ def sheets(
         columns: Scenes side by side.
         zoom: Pixels of a sheet for one of a scene.
         rows: As for `tile`.
+        taken_apart: Rows of `object_sheet`; None for all.
     """
 
     def inferred(scenes: InferredScenes) -> Pictures:
@@ -110,7 +115,7 @@ def sheets(
         "inputs": tile(enlarge(scenes.images, zoom), columns, rows),
         "inferred": inferred(scenes),
         "reconstructions": tile(enlarge(scenes.reconstructions, zoom), columns, rows),
-        "objects": object_sheet(snapshot, zoom),
+        "objects": object_sheet(snapshot, zoom, taken_apart),
         "prior_samples": inferred(samples),
         "errors": inferred(errors),
     }

@@ -8,11 +8,10 @@ from typing import Any
 from air.checkpoint import save_weights
 from air.dashboard import Dashboard
 from air.events import CheckpointDue, Event, Progress, SnapshotDue
+from air.panes import ON_PAGE
 from air.run_folder import RunFolder
 from air.snapshots import SCENES, Snapshot, save_snapshot, take_snapshot
 from air.training import Trainer
-
-ON_PAGE = 16  # scenes that are looked at for the live page alone
 
 
 class Recorder:

@@ -22,7 +22,7 @@ from air.spatial_transformer import image_to_window
 
 Array = NDArray[Any]
 
-SCENES, SAMPLES, TAKEN_APART = 64, 64, 8  # pictures in a snapshot
+SCENES, TAKEN_APART = 64, 8  # pictures in a snapshot
 
 
 class SnapshotError(ValueError):
@@ -88,7 +88,7 @@ def take_snapshot(
     )
     wrong = np.zeros(len(chosen), bool) if true is None else scenes.counts != true
     wrong[: len(fixed)] = False
-    samples, boxes, counts = sample_prior(air, min(number, SAMPLES), seed)
+    samples, boxes, counts = sample_prior(air, number, seed)
     drawn = as_bytes(samples)
     apart = min(TAKEN_APART, len(fixed))
     reached = found.count_probs[:apart].flip(1).cumsum(1).flip(1)[:, 1:]

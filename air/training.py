@@ -141,7 +141,7 @@ class Trainer:
             look = progress or snapshot or _due(self.step, LOOK_EVERY)
             if not (look or self.stop_requested):
                 continue
-            stuck = self.tally.in_a_row >= MOST_SKIPPED  # waits for the device
+            stuck = bool(self.tally.in_a_row >= MOST_SKIPPED)  # waits for the device
             self.seconds += time.perf_counter() - start
             if progress or stuck:
                 yield self._progress(self.step - since_step, self.seconds - since)

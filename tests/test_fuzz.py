@@ -81,7 +81,8 @@ def program(
         monkeypatch.chdir(tmp_path)
         code = 0
         try:
-            code = main.main([*arguments, *(() if "--resume" in arguments else OUT(folder))])
+            place = [] if "--resume" in arguments else ["--output-dir", str(folder)]
+            code = main.main([*arguments, *place])
         except SystemExit as ended:
             code = int(ended.code or 0)
         said = capsys.readouterr()
@@ -104,10 +105,6 @@ def take_a_step(session: main.Session) -> int:
         session.trainer._take_step()
     session.recorder.keep(SnapshotDue(session.trainer.step))
     return 0
-
-
-def OUT(folder: Path) -> list[str]:
-    return ["--output-dir", str(folder)]
 
 
 def options() -> list[str]:

@@ -13,7 +13,8 @@ from test_training import trainer
 from air.checkpoint import read_weights
 from air.config import DEFAULTS
 from air.events import CheckpointDue, Evaluated, SnapshotDue
-from air.recorder import ON_PAGE, Recorder
+from air.panes import ON_PAGE
+from air.recorder import Recorder
 from air.run_folder import RunFolder
 from air.snapshots import Snapshot, snapshot_files
 
