@@ -6,7 +6,6 @@ Boxes are (x0, y0, x1, y1) in pixels, x to the right and y downwards, x1 and y1 
 from typing import NamedTuple
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 GOOD_IOU = 0.5  # at least which a box counts as found
@@ -61,6 +60,8 @@ def score_boxes(
         true_boxes: [N, M, 4]; those beyond the true count are not looked at.
         true_counts: [N].
     """
+    from scipy.optimize import linear_sum_assignment  # takes a second, so not at every start
+
     matched: list[float] = []
     ranked: list[tuple[float, bool]] = []  # probability, and whether it found an object
     for scene in range(len(boxes)):

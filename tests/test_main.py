@@ -1,4 +1,4 @@
-"""The program as its users run it: in a process of its own, from flags to files and exit codes."""
+"""The program as its users run it: from flags to files and exit codes."""
 
 import json
 import math
@@ -90,6 +90,7 @@ def test_every_flag_is_run() -> None:
     assert on_off <= given
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("line", LINES)
 def test_lines_end_well(line: str, tmp_path: Path, environment: dict[str, str]) -> None:
     if "--data" in line.split():
