@@ -70,7 +70,7 @@ def explain(error: Exception, run: RunFolder | None) -> str | None:
     elif isinstance(error, OSError):
         what = f"cannot write: {error}"
     elif _is_out_of_memory(error):
-        flags = "--batch-size, --eval-scenes, --model-steps or --num-scenes"
+        flags = "--batch-size, --eval-scenes, --model-steps, --num-scenes or the nets' sizes"
         what = f"out of memory; lower {flags}"
     else:
         return None

@@ -131,6 +131,14 @@ def test_a_read_only_folder_is_found_before_training(
     assert "Read-only file system" in done.stderr
 
 
+def catches(process: int, number: signal.Signals) -> bool:
+    """Whether a process has said what it does at a signal."""
+    status = Path(f"/proc/{process}/status").read_text()
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux about signals")
 @pytest.mark.parametrize("moment", ["making scenes", "evaluating"])
 def test_a_signal_at_any_moment_ends_in_one_line(
     tmp_path: Path, environment: dict[str, str], moment: str
@@ -143,7 +151,10 @@ def test_a_signal_at_any_moment_ends_in_one_line(
         command, cwd=tmp_path, env=own, stdout=-1, stderr=-1, text=True
     ) as process:
         if moment == "making scenes":
-            time.sleep(6)
+            while not catches(process.pid, signal.SIGTERM):
+                assert process.poll() is None
+                time.sleep(0.05)
+            time.sleep(2)
         else:
             assert process.stdout is not None
             while "held-out scenes" not in process.stdout.readline():
@@ -156,6 +167,50 @@ def test_a_signal_at_any_moment_ends_in_one_line(
     if moment == "making scenes":
         assert not list(tmp_path.glob("cache/**/*.npz"))
         assert not list(tmp_path.glob("cache/.scenes*"))
+
+
+def test_ctrl_c_while_compiling_ends_the_run_saved(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """A terminal sends it to the compiler's processes too."""
+    line = f"{SMALL} -t 1 -n 50 --compile --output-dir run"
+    compiling = tmp_path / "inductor"
+    own = {**environment, "TORCHINDUCTOR_CACHE_DIR": str(compiling), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(ROOT / "main.py"), *line.split()]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=own, stdout=-1, stderr=-1, text=True, start_new_session=True
+    ) as process:
+        while not list(compiling.rglob("*.cpp")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        said, complaint = process.communicate(timeout=200)
+    assert process.returncode == 130, complaint
+    assert "Traceback" not in complaint
+    step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
+    assert step < 50
+    assert f"Interrupted, and saved at step {step} of 50" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory")
+def test_a_run_out_of_memory_says_what_to_lower(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    code = (
+        "import resource, sys, main, torch\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "most = pages * resource.getpagesize() + 700 * 2**20\n"  # for the nets, not for Adam
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
+        "sys.exit(main.main(sys.argv[1:]))"
+    )
+    line = f"{SMALL} --decoder-net 60000 --encoder-net 60000 --no-compile --output-dir run"
+    own = {**environment, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *line.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "out of memory; lower --batch-size, " in done.stderr
+    assert (tmp_path / "run" / "config.json").exists()
 
 
 def test_two_at_once(tmp_path: Path, environment: dict[str, str]) -> None:
