@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 import multi_mnist
 import viz
-from air import AIR, flags
+from air import AIR, flag_values, flags
 from air.checkpoint import CheckpointError, fit_weights, read_weights, refuse_bomb
-from air.config import AIR_ARGUMENTS, is_compiled, merge_loaded, merge_resumed, pick_device, plain
+from air.config import AIR_ARGUMENTS, is_compiled, merge_new, merge_resumed, pick_device, plain
 from air.config import DEFAULTS as OWN_DEFAULTS
 from air.dashboard import Dashboard, connect
 from air.evaluation import HeldOut
@@ -110,18 +110,18 @@ def prepare(given: Config, held: ExitStack, collapsed: Session | None = None) ->
         ValueError: If flags, data or files do not fit; the message is one line for the user.
         ConnectionError: If visdom is asked for and no server answers.
     """
-    config, run, state, weights = given, None, None, None
+    config, run, state, weights = merge_new({}, given), None, None, None
     if given.get("resume"):
         run = RunFolder.open(Path(given["resume"]))
         held.callback(run.close)
         state = run.load()
-        flags.check_values(build_parser(), state["config"], DEFAULTS, run.source)
+        flag_values.check_values(build_parser(), state["config"], DEFAULTS, run.source)
         config = merge_resumed(state["config"], given)
         weights = state["model"]
     elif given.get("load"):
         weights, saved = read_weights(Path(given["load"]))
-        flags.check_values(build_parser(), saved, DEFAULTS, Path(given["load"]))
-        config = merge_loaded(saved, given)
+        flag_values.check_values(build_parser(), saved, DEFAULTS, Path(given["load"]))
+        config = merge_new(saved, given)
     config = {**DEFAULTS, **config}
     before = state["config"] if state else collapsed.config if collapsed else {}
     check_flags(config, given, before)
@@ -196,11 +196,11 @@ def build_trainer(config: Config, scenes: multi_mnist.SceneSplits, device: torch
     arguments = {name: config[flag] for name, flag in AIR_ARGUMENTS.items()}
     if config["estimator"] == "marginal":
         arguments["use_baselines"] = False  # nothing is left for them to do
-    air = AIR(x_size=scenes.train.x.shape[-1], **arguments)
-    test = scenes.test
+    x, test = scenes.train.x, scenes.test
+    air = AIR(x_size=x.shape[-1], channels=x.shape[1] if x.ndim == 4 else 1, **arguments)
     return Trainer(
         air.to(device),
-        torch.from_numpy(scenes.train.x).to(device),
+        torch.from_numpy(x).to(device),
         HeldOut.from_numpy(test.x, test.counts, test.boxes, test.overlaps),
         TrainingSettings(**{f.name: config[f.name] for f in fields(TrainingSettings)}),
     )

@@ -165,8 +165,10 @@ def _draw_histogram(axes: Axes, histogram: Sequence[int]) -> None:
 def save_animation(path: Path, snapshots: Sequence[Snapshot]) -> None:
     """Writes a GIF of the first eight scenes at one snapshot after another."""
     palette = Image.new("P", (1, 1))  # the same for all, and with every colour that is drawn
-    greys = np.linspace(0, 255, 128).round().astype(np.uint8)[:, None].repeat(3, 1)
-    palette.putpalette(np.concatenate((greys, STEP_COLOURS, WRITTEN)).astype(np.uint8).tobytes())
+    colours = np.linspace(0, 255, 128).round()[:, None].repeat(3, 1)
+    if snapshots[0].scenes.images.ndim == 4:
+        colours = np.linspace(0, 255, 6)[np.indices((6, 6, 6)).reshape(3, -1).T]
+    palette.putpalette(np.concatenate((colours, STEP_COLOURS, WRITTEN)).astype(np.uint8).tobytes())
     frames = [
         Image.fromarray(_frame(snapshot)).quantize(palette=palette, dither=Image.Dither.NONE)
         for snapshot in snapshots

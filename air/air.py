@@ -6,7 +6,7 @@ paper's. Shapes are those of the glossary in ``air/__init__.py``.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -14,21 +14,23 @@ import torch
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor, nn
 
+from air.likelihoods import Likelihood, make_pixels
+from air.param_store import register_parameters
 from air.priors import DEFAULT_COUNT_RATIO, PresencePrior, geometric_count_prior
 from air.spatial_transformer import image_to_window, window_to_image
 from air.subsampling import draw_indices
 from modules import MLP, Decoder, Encoder, ImageLSTMCell, Predict, Projection
 
+GuideInput = Literal["image", "difference"]
 Latents = tuple[list[Tensor], list[Tensor]]  # z_where, T times [B, 3]; z_pres, T times [B, 1]
 
-Z_PRES_SIZE = 1
-Z_WHERE_SIZE = 3
+Z_PRES_SIZE, Z_WHERE_SIZE = 1, 3
 
 
 class GuideInputs(NamedTuple):
-    """What every step of the guide sees of the images."""
+    """What a step of the guide sees of the images."""
 
-    images: Tensor  # [B, H, H]
+    images: Tensor  # [B, (C,) H, H]
     rnn: Projection  # the images as the inference LSTM takes them
     bl_rnn: Projection | None  # the same for the baseline's; None without baselines
     cost_scale: float  # the plate's N / B, which multiplies every cost
@@ -66,7 +68,11 @@ class AIR(nn.Module):
         baseline_scalar: Multiplies the baseline; None for one.
         scale_prior_mean, scale_prior_sd: The prior of s in z_where; 3 shrinks threefold.
         pos_prior_mean, pos_prior_sd: The prior of x and of y in z_where.
-        likelihood_sd: Standard deviation of a pixel around the canvas.
+        likelihood: "normal", or "bernoulli" for pixels that are on or off; see `likelihoods`.
+        likelihood_sd: Standard deviation of a pixel around the canvas (normal).
+        guide_input: "image": every step of the guide sees the image and remembers the steps before.
+            "difference" (DAIR): it sees the image minus what those have painted, and nothing else.
+        channels: Of the images, C.
         use_cuda: Start on the GPU, as ``AIR(...).cuda()``.
     """
 
@@ -95,7 +101,10 @@ class AIR(nn.Module):
         scale_prior_sd: float = 0.2,
         pos_prior_mean: float = 0.0,
         pos_prior_sd: float = 1.0,
+        likelihood: Likelihood = "normal",
         likelihood_sd: float = 0.3,
+        guide_input: GuideInput = "image",
+        channels: int = 1,
         use_cuda: bool = False,
     ) -> None:
         super().__init__()
@@ -103,7 +112,8 @@ class AIR(nn.Module):
         self.x_size, self.window_size = x_size, window_size
         self.use_masking, self.use_baselines = use_masking, use_baselines
         self.baseline_scalar = 1.0 if baseline_scalar is None else baseline_scalar
-        self.likelihood_sd = likelihood_sd
+        self.guide_input, self.channels = guide_input, channels
+        self.pixels = make_pixels(likelihood, likelihood_sd)
         self.default_presence = geometric_count_prior(DEFAULT_COUNT_RATIO, num_steps)
 
         # Constants of the model, kept with the weights as Pyro's example does.
@@ -112,7 +122,7 @@ class AIR(nn.Module):
         self.register_buffer("z_where_loc_prior", where_loc)
         self.register_buffer("z_where_scale_prior", where_scale)
         nl: type[nn.Module] = getattr(nn, non_linearity)
-        pixels, image_pixels = window_size**2, x_size**2
+        pixels, image_pixels = channels * window_size**2, channels * x_size**2
         embed_sizes = embed_net or ()
         embedded_size = [image_pixels, *embed_sizes][-1]
         latent_size = Z_WHERE_SIZE + z_what_size + Z_PRES_SIZE
@@ -149,17 +159,17 @@ class AIR(nn.Module):
         z_pres_prior_p: PresencePrior | None = None,
     ) -> None:
         """p(x, z). See `guide` for the arguments."""
-        self.register_parameters()
+        register_parameters(self)
         with pyro.plate("data", len(data), device=str(data.device)) as ix:
             images = self.to_images(data[ix])
             _, canvas = self.prior(len(images), z_pres_prior_p)
-            pixels = dist.Normal(canvas.flatten(1), self.likelihood_sd)
+            pixels = self.pixels.distribution(canvas.flatten(1))
             pyro.sample("obs", pixels.to_event(1), obs=images.flatten(1))
 
     def prior(self, n: int, z_pres_prior_p: PresencePrior | None = None) -> tuple[Latents, Tensor]:
-        """Draws n scenes: the latents (z_where, z_pres) and the canvases, [n, H, H].
+        """Draws n scenes: the latents (z_where, z_pres) and the canvases, [n, (C,) H, H].
 
-        Where objects overlap their intensities add, so that a canvas can exceed one.
+        With Normal pixels intensities add where objects overlap, so that a canvas can exceed one.
         """
         presence_p = z_pres_prior_p or self.default_presence.__getitem__
         z_pres = self.h_init.new_ones(n, Z_PRES_SIZE)
@@ -170,8 +180,8 @@ class AIR(nn.Module):
             objects.append(self.sample_object(t, z_pres))
             all_pres.append(z_pres)
         all_where, all_what = map(list, zip(*objects, strict=True))
-        painted = self.paint(all_where, all_what) * torch.stack(all_pres)[..., None]
-        return (all_where, all_pres), painted.sum(0)
+        painted = self.paint(all_where, all_what)
+        return (all_where, all_pres), self.pixels.compose(painted, torch.cat(all_pres, 1).t())
 
     def sample_object(self, t: int, z_pres: Tensor) -> tuple[Tensor, Tensor]:
         """p(z_where_t) p(z_what_t): the t-th object's place, [n, 3], and code, [n, Z]."""
@@ -182,10 +192,10 @@ class AIR(nn.Module):
         return z_where, pyro.sample(f"z_what_{t}", self._choice(code, z_pres))
 
     def paint(self, z_where: Sequence[Tensor], z_what: Sequence[Tensor]) -> Tensor:
-        """Each object on a black image of its own, [T, B, H, H]; all in one pass, to be fast."""
+        """Each object on a black image of its own, [T, B, (C,) H, H]; in one pass, to be fast."""
         where, windows = torch.cat(tuple(z_where)), self.decode(torch.cat(tuple(z_what)))
         painted = window_to_image(where, self.window_size, self.x_size, windows)
-        return painted.view(len(z_where), len(z_where[0]), self.x_size, self.x_size)
+        return painted.view(len(z_where), len(z_where[0]), *painted.shape[1:])
 
     # The inference network, section 2.1.
 
@@ -198,7 +208,7 @@ class AIR(nn.Module):
         """q(z | x), one object after another.
 
         Args:
-            data: Images, [N, H, H]: floats in [0, 1], or uint8 in [0, 255].
+            data: Images, [N, (C,) H, H]: floats in [0, 1], or uint8 in [0, 255].
             batch_size: Use this many of them, drawn anew for the plate "data"; None for all.
             z_pres_prior_p: Step t -> p(z_pres_t = 1 | z_pres_{t-1} = 1), used by `model`; None
                 for the truncated geometric count prior of ratio 1e-4.
@@ -206,42 +216,44 @@ class AIR(nn.Module):
         Returns:
             (z_where, z_pres): lists over steps of [B, 3] and [B, 1].
         """
-        self.register_parameters()
+        register_parameters(self)
         n = min(batch_size or len(data), len(data))
         chosen = draw_indices(len(data), n, data.device) if n < len(data) else None
         with pyro.plate("data", len(data), subsample=chosen, device=str(data.device)) as ix:
-            images = self.to_images(data[ix])
-            flat = images.flatten(1)
-            inputs = GuideInputs(
-                images,
-                self.rnn.project(self.embed(flat)),
-                self.bl_rnn.project(self.bl_embed(flat)) if self.use_baselines else None,
-                len(data) / n,
-            )
-            state = GuideState(
+            images, cost_scale = self.to_images(data[ix]), len(data) / n
+            inputs, canvas = self._see(images, cost_scale), torch.zeros_like(images)
+            state = first = GuideState(
                 self.h_init.new_ones(n, Z_PRES_SIZE),
                 self.z_where_init.expand(n, -1),
                 self.z_what_init.expand(n, -1),
                 (self.h_init.expand(n, -1), self.c_init.expand(n, -1)),
                 (self.bl_h_init.expand(n, -1), self.bl_c_init.expand(n, -1)),
             )
-            all_where, all_pres = [], []
+            states = []
             for t in range(self.num_steps):
+                if t > 0 and self.guide_input == "difference":
+                    painted = self.paint([state.z_where], [state.z_what])
+                    present = self._plain(state.z_pres).t()
+                    canvas = self.pixels.add(canvas, self.pixels.compose(painted, present))
+                    inputs = self._see(images - canvas, cost_scale)
+                    state = first._replace(z_pres=state.z_pres)
                 state = self._guide_step(t, state, inputs)
-                all_where.append(state.z_where)
-                all_pres.append(state.z_pres)
-            return all_where, all_pres
+                states.append(state)
+            return [state.z_where for state in states], [state.z_pres for state in states]
+
+    def _see(self, images: Tensor, cost_scale: float) -> GuideInputs:
+        """Takes in what a step of the guide is to see, [B, (C,) H, H]."""
+        flat = images.flatten(1)
+        # Detached: the baseline's regression must not train the inference network.
+        bl_rnn = self.bl_rnn.project(self.bl_embed(flat.detach())) if self.use_baselines else None
+        return GuideInputs(images, self.rnn.project(self.embed(flat)), bl_rnn, cost_scale)
 
     def _guide_step(self, t: int, prev: GuideState, inputs: GuideInputs) -> GuideState:
         """q(z_pres_t, z_where_t, z_what_t | x, z_<t), and the baseline of z_pres_t."""
-        # TraceGraph_ELBO follows z_pres through every operation, at several times its price, to
-        # see which costs depend on it. The masks show it that, so the nets get a plain copy.
-        seen_pres = detach_provenance(prev.z_pres) if self.use_masking else prev.z_pres
-        latents = (prev.z_where, prev.z_what, seen_pres)
+        latents = (prev.z_where, prev.z_what, self._plain(prev.z_pres))
         rnn = self.rnn(inputs.rnn, latents, prev.rnn)
         pres_p, loc, scale = self.predict(rnn[0])
         infer, bl_rnn = self._baseline_step(latents, prev, inputs)
-
         pres = dist.Bernoulli(pres_p * prev.z_pres)
         z_pres = pyro.sample(f"z_pres_{t}", self._choice(pres, prev.z_pres), infer=infer)
         where = dist.Normal(loc + self.z_where_loc_prior, scale * self.z_where_scale_prior)
@@ -262,7 +274,6 @@ class AIR(nn.Module):
         """
         if inputs.bl_rnn is None:
             return {}, prev.bl_rnn
-        # Detached: the baseline's regression must not train the inference network.
         state = self.bl_rnn(inputs.bl_rnn, [z.detach() for z in latents], prev.bl_rnn)
         value = self.bl_predict(state[0])
         if self.use_masking:  # nothing is left to predict once an image is finished
@@ -272,29 +283,18 @@ class AIR(nn.Module):
         value = value * (inputs.cost_scale * self.baseline_scalar)
         return {"baseline": {"baseline_value": value.squeeze(-1)}}, state
 
+    def _plain(self, z_pres: Tensor) -> Tensor:
+        """What the nets get to see of z_pres."""
+        # TraceGraph_ELBO follows it through every operation, at several times its price, to see
+        # which costs depend on it. The masks show it that; so a copy that it does not follow.
+        return detach_provenance(z_pres) if self.use_masking else z_pres
+
     def _choice(self, distribution: dist.TorchDistribution, present: Tensor) -> Any:  # noqa: ANN401
         """One choice for each image, at no cost in those where `present` is zero."""
         masked = distribution.mask(present > 0) if self.use_masking else distribution
         return masked.to_event(1)
 
     def to_images(self, batch: Tensor) -> Tensor:
-        """Bytes to floats in [0, 1]; floats to the model's precision."""
+        """Bytes to floats in [0, 1]; floats to the model's precision; as the likelihood has it."""
         images = batch.to(self.h_init.dtype)
-        return images if batch.is_floating_point() else images / 255
-
-    def register_parameters(self) -> None:
-        """Tells Pyro which parameters to train, under the names they have in this module.
-
-        Pyro has one global store of parameters by name. Where a name belongs to another AIR, it
-        would go on training that one without a word; so the name goes to the AIR that runs.
-        """
-        store = pyro.get_param_store()
-        for name, parameter in self.named_parameters():
-            if name in store and store[name] is not parameter:
-                del store[name]
-            pyro.param(name, parameter)
-
-
-def latents_to_tensor(z: Latents) -> Tensor:
-    """Joins (z_where, z_pres), lists over steps, into one tensor [B, T, 4] on the CPU."""
-    return torch.stack([torch.cat(step, 1).detach().cpu() for step in zip(*z, strict=True)], 1)
+        return self.pixels.prepare(images if batch.is_floating_point() else images / 255)

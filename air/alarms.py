@@ -4,8 +4,6 @@ AIR fails in two ways: it explains nothing and leaves every canvas empty, or it 
 every scene that holds anything. The first shows in the ELBO, the second only in the counts.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -19,19 +17,16 @@ ALMOST_ALL = 0.98  # of the scenes
 SOME = 500  # images that are looked at for what is not finite
 
 
-def empty_canvas_elbo(images: Tensor, likelihood_sd: float) -> float:
-    """The mean log likelihood of images, [N, H, H], under a black canvas, in nats per image.
+def empty_canvas_elbo(air: AIR, images: Tensor) -> float:
+    """The mean log likelihood of images, [N, (C,) H, H], under a black canvas, in nats per image.
 
     It is what an AIR that never sees an object reaches, but for the log prior of zero objects.
     """
-    constant = math.log(likelihood_sd) + 0.5 * math.log(2 * math.pi)
-    squares = torch.stack([_to_unit(part).square().sum() for part in torch.split(images, 1000)])
-    per_image = squares.sum().item() / len(images)
-    return -images[0].numel() * constant - per_image / (2 * likelihood_sd**2)
-
-
-def _to_unit(images: Tensor) -> Tensor:
-    return images.double() if images.is_floating_point() else images.double() / 255
+    total = 0.0
+    for part in torch.split(images, 1000):
+        prepared = air.to_images(part.to(air.h_init.device))
+        total += float(air.pixels.log_prob(prepared, torch.zeros_like(prepared)).double().sum())
+    return total / len(images)
 
 
 def collapse_alarm(result: Evaluation, empty_elbo: float) -> str | None:

@@ -15,17 +15,22 @@ import torch
 from air.air import AIR
 from air.training import TrainingSettings
 
-_RENAMED = {"num_steps": "model_steps", "z_what_size": "encoder_latent_size"}
+_RENAMED = {
+    "num_steps": "model_steps", "z_what_size": "encoder_latent_size", "guide_input": "guide"
+}  # fmt: skip
 _SIGNATURE = inspect.signature(AIR).parameters
 
-# AIR's arguments and the flags they come from; the size of the images comes from the data.
+# AIR's arguments and the flags they come from; size and channels of the images come from the data.
 AIR_ARGUMENTS = {
-    name: _RENAMED.get(name, name) for name in _SIGNATURE if name not in ("x_size", "use_cuda")
+    name: _RENAMED.get(name, name)
+    for name in _SIGNATURE
+    if name not in ("x_size", "channels", "use_cuda")
 }
 DEFAULTS: dict[str, Any] = {
     **{flag: _SIGNATURE[name].default for name, flag in AIR_ARGUMENTS.items()},
     **asdict(TrainingSettings()),
     **dict.fromkeys(("load", "save", "output_dir", "resume", "data")),
+    "preset": None,
     "device": "auto",
     "threads": 1,  # more gain little on these small nets, and lose much on a busy machine
     "viz": False,
@@ -40,6 +45,26 @@ DEFAULTS: dict[str, Any] = {
     "iwae_scenes": 2000,
     "verbose": False,
 }
+# Scenes of a kind, and what suits them; each value stands for a flag that is not given.
+_SMALL_OBJECTS = {
+    "x_size": 64, "sides": [9, 18], "num_scenes": 30_000, "num_test_scenes": 5000,
+    # Windows begin larger than the objects, all over the scene and nearly black, and the prior
+    # wants all of them at first: else few meet an object, and they are given up before they help.
+    "window_size": 18, "scale_prior_mean": 3.0, "scale_prior_sd": 1.0, "pos_prior_sd": 1.5,
+    "decoder_output_bias": -3.0, "z_pres_prior": 0.99, "z_pres_prior_raw": True,
+    "anneal_prior": "exp", "anneal_prior_to": 1e-4, "anneal_prior_duration": 1500,
+    # What has been found is out of sight, so that every further object is found as the first was.
+    "guide": "difference", "clip_grad_norm": 100.0,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "small-digits": {**_SMALL_OBJECTS, "recipe": "air", "binary": True},
+    # Three bright channels explain so much that with the usual likelihood_sd AIR would rather use
+    # several windows for one object. The 12,288 pixels make the embedding a matter of speed.
+    "dsprites": {
+        **_SMALL_OBJECTS, "recipe": "dsprites", "rotation": 180.0, "likelihood_sd": 0.5,
+        "embed_net": [200],
+    },
+}  # fmt: skip
 COMPILING_PAYS = 5000  # steps; some 2,500 save the time that compiling takes (tests/benchmarks)
 # What may be given anew when a run goes on: it does not change what the run learns.
 RESUMABLE = {
@@ -54,7 +79,7 @@ _OF_THE_PROCESS = {
     "visdom_port",
 }  # fmt: skip
 # What a model is, beside its weights: a checkpoint of it brings these along.
-_OF_THE_MODEL = {*AIR_ARGUMENTS.values(), "z_pres_prior", "z_pres_prior_raw"}
+_OF_THE_MODEL = {*AIR_ARGUMENTS.values(), "z_pres_prior", "z_pres_prior_raw", "count_prior"}
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,14 +110,21 @@ def _changes_rates(name: str, saved: Mapping[str, Any]) -> bool:
     return name == "num_steps" and saved.get("lr_schedule") == "cosine"
 
 
-def merge_loaded(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given, and for the rest the model that is loaded: its nets, prior and likelihood.
+def merge_new(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a new run, but for the defaults.
+
+    What is given goes before the nets, prior and likelihood of a model that is loaded, and these
+    before the preset.
 
     Args:
-        saved: The configuration in a checkpoint, empty for a file of weights alone.
+        saved: The configuration in a checkpoint, empty for a file of weights alone or none.
         given: The flags given.
     """
-    return {name: saved[name] for name in _OF_THE_MODEL if name in saved} | dict(given)
+    preset = PRESETS.get(given.get("preset") or "", {})
+    loaded = {name: saved[name] for name in _OF_THE_MODEL if name in saved}
+    if saved.get("anneal_prior", "none") != "none":  # and all steps went to one probability
+        loaded |= {"z_pres_prior": saved["anneal_prior_to"], "z_pres_prior_raw": True}
+    return {**preset, **loaded, **given}
 
 
 def is_compiled(config: Mapping[str, Any]) -> bool:

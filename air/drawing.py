@@ -23,19 +23,25 @@ _UNUSED = 0.35  # of its brightness is left of what a step sees and paints that 
 
 
 def enlarge(images: Array, zoom: int = 4) -> Pictures:
-    """Turn images [N, H, W] into RGB pictures of sharp squares; floats are clipped to [0, 1]."""
-    if images.dtype != np.uint8:
-        images = (np.clip(np.nan_to_num(images), 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
-    return np.stack([images.repeat(zoom, axis=1).repeat(zoom, axis=2)] * 3, axis=-1)
+    """Turn bytes [N, (C,) H, W] into RGB pictures of sharp squares.
+
+    Three channels are red, green and blue; of any other number the mean is shown in grey.
+    """
+    if images.ndim == 3:
+        images = images[:, None]
+    if images.shape[1] != 3:
+        images = images.mean(1, keepdims=True).astype(np.uint8).repeat(3, axis=1)
+    return images.repeat(zoom, axis=2).repeat(zoom, axis=3).transpose(0, 2, 3, 1).copy()
 
 
 def draw_boxes(
     images: Array, boxes: Array, counts: Array, zoom: int = 4, true_counts: Array | None = None
 ) -> Pictures:
-    """Enlarge images [N, H, W], outline the objects in use in `STEP_COLOURS`, write the counts.
+    """Enlarge images [N, (C,) H, W], outline the objects in use, write the counts.
 
-    Lines lie just inside their box at the enlarged resolution. Corners may come in any order, what
-    is outside the image is cut off, and a box with NaN or infinity is left out.
+    Outlines have `STEP_COLOURS` and lie just inside their box at the enlarged resolution. Corners
+    may come in any order, what is outside the image is cut off, and a box with NaN or infinity is
+    left out.
     """
     pictures = enlarge(images, zoom)
     truth = counts if true_counts is None else true_counts
@@ -128,14 +134,15 @@ def object_sheet(snapshot: Snapshot, zoom: int, number: int | None = None) -> Pi
     what it paints is its window. Steps that are not in use are dark. No `number` means all scenes.
     """
     seen_all, objects = snapshot.windows[:number], snapshot.objects[:number]
-    number, steps, side, _ = seen_all.shape
+    (number, steps), side = seen_all.shape[:2], seen_all.shape[-1]
     scenes = snapshot.scenes.pick(slice(number))
-    height = zoom * scenes.images.shape[1]
+    height = zoom * scenes.images.shape[-1]
     nearest = np.arange(height) * side // height
     columns = [draw_boxes(scenes.images, scenes.boxes, scenes.counts, zoom, scenes.true_counts)]
     for t in range(steps):
-        used = np.where(t < scenes.counts, 1.0, _UNUSED)[:, None, None]
-        seen = enlarge((seen_all[:, t] * used).astype(np.uint8)[:, nearest][:, :, nearest], 1)
+        used = np.where(t < scenes.counts, 1.0, _UNUSED)
+        used = used.reshape(number, *[1] * (seen_all.ndim - 2))
+        seen = enlarge((seen_all[:, t] * used).astype(np.uint8)[..., nearest, :][..., nearest], 1)
         painted = enlarge((objects[:, t] * used).astype(np.uint8), zoom)
         for i in range(number):
             _annotate(seen[i], f"{snapshot.presence[i, t]:.0%}", t)

@@ -36,7 +36,7 @@ class ElboTerms(NamedTuple):
 
 @torch.no_grad()
 def sample_elbo(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None = None) -> ElboTerms:
-    """Draws z from the guide once for each image, [B, H, H]."""
+    """Draws z from the guide once for each image, [B, (C,) H, H]."""
     arguments: Any = {"data": images, "z_pres_prior_p": z_pres_prior_p}
     guide: Any = poutine.trace(air.guide).get_trace(**arguments)
     model: Any = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(**arguments)
@@ -82,7 +82,7 @@ def importance_weighted_bound(
 class HeldOut(NamedTuple):
     """Scenes to evaluate on, and what is known of them."""
 
-    images: Tensor  # [N, H, H], uint8 in [0, 255] or floats in [0, 1], on any device
+    images: Tensor  # [N, (C,) H, H], uint8 in [0, 255] or floats in [0, 1], on any device
     counts: Tensor | None = None  # true counts, [N]
     boxes: Tensor | None = None  # tight boxes of the objects in pixels, [N, M, 4]
     overlaps: Tensor | None = None  # pixels that two objects share, [N]
@@ -197,7 +197,8 @@ def evaluate(
 def _measure(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None) -> tuple[Tensor, ...]:
     """q(n), boxes and the terms of a sampled ELBO for one batch, on the CPU."""
     found, terms = infer(air, images), sample_elbo(air, images, z_pres_prior_p)
-    measured = (found.count_probs, tight_boxes(found.objects), *terms)
+    objects = found.objects.amax(-3) if air.channels > 1 else found.objects
+    measured = (found.count_probs, tight_boxes(objects), *terms)
     return tuple(part.cpu() for part in measured)
 
 

@@ -1,19 +1,16 @@
-"""The flags of the program: names, meanings, and the checks of their values.
+"""The flags of the program: names and meanings; what their values may be is in `flag_values`.
 
 Every flag of Pyro's AIR example is here under its name and with its meaning. A flag that is not
 given leaves no value behind, so that a run that goes on can tell what is asked anew.
 """
 
 import argparse
-import math
-import reprlib
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from torch import nn
-
-from air.config import DEFAULTS
+from air.config import DEFAULTS, PRESETS
+from air.flag_values import COUNT, NATURAL, POSITIVE, REAL, non_linearity, number
+from air.training import LEARN_PRIOR_EVERY, LEARN_PRIOR_FROM
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,49 +54,6 @@ def _adder(parser: argparse.ArgumentParser, title: str) -> Add:
         action.help = f"{help}{shown}".replace("%", "%%")
 
     return add
-
-
-def number(
-    kind: type, at_least: float = -math.inf, at_most: float = math.inf, above: float = -math.inf
-) -> Callable[[str], Any]:
-    """A converter of a flag's text to a finite number within bounds; 1e4 is a whole number too."""
-    expected = "a whole number" if kind is int else "a number"
-    if above > -math.inf:
-        expected += f" above {above:g}"
-    if at_least > -math.inf:
-        expected += f" of at least {at_least:g}"
-    if at_most < math.inf:
-        expected += f", at most {at_most:g}"
-
-    def convert(text: str) -> Any:  # noqa: ANN401
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        right = math.isfinite(value) and at_least <= value <= at_most and value > above
-        if not right or (kind is int and value != int(value)):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return int(text) if kind is int and text.lstrip("+-").isdigit() else kind(value)
-
-    return convert
-
-
-COUNT, NATURAL = number(int, at_least=1), number(int, at_least=0)
-REAL, POSITIVE = number(float), number(float, above=0)
-
-
-def _non_linearity(name: str) -> str:
-    candidate = getattr(nn.modules.activation, name, None)
-    try:
-        if isinstance(candidate, type) and issubclass(candidate, nn.Module):
-            candidate()
-            return name
-    except TypeError:
-        pass
-    raise argparse.ArgumentTypeError(
-        f"expected the name of an activation of torch.nn without arguments, such as ReLU, "
-        f"got {name!r}"
-    )
 
 
 def _add_training(add: Add) -> None:
@@ -157,6 +111,21 @@ def _add_prior(add: Add) -> None:
         help="use --z-pres-prior as the probability of one more object at each step",
     )
     add(
+        "--count-prior",
+        type=POSITIVE,
+        nargs="+",
+        metavar="P",
+        help="p(0) p(1) ... p(--model-steps) up to a factor, in place of --z-pres-prior",
+    )
+    add(
+        "--learn-count-prior-from",
+        type=NATURAL,
+        metavar="STEP",
+        help=f"from that step on, every {LEARN_PRIOR_EVERY}, set p(n) to the mean of q(n) over "
+        f"{LEARN_PRIOR_FROM:,} training scenes (default: never); too early, before it counts well, "
+        "AIR would come to use every step",
+    )
+    add(
         "--anneal-prior",
         choices=["none", "lin", "exp"],
         help="move the probabilities of z_pres over training, linearly or at a constant rate",
@@ -168,11 +137,26 @@ def _add_prior(add: Add) -> None:
     add("--scale-prior-sd", type=POSITIVE, help="standard deviation of s")
     add("--pos-prior-mean", type=REAL, help="of the shift x and y of the window")
     add("--pos-prior-sd", type=POSITIVE, help="standard deviation of x and y")
-    add("--likelihood-sd", type=POSITIVE, help="standard deviation of a pixel")
+    add(
+        "--likelihood",
+        choices=["normal", "bernoulli"],
+        help="of pixels: normal around the canvas, or bernoulli, on or off (binarised at 1/2)",
+    )
+    add("--likelihood-sd", type=POSITIVE, help="standard deviation of a pixel (normal)")
 
 
 def _add_model(add: Add) -> None:
     sizes: dict[str, Any] = {"type": COUNT, "nargs": "*", "metavar": "SIZE"}
+    add(
+        "--preset",
+        choices=[*PRESETS],
+        help="scenes of that kind, with windows and priors that suit them; other flags go before",
+    )
+    add(
+        "--guide",
+        choices=["image", "difference"],
+        help="what its steps see: the image, or the image minus what is painted so far (DAIR)",
+    )
     add("-t", "--model-steps", type=COUNT, help="the most objects in a scene")
     add("--window-size", type=COUNT, help="side of the attention window in pixels")
     add("--encoder-latent-size", type=COUNT, help="size of an object's code z_what")
@@ -190,7 +174,7 @@ def _add_model(add: Add) -> None:
         **{**sizes, "nargs": "+"},
         help="layers between the image and the LSTMs (default: none)",
     )
-    add("--non-linearity", type=_non_linearity, metavar="NAME", help="between layers, of torch.nn")
+    add("--non-linearity", type=non_linearity, metavar="NAME", help="between layers, of torch.nn")
     add("--decoder-output-bias", type=REAL, help="added before the decoder's sigmoid")
     add(
         "--decoder-output-use-sigmoid",
@@ -226,9 +210,9 @@ def _add_output(add: Add) -> None:
     add(
         "--data",
         metavar="FILE",
-        help="train on the scenes in an .npz file with x, uint8 [N, H, H], and, for the "
-        "accuracies, counts, [N]; held out are its test_x, test_counts, ... or, where it has "
-        "none, the last tenth, with -n 0 all",
+        help="train on the scenes in an .npz file with x, uint8 [N, H, H] or [N, C, H, H], and, "
+        "for the accuracies, counts, [N]; held out are its test_x, test_counts, ... or, where it "
+        "has none, the last tenth, with -n 0 all",
     )
     add("-v", "--verbose", action="store_true", help="print the nets and every setting")
 
@@ -258,42 +242,3 @@ def _add_page(add: Add) -> None:
         "VISDOM_PASSWORD",
     )
     add("--visdom-port", type=number(int, at_least=1, at_most=65535), help="its port")
-
-
-def check_values(
-    parser: argparse.ArgumentParser,
-    config: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    source: Path,
-) -> None:
-    """Holds a configuration from a file to what its flags accept.
-
-    Raises:
-        ValueError: For the first value that its flag would refuse.
-    """
-    for action in parser._actions:
-        value = config.get(action.dest, defaults.get(action.dest))
-        if value is None and defaults.get(action.dest) is None:
-            continue
-        listed = action.nargs in ("*", "+")
-        switch = action.nargs == 0 and not isinstance(action.const, str)
-        fits = isinstance(value, list | tuple) == listed and isinstance(value, bool) == switch
-        if not fits or not all(_accepts(action, one) for one in (value if listed else [value])):
-            raise ValueError(
-                f"{source}: {action.option_strings[-1]} cannot be {reprlib.repr(value)}"
-            )
-
-
-def _accepts(action: argparse.Action, value: Any) -> bool:  # noqa: ANN401
-    if isinstance(value, bool):
-        return True
-    if not isinstance(value, int | float | str) or (action.choices and value not in action.choices):
-        return False
-    if action.type is None:
-        return isinstance(value, str)
-    try:
-        kind: Any = action.type
-        meant = kind(str(value))
-        return bool(meant == value or (isinstance(meant, Path) and isinstance(value, str)))
-    except (ValueError, argparse.ArgumentTypeError):
-        return False

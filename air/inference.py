@@ -1,6 +1,6 @@
 """What the guide finds in a picture, and scenes drawn from the prior; neither trains anything."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -9,9 +9,11 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from air.air import AIR
-from air.priors import geometric_count_prior
+from air.air import AIR, Latents
+from air.priors import presence_probs
 from air.spatial_transformer import window_boxes
+
+RAREST = 1e-6  # probability of a count in a learnt prior: never so low that none can come back
 
 
 @contextmanager
@@ -41,14 +43,15 @@ class Inference(NamedTuple):
     count_probs: Tensor  # q(n) for n = 0..T, [B, T + 1]
     counts: Tensor  # its mode, [B]
     z_where: Tensor  # means, [B, T, 3]; those of steps >= count are not in use
+    z_what: Tensor  # alike, [B, T, Z]
     boxes: Tensor  # (x0, y0, x1, y1) of the windows in pixels, [B, T, 4]
-    objects: Tensor  # each painted alone, [B, T, H, H]
-    reconstructions: Tensor  # the canvas of the first `counts` of them, [B, H, H]
+    objects: Tensor  # each painted alone, [B, T, (C,) H, H]
+    reconstructions: Tensor  # the canvas of the first `counts` of them, [B, (C,) H, H]
 
 
 @torch.no_grad()
 def infer(air: AIR, images: Tensor) -> Inference:
-    """Infers counts, windows and reconstructions for images, [B, H, H].
+    """Infers counts, windows and reconstructions for images, [B, (C,) H, H].
 
     q(n) = (1 - q_{n+1}) * q_1 * ... * q_n, where q_t = q(z_pres_t = 1 | z_pres_{t-1} = 1, x)
     along the path on which z_where and z_what are at their means.
@@ -66,20 +69,35 @@ def infer(air: AIR, images: Tensor) -> Inference:
     )
     objects = air.paint(z_where, z_what).transpose(0, 1)
     in_use = torch.arange(air.num_steps, device=counts.device) < counts[:, None]
-    canvas = (objects * in_use[:, :, None, None]).sum(1)
-    where = torch.stack(z_where, 1)
+    canvas = air.pixels.compose(objects.transpose(0, 1), in_use.t())
+    where, what = torch.stack(z_where, 1), torch.stack(z_what, 1)
     boxes = window_boxes(where, air.x_size)
-    return Inference(count_probs, counts, where, boxes, objects, canvas)
+    return Inference(count_probs, counts, where, what, boxes, objects, canvas)
+
+
+def mean_count_probs(air: AIR, images: Tensor) -> list[float]:
+    """The mean of q(n) over images, [N, (C,) H, H], for n = 0..T; none of them quite zero."""
+    parts = [infer(air, part).count_probs for part in torch.split(images, 500)]
+    mean = torch.cat(parts).double().mean(0).clamp(min=RAREST)
+    return [float(p) for p in mean / mean.sum()]
 
 
 @torch.no_grad()
-def sample_prior(air: AIR, number: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws scenes from the prior with all counts equally likely: [N, H, H], boxes and counts.
+def sample_prior(
+    air: AIR, number: int, seed: int, count_prior: Sequence[float] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws scenes from the prior: [N, (C,) H, H], boxes as in `Inference`, and counts.
 
-    Under the count prior of training nearly all would be empty. The boxes are as in `Inference`.
+    Without a `count_prior`, p(n), all counts are equally likely: under that of training, before it
+    is learnt, nearly all scenes would be empty.
     """
-    presence = geometric_count_prior(1.0, air.num_steps)
+    presence = presence_probs(count_prior or [1.0] * (air.num_steps + 1))
     with forked_rng(seed, air.h_init.device):
         (z_where, z_pres), canvas = air.prior(number, presence.__getitem__)
     boxes = window_boxes(torch.stack(z_where, 1), air.x_size)
     return canvas, boxes, torch.cat(z_pres, 1).sum(1).long()
+
+
+def latents_to_tensor(z: Latents) -> Tensor:
+    """Joins (z_where, z_pres), lists over steps, into one tensor [B, T, 4] on the CPU."""
+    return torch.stack([torch.cat(step, 1).detach().cpu() for step in zip(*z, strict=True)], 1)

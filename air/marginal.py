@@ -10,7 +10,6 @@ sampled: no score-function gradient, no baseline. It costs T + 1 sums over pixel
 net. In Pyro: `poutine.scale` weighs each object by q(n >= t), a `pyro.factor` is the first sum.
 """
 
-import math
 from itertools import accumulate
 from typing import Any
 
@@ -22,6 +21,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from air.air import AIR, Latents
+from air.param_store import register_parameters
 from air.priors import PresencePrior, count_log_probs
 
 
@@ -83,7 +83,7 @@ class MarginalAIR:
     ) -> None:
         """p(x, z_where, z_what), with the expectation over n under the guide's q(n)."""
         air = self.air
-        air.register_parameters()
+        register_parameters(air)
         n = min(batch_size or len(data), len(data))
         anything = dist.Normal(air.h_init.new_zeros(n, air.num_steps), 1.0).to_event(2)
         with poutine.mask(mask=False):  # free of cost: its value comes from the guide
@@ -100,13 +100,8 @@ class MarginalAIR:
                 with poutine.scale(scale=going_on[:, : t + 1].prod(1).clamp(min=tiny)):
                     objects.append(air.sample_object(t, always))
             painted = air.paint(*zip(*objects, strict=True))
-            canvases = accumulate(painted.unbind(), initial=torch.zeros_like(images))
-            log_likelihoods = [self._log_likelihood(images, canvas) for canvas in canvases]
+            empty = torch.zeros_like(images)
+            canvases = accumulate(painted.unbind(), air.pixels.add, initial=empty)
+            log_likelihoods = [air.pixels.log_prob(images, canvas) for canvas in canvases]
             terms = torch.stack(log_likelihoods, 1) + log_prior - log_q
             pyro.factor("obs", (log_q.exp() * terms).sum(1))
-
-    def _log_likelihood(self, images: Tensor, canvas: Tensor) -> Tensor:
-        """That of ``dist.Normal``, which takes the logarithm of the same sd for every pixel."""
-        sd = self.air.likelihood_sd
-        squares = (images - canvas).flatten(1).square().sum(1)
-        return -squares / (2 * sd**2) - images[0].numel() * math.log(sd * math.sqrt(2 * math.pi))

@@ -31,7 +31,7 @@ _TITLES = {
     "inferred": "Held-out scenes with what is found in them",
     "reconstructions": "The same, painted again",
     "objects": "Step by step: what it sees (and how surely it is in use), what it paints; the sum",
-    "prior_samples": "Samples from the prior, all counts equally likely",
+    "prior_samples": "Samples from the prior, all counts equally likely unless that is learnt",
     "errors": "Scenes of the last evaluation that are still counted wrongly",
 }
 

@@ -1,7 +1,8 @@
 """The prior over the number of objects, as probabilities of going on for one more step."""
 
+import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -34,6 +35,21 @@ def geometric_count_prior(ratio: float, num_steps: int) -> list[float]:
         tails.append(1.0 + ratio * tails[-1])
     tails.reverse()
     return [ratio * after / here for here, after in pairwise(tails)]
+
+
+def presence_probs(count_probs: Sequence[float]) -> list[float]:
+    """Per-step probabilities of any p(n), n = 0..T, up to a factor: S_{t+1} / S_t, T of them.
+
+    Raises:
+        ValueError: If one is not above zero, or there is none but p(0).
+    """
+    if len(count_probs) < 2 or not all(0 < p < math.inf for p in count_probs):
+        raise ValueError(
+            f"the probabilities of the counts must be above zero, of 0 and more objects, "
+            f"got {list(count_probs)}"
+        )
+    tails = [*accumulate(reversed(count_probs))][::-1]
+    return [after / here for here, after in pairwise(tails)]
 
 
 def count_log_probs(going_on: Tensor) -> Tensor:
@@ -96,13 +112,19 @@ class AnnealedPresencePrior:
         """Moves on to the given optimisation step, counted from one."""
         if self.kind == "none":
             return
-        now = [
-            anneal(p, self.final, self.begin, self.duration, self.kind, step) for p in self.initial
-        ]
+        args = self.final, self.begin, self.duration, self.kind, step
+        self._set([anneal(p, *args) for p in self.initial])
+
+    def keep(self, probs: Sequence[float]) -> None:
+        """Makes these the probabilities from now on: annealing, if any, is over."""
+        self.kind = "none"
+        self._set(probs)
+
+    def _set(self, now: Sequence[float]) -> None:
         if now != self.now:  # writing to the device has its price
             for prob, value in zip(self.probs, now, strict=True):
                 prob.fill_(value)
-        self.now = now
+        self.now = list(now)
 
     def __call__(self, t: int) -> Tensor:
         return self.probs[t]

@@ -30,10 +30,10 @@ class SnapshotError(ValueError):
 
 
 class InferredScenes(NamedTuple):
-    """Scenes beside what was inferred in them; pictures are uint8, black to white."""
+    """Scenes beside what was inferred in them; pictures are uint8, dark to bright."""
 
-    images: Array  # [N, H, H]
-    reconstructions: Array  # [N, H, H]
+    images: Array  # [N, (C,) H, H]
+    reconstructions: Array  # [N, (C,) H, H]
     boxes: Array  # (x0, y0, x1, y1) in pixels, [N, T, 4]; may lie outside the image
     counts: Array  # [N] steps in use: later boxes are not drawn
     true_counts: Array | None = None  # [N]
@@ -48,9 +48,9 @@ class Snapshot(NamedTuple):
     step: int
     scenes: InferredScenes  # held out and always the same, those that are not empty first
     errors: InferredScenes  # of the last evaluation, those still counted wrongly
-    samples: InferredScenes  # from the prior with all counts equally likely; their own images
-    windows: Array  # what each step attends to in the first of the scenes, [M, T, W, W] uint8
-    objects: Array  # and what it paints, [M, T, H, H] uint8
+    samples: InferredScenes  # from the prior, see `sample_prior`; their own images
+    windows: Array  # what each step attends to in the first of the scenes, [M, T, (C,) W, W] uint8
+    objects: Array  # and what it paints, [M, T, (C,) H, H] uint8
     presence: Array  # with what probability, q(n >= t), [M, T]
 
 
@@ -61,6 +61,7 @@ def take_snapshot(
     seed: int,
     miscounted: Sequence[int] = (),
     number: int = SCENES,
+    count_prior: Sequence[float] | None = None,
 ) -> Snapshot:
     """Looks at the first held-out scenes; draws no random numbers but in a generator of its own.
 
@@ -71,6 +72,7 @@ def take_snapshot(
         seed: Of the samples from the prior.
         miscounted: Indices of further scenes to show where they are still counted wrongly.
         number: Scenes, and samples, at the most.
+        count_prior: As for `sample_prior`.
     """
     first = held_out.images[:number]
     empty = (first == 0).flatten(1).all(1)
@@ -88,7 +90,7 @@ def take_snapshot(
     )
     wrong = np.zeros(len(chosen), bool) if true is None else scenes.counts != true
     wrong[: len(fixed)] = False
-    samples, boxes, counts = sample_prior(air, number, seed)
+    samples, boxes, counts = sample_prior(air, number, seed, count_prior)
     drawn = as_bytes(samples)
     apart = min(TAKEN_APART, len(fixed))
     reached = found.count_probs[:apart].flip(1).cumsum(1).flip(1)[:, 1:]
@@ -104,11 +106,11 @@ def take_snapshot(
 
 
 def _windows(air: AIR, images: Tensor, z_where: Tensor) -> Tensor:
-    """What the guide attends to in images [M, H, H] at every step: [M, T, W, W]."""
+    """What is in the windows of images [M, (C,) H, H] at every step: [M, T, (C,) W, W]."""
     number, steps, _ = z_where.shape
     repeated = images.repeat_interleave(steps, 0)
     windows = image_to_window(z_where.flatten(0, 1), air.window_size, air.x_size, repeated)
-    return windows.reshape(number, steps, air.window_size, air.window_size)
+    return windows.reshape(number, steps, *images.shape[1:-2], air.window_size, air.window_size)
 
 
 def as_bytes(intensities: Tensor) -> NDArray[np.uint8]:

@@ -54,7 +54,11 @@ def _sampling_weights(scale: Tensor, shift: Tensor, in_size: int, out_size: int)
 
 
 def _resample(weights: Tensor, pictures: Tensor) -> Tensor:
-    return weights[:, 1] @ pictures @ weights[:, 0].transpose(1, 2)
+    """Pictures [B, (C,) in, in] to [B, (C,) out, out]."""
+    rows, columns = weights[:, 1], weights[:, 0].transpose(1, 2)
+    if pictures.dim() == 4:  # all channels alike
+        rows, columns = rows[:, None], columns[:, None]
+    return rows @ pictures @ columns
 
 
 def window_to_image(z_where: Tensor, window_size: int, image_size: int, windows: Tensor) -> Tensor:
@@ -64,24 +68,26 @@ def window_to_image(z_where: Tensor, window_size: int, image_size: int, windows:
         z_where: (s, x, y), [B, 3].
         window_size: Side W of the windows, in pixels.
         image_size: Side H of the images, in pixels.
-        windows: Intensities, [B, W, W] or [B, W * W].
+        windows: Intensities, [B, (C,) W, W] or flat, [B, C * W * W].
 
     Returns:
-        Images, [B, H, H]; zero outside the window.
+        Images, [B, H, H] for one channel, else [B, C, H, H]; zero outside the window.
 
     Raises:
-        ValueError: If the windows do not have W * W pixels each.
+        ValueError: If the windows do not have C * W * W pixels each.
     """
     n = z_where.size(0)
-    if windows.numel() != n * window_size**2:
+    channels, rest = divmod(int(windows[0].numel()), window_size**2)  # int for torch.jit
+    if len(windows) != n or rest or not channels:
         raise ValueError(
-            f"windows must be [{n}, {window_size}, {window_size}] or flat, "
-            f"got {list(windows.shape)}"
+            f"windows must be [{n}, {window_size}, {window_size}], with channels "
+            f"[{n}, C, {window_size}, {window_size}], or flat, got {list(windows.shape)}"
         )
     weights = _sampling_weights(
         positive_scale(z_where[:, :1]), z_where[:, 1:], window_size, image_size
     )
-    return _resample(weights, windows.reshape(n, window_size, window_size))
+    shape = [channels] if channels > 1 else []
+    return _resample(weights, windows.reshape(n, *shape, window_size, window_size))
 
 
 def image_to_window(z_where: Tensor, window_size: int, image_size: int, images: Tensor) -> Tensor:
@@ -91,18 +97,20 @@ def image_to_window(z_where: Tensor, window_size: int, image_size: int, images: 
         z_where: (s, x, y), [B, 3].
         window_size: Side W of the windows, in pixels.
         image_size: Side H of the images, in pixels.
-        images: Intensities, [B, H, H].
+        images: Intensities, [B, (C,) H, H].
 
     Returns:
-        Windows, flat, [B, W * W]; zero where they reach past the image.
+        Windows, flat, [B, C * W * W]; zero where they reach past the image.
 
     Raises:
-        ValueError: If the images are not [B, H, H].
+        ValueError: If the images are not [B, (C,) H, H].
     """
     n = z_where.size(0)
-    if images.shape != (n, image_size, image_size):
+    sides = image_size, image_size
+    if images.dim() not in (3, 4) or len(images) != n or images.shape[-2:] != sides:
         raise ValueError(
-            f"images must be [{n}, {image_size}, {image_size}], got {list(images.shape)}"
+            f"images must be [{n}, {image_size}, {image_size}] or, with channels, "
+            f"[{n}, C, {image_size}, {image_size}], got {list(images.shape)}"
         )
     inverse = 1 / positive_scale(z_where[:, :1])
     weights = _sampling_weights(inverse, -z_where[:, 1:] * inverse, image_size, window_size)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,20 +14,25 @@ from air.air import AIR
 from air.alarms import collapse_alarm, empty_canvas_elbo, first_not_finite
 from air.evaluation import HeldOut, evaluate
 from air.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
+from air.inference import mean_count_probs
 from air.marginal import MarginalAIR
 from air.priors import (
     DEFAULT_COUNT_RATIO,
     AnnealedPresencePrior,
     Annealing,
     geometric_count_prior,
+    presence_probs,
 )
 from air.svi import SVI, CompiledSVI, make_optimizer
+from air.tally import Tally
 
 Estimator = Literal["score", "marginal"]
 Schedule = Literal["constant", "cosine"]
 
 MOST_SKIPPED = 20  # steps in a row whose loss or gradients are not finite end training
 LOOK_EVERY = 100  # steps, at the least, whether there are so many
+LEARN_PRIOR_EVERY = 100  # steps
+LEARN_PRIOR_FROM = 1000  # training scenes
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class TrainingSettings:
     estimator: Estimator = "marginal"
     z_pres_prior: float = DEFAULT_COUNT_RATIO
     z_pres_prior_raw: bool = False
+    count_prior: Sequence[float] | None = None  # p(n), n = 0..T, in place of z_pres_prior
+    learn_count_prior_from: int | None = None  # step
     anneal_prior: Annealing = "none"
     anneal_prior_to: float = 1e-7
     anneal_prior_begin: int = 0
@@ -55,34 +62,6 @@ class TrainingSettings:
     eval_scenes: int = 2000
     save_every: int = 1000
     alarm_after: int = 1000
-
-
-class Tally:
-    """Counts what steps bring, on their device: to read a loss is to wait for its step."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.steps = 0
-        self.sums = torch.zeros(4, device=device)
-        # Sums over the steps that counted; how many did not, and how many of these follow upon
-        # one another up to now.
-        self.elbo, self.grad_norm, self.skipped, self.in_a_row = self.sums.unbind()
-
-    def add(self, elbo: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
-        """Counts one step."""
-        self.steps += 1
-        self.elbo += torch.where(skipped, 0.0, elbo)
-        self.grad_norm += torch.where(skipped, 0.0, grad_norm)
-        self.skipped += skipped
-        self.in_a_row += 1
-        self.in_a_row *= skipped
-
-    def read(self) -> tuple[float, float, int]:
-        """The steps' mean ELBO and gradient norm, and how many were skipped; begins anew."""
-        elbo, grad_norm, skipped, _ = self.sums.tolist()
-        counted = self.steps - skipped or math.nan
-        self.steps = 0
-        self.sums[:3] = 0
-        return elbo / counted, grad_norm / counted, int(skipped)
 
 
 class Trainer:
@@ -112,6 +91,7 @@ class Trainer:
         kind = CompiledSVI if settings.compile else SVI
         self.svi = kind(program.model, program.guide, self.optimizer, loss=elbo)
         self.prior = _presence_prior(settings, air)
+        self.count_prior: Sequence[float] | None = settings.count_prior  # as given, or as learnt
         self.step = 0
         self.seconds = 0.0  # of training, evaluations and pictures left out
         self._factor = 1.0  # of the learning rates, as they stand in the optimiser
@@ -172,6 +152,18 @@ class Trainer:
         )
         self.tally.add(-loss / len(self.images), self.svi.grad_norm, self.svi.skipped)
         self.step += 1
+        begin = self.settings.learn_count_prior_from
+        if begin is not None and self.step >= begin and _due(self.step, LEARN_PRIOR_EVERY):
+            self._learn_count_prior()
+
+    def _learn_count_prior(self) -> None:
+        """Sets p(n) to the mean of q(n), which is where the ELBO is highest for the guide as it is.
+
+        The scenes are spread evenly over the data, which may be sorted.
+        """
+        scenes = self.images[:: -(-len(self.images) // LEARN_PRIOR_FROM)]
+        self.count_prior = mean_count_probs(self.air, scenes)
+        self.prior.keep(presence_probs(self.count_prior))
 
     def _progress(self, steps: int, seconds: float) -> Progress:
         elbo, grad_norm, skipped = self.tally.read()
@@ -206,7 +198,7 @@ class Trainer:
         """
         scenes, seed = self.held_out.first(num_scenes), self.settings.seed
         result = evaluate(self.air, scenes, self.prior, seed=seed, **iwae)
-        empty = empty_canvas_elbo(scenes.images, self.air.likelihood_sd)
+        empty = empty_canvas_elbo(self.air, scenes.images)
         self.miscounted = result.miscounted or []
         late = self.step >= self.settings.alarm_after
         alarm = collapse_alarm(result, empty) if late else None
@@ -219,6 +211,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "miscounted": self.miscounted,
+            "count_prior": self.count_prior,
             "tally": {"steps": self.tally.steps, "sums": self.tally.sums},
             "model": self.air.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -254,6 +247,9 @@ class Trainer:
                     raise ValueError(f"the optimiser's {name} is not of the shape of its weight")
         self._factor = math.nan
         self.prior.set_step(self.step)
+        if (count_prior := state.get("count_prior")) is not None:
+            self.count_prior = list(count_prior)
+            self.prior.keep(presence_probs(self.count_prior))
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.images.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.images.device)
@@ -276,7 +272,20 @@ def _is_early(step: int) -> bool:
 
 
 def _presence_prior(settings: TrainingSettings, air: AIR) -> AnnealedPresencePrior:
-    if settings.z_pres_prior_raw:
+    annealed_at = settings.anneal_prior_begin + settings.anneal_prior_duration
+    begin = settings.learn_count_prior_from
+    if begin is not None and settings.anneal_prior != "none" and begin < annealed_at:
+        raise ValueError(
+            f"--learn-count-prior-from must be at least {annealed_at}, where --anneal-prior ends, "
+            f"got {begin}"
+        )
+    if settings.count_prior is not None:
+        if (given := len(settings.count_prior)) != (wanted := air.num_steps + 1):
+            raise ValueError(
+                f"--count-prior: expected {wanted} numbers, of 0 objects and more, got {given}"
+            )
+        probs = presence_probs(settings.count_prior)
+    elif settings.z_pres_prior_raw:
         probs = [settings.z_pres_prior] * air.num_steps
     else:
         probs = geometric_count_prior(settings.z_pres_prior, air.num_steps)

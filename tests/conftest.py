@@ -1,4 +1,5 @@
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 from air import AIR
+from air.digits import MNIST_FILES, Array
 from air.snapshots import InferredScenes, Snapshot
 from main import main
 
@@ -94,6 +96,16 @@ def run(line: str, folder: Path, environment: dict[str, str]) -> subprocess.Comp
         except SystemExit as ended:
             code = int(ended.code or 0)
     return subprocess.CompletedProcess(line, code, said.getvalue(), complained.getvalue())
+
+
+def write_idx(folder: Path, digits: list[Array], *, packed: bool = True) -> Path:
+    """Writes digits in the form in which MNIST is published."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in zip(MNIST_FILES, digits, strict=True):
+        data = np.array([2048 + array.ndim, *array.shape], ">u4").tobytes() + array.tobytes()
+        path = folder / (f"{name}.gz" if packed else name)
+        path.write_bytes(gzip.compress(data, 1) if packed else data)
+    return folder
 
 
 def make_scenes(count: int, steps: int = 3) -> InferredScenes:

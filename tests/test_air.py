@@ -7,7 +7,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from conftest import small_air
+from conftest import count_on, small_air
 from pyro import poutine
 from pyro.infer import SVI, JitTraceGraph_ELBO, TraceGraph_ELBO
 from pyro.ops.provenance import detach_provenance
@@ -17,6 +17,7 @@ from torch.distributions import Bernoulli, Normal
 from torch.nn.functional import affine_grid, grid_sample, softplus
 
 from air import AIR, latents_to_tensor
+from air.likelihoods import FLIPPED, BernoulliPixels
 from air.priors import AnnealedPresencePrior, geometric_count_prior
 from modules import ImageLSTMCell
 
@@ -40,6 +41,9 @@ class RecordedChoices(Messenger):
 
 
 def sample_grid(pictures: Tensor, scale: Tensor, shift: Tensor, size: int) -> Tensor:
+    if pictures.dim() == 4:
+        parts = [sample_grid(part, scale, shift, size) for part in pictures.unbind(1)]
+        return torch.stack(parts, 1)
     zero = torch.zeros_like(scale)
     rows = [torch.cat((scale, zero, shift[:, :1]), 1), torch.cat((zero, scale, shift[:, 1:]), 1)]
     grid = affine_grid(torch.stack(rows, 1), [len(scale), 1, size, size], align_corners=False)
@@ -66,8 +70,12 @@ def by_hand(
     canvas = torch.zeros_like(x)
     pathwise: Any = 0.0
     chosen, sampled, scores, baselines = [], [], [], []
+    unset = z_where, z_what, state, bl_state
     for t in range(air.num_steps):
-        inputs = torch.cat((x.flatten(1), z_where, z_what, z_pres), 1)
+        seen = x
+        if air.guide_input == "difference":
+            seen, (z_where, z_what, state, bl_state) = x - canvas, unset
+        inputs = torch.cat((seen.flatten(1), z_where, z_what, z_pres), 1)
         state = lstm(air.rnn, inputs, state)
         out = air.predict.mlp(state[0])
         bl_state = lstm(air.bl_rnn, inputs.detach(), bl_state)
@@ -82,14 +90,17 @@ def by_hand(
             (softplus(out[:, 4:]) + 1e-6) * air.z_where_scale_prior,
         )
         z_where = q_where.loc + q_where.scale * noise[f"z_where_{t}"]
-        seen = sample_grid(x, 1 / z_where[:, :1], -z_where[:, 1:] / z_where[:, :1], window)
+        seen = sample_grid(seen, 1 / z_where[:, :1], -z_where[:, 1:] / z_where[:, :1], window)
         loc, raw = air.encode.mlp(seen.flatten(1)).chunk(2, 1)
         q_what = Normal(loc, softplus(raw) + 1e-6)
         z_what = q_what.loc + q_what.scale * noise[f"z_what_{t}"]
-        painted = air.decode(z_what).view(n, window, window)
-        canvas = canvas + z_pres[:, :, None] * sample_grid(
-            painted, z_where[:, :1], z_where[:, 1:], size
-        )
+        painted = air.decode(z_what).view(*x.shape[:-2], window, window)
+        painted = sample_grid(painted, z_where[:, :1], z_where[:, 1:], size)
+        painted = painted * z_pres.view(n, *[1] * (x.dim() - 1))
+        if isinstance(air.pixels, BernoulliPixels):
+            canvas = 1 - (1 - canvas) * (1 - painted)
+        else:
+            canvas = canvas + painted
         here, reached = (z_pres[:, 0], before[:, 0]) if masking else (1.0, 1.0)
         log_q = q_pres.log_prob(z_pres[:, 0]) * reached
         log_p = p_pres.log_prob(z_pres[:, 0]) * reached
@@ -100,7 +111,10 @@ def by_hand(
         chosen.append(log_p - log_q + (rest if masking else 0))
         sampled.append(log_p - log_q + rest)
         scores.append(log_q)
-    likelihood = Normal(canvas, air.likelihood_sd).log_prob(x).sum((1, 2))
+    pixels: Any = Normal(canvas, 0.3)
+    if isinstance(air.pixels, BernoulliPixels):
+        pixels = Bernoulli(canvas * (1 - FLIPPED) + (1 - canvas) * FLIPPED)
+    likelihood = pixels.log_prob(x).flatten(1).sum(1)
     elbo = likelihood + sum(sampled)
     surrogate, regression = scale * (likelihood + pathwise).sum(), x.new_zeros(())
     for t, (score, baseline) in enumerate(zip(scores, baselines, strict=True)):
@@ -115,14 +129,25 @@ def by_hand(
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_baselines": False}, {"use_masking": False}, {"embed_net": None, "x_size": 9}],
+    [
+        {},
+        {"use_baselines": False},
+        {"use_masking": False},
+        {"embed_net": None, "x_size": 9},
+        {"guide_input": "difference"},
+        {"guide_input": "difference", "use_masking": False},
+        {"channels": 3, "guide_input": "difference"},
+        {"likelihood": "bernoulli"},
+        {"likelihood": "bernoulli", "channels": 2, "guide_input": "difference"},
+    ],
     ids=str,
 )
 def test_elbo_and_every_gradient_equal_a_second_computation(
     num_steps: int, options: dict[str, Any]
 ) -> None:
     air = small_air(num_steps=num_steps, **options).double()
-    images = torch.rand(100, air.x_size, air.x_size, dtype=torch.float64)
+    images = torch.rand(100, air.channels, air.x_size, air.x_size, dtype=torch.float64)
+    images = air.pixels.prepare(images[:, 0] if air.channels == 1 else images)
     prior = geometric_count_prior(0.3, num_steps)
     drawn = RecordedChoices()
     arguments: dict[str, Any] = {"batch_size": 40, "z_pres_prior_p": prior.__getitem__}
@@ -142,13 +167,47 @@ def test_elbo_and_every_gradient_equal_a_second_computation(
             torch.testing.assert_close(ours[name], parameter.grad, msg=name, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("embed_net", [None, [6, 5]])
-def test_every_named_parameter_gets_a_gradient(embed_net: list[int] | None) -> None:
-    air, images = small_air(embed_net=embed_net), torch.rand(20, 12, 12)
+@pytest.mark.parametrize("options", [{}, {"embed_net": [6, 5]}, {"guide_input": "difference"}])
+def test_every_named_parameter_gets_a_gradient(options: dict[str, Any]) -> None:
+    air, images = small_air(**options), torch.rand(20, 12, 12)
+    if air.guide_input == "difference":  # where h is always that of the start, zero
+        torch.nn.init.normal_(air.h_init)
+        torch.nn.init.normal_(air.bl_h_init)
     TraceGraph_ELBO().loss_and_grads(air.model, air.guide, images)
     for name, parameter in air.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_step_on_the_difference_is_a_first_step_on_what_is_left() -> None:
+    """So it can be told to find more objects than it was trained on."""
+    air, images = small_air(guide_input="difference").double(), torch.rand(9, 12, 12).double()
+    trace: Any = poutine.trace(air.guide).get_trace(images)
+    where, what, _ = (
+        [trace.nodes[f"{kind}_{t}"]["value"] for t in range(3)]
+        for kind in ("z_where", "z_what", "z_pres")
+    )
+    count_on(air, 2, 1.0)
+    first = small_air(num_steps=1).double()
+    first.load_state_dict(air.state_dict())
+    longer = small_air(num_steps=8, guide_input="difference").double()
+    longer.load_state_dict(air.state_dict())
+    trace = poutine.trace(poutine.condition(air.guide, _all_on(trace))).get_trace(images)
+    left = images
+    for t in range(3):
+        known = {"z_pres_0": torch.ones(9, 1).double(), "z_where_0": where[t], "z_what_0": what[t]}
+        step: Any = poutine.trace(poutine.condition(first.guide, known)).get_trace(left)
+        for kind in ("z_pres", "z_where", "z_what"):
+            mine, its = trace.nodes[f"{kind}_{t}"]["fn"], step.nodes[f"{kind}_0"]["fn"]
+            torch.testing.assert_close(mine.mean, its.mean)
+            torch.testing.assert_close(mine.variance, its.variance)
+        left = left - air.paint(where[t : t + 1], what[t : t + 1])[0]
+    assert len(longer.guide(images)[0]) == 8
+
+
+def _all_on(trace: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    sites = {name: site["value"] for name, site in trace.nodes.items() if name.startswith("z_")}
+    return {n: torch.ones_like(v) if n.startswith("z_pres") else v for n, v in sites.items()}
 
 
 def test_finished_steps_cost_exactly_nothing(air: AIR, images: Tensor) -> None:

@@ -6,6 +6,7 @@ from conftest import small_air
 from torch import Tensor
 from torch.distributions import Normal
 
+from air import AIR
 from air.alarms import collapse_alarm, empty_canvas_elbo
 from air.evaluation import Evaluation, HeldOut, evaluate
 
@@ -15,15 +16,15 @@ def evaluation(elbo: float, histogram: list[int]) -> Evaluation:
 
 
 def test_the_empty_canvas_by_hand() -> None:
-    images = torch.rand(7, 12, 12, dtype=torch.float64)
-    by_hand = Normal(torch.zeros_like(images), 0.3).log_prob(images).sum((1, 2)).mean()
-    assert empty_canvas_elbo(images, 0.3) == pytest.approx(by_hand.item())
+    air, images = small_air(likelihood_sd=0.2).double(), torch.rand(7, 12, 12).double()
+    by_hand = Normal(torch.zeros_like(images), 0.2).log_prob(images).sum((1, 2)).mean()
+    assert empty_canvas_elbo(air, images) == pytest.approx(by_hand.item())
     data = torch.randint(256, (2500, 4, 4), dtype=torch.uint8)
-    assert empty_canvas_elbo(data, 0.3) == pytest.approx(empty_canvas_elbo(data / 255, 0.3), 1e-5)
+    assert empty_canvas_elbo(air, data) == pytest.approx(empty_canvas_elbo(air, data / 255), 1e-5)
 
 
 def test_perfect_and_empty_scenes_of_the_paper() -> None:
-    assert empty_canvas_elbo(torch.zeros(1, 50, 50), 0.3) == pytest.approx(712.59, abs=0.01)
+    assert empty_canvas_elbo(AIR(), torch.zeros(1, 50, 50)) == pytest.approx(712.59, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,6 @@ def test_a_model_that_never_sees_anything_raises_the_alarm(images: Tensor) -> No
         for parameter in air.predict.parameters():
             parameter.zero_()
         air.predict.mlp.seq[-1].bias[0] = -30.0
-    message = collapse_alarm(evaluate(air, HeldOut(images)), empty_canvas_elbo(images, 0.3))
+    message = collapse_alarm(evaluate(air, HeldOut(images)), empty_canvas_elbo(air, images))
     assert message is not None
     assert "leaving every canvas empty" in message

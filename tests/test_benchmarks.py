@@ -1,18 +1,23 @@
 """The scripts under tests/benchmarks, on scenes and nets too small for their figures to matter."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyro
 import pytest
 import torch
 from conftest import small_air
+from PIL import Image
 from pyro.infer import TraceGraph_ELBO
 
 from air import AIR
 from air.checkpoint import save_weights
 from air.marginal import MarginalAIR
+from air.scene_files import Scenes
+from tests.benchmarks import downstream
 from tests.benchmarks.plain_torch import LOSSES
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
@@ -118,3 +123,48 @@ def test_forms_of_a_step_take_turns(tmp_path: Path) -> None:
     assert float(cells(eager)[4]) == pytest.approx(
         float(cells(plain)[3]) / float(cells(eager)[3]), rel=0.1, abs=0.1
     )
+
+
+def test_generalisation_counts_every_run_and_draws(tmp_path: Path) -> None:
+    line = (
+        "--out out --seeds 2 --estimators marginal --guides difference -- -n 2 -b 4 "
+        f"--iwae-samples 2 {TINY}"
+    )
+    header, _, *table = run("generalisation.py", line, tmp_path).splitlines()
+    assert len(table) == 2  # experiments
+    for row in table:
+        digits, guide, estimator, seeds, seen, other, each = cells(row)
+        assert (guide, estimator, seeds) == ("DAIR", "marginal", "2")
+        assert seen.endswith("%")
+        assert other.endswith("%")
+        assert each.count("%") == 2
+        assert digits.startswith("0, 1, ")
+    assert len(cells(header)) == 7
+    with Image.open(tmp_path / "out" / "figure.png") as figure:
+        assert figure.width > 1000
+    config = json.loads((tmp_path / "out/013-difference-marginal-seed1/config.json").read_text())
+    assert (config["counts"], config["guide"], config["seed"]) == ([0, 1, 3], "difference", 1)
+    evaluated = tmp_path / "out/013-difference-marginal-seed1-other/metrics.jsonl"
+    confusion = json.loads(evaluated.read_text().splitlines()[-1])["confusion"]
+    assert [sum(row) for row in confusion] == [0, 0, 12]
+
+
+def test_downstream_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_weights(AIR(), tmp_path / "weights.pt")
+    line = "--load weights.pt --labels 30 60 --test-scenes 20 --updates 2"
+    _, _, *table = run("downstream.py", line, tmp_path).splitlines()
+    assert [cells(row)[:2] for row in table] == [
+        [task, labels] for task in ("sum", "ascending", "digit") for labels in ("30", "60")
+    ]
+    assert all(cell.endswith("%") for row in table for cell in cells(row)[2:])
+
+
+def test_tasks_are_of_the_digits_from_left_to_right() -> None:
+    x = np.zeros((2, 50, 50), np.uint8)
+    boxes = np.array([[[30, 0, 40, 9], [5, 0, 15, 9]], [[5, 0, 15, 9], [30, 0, 40, 9]]], np.float32)
+    scenes = Scenes(x, np.array([2, 2]), None, np.array([[3, 7], [3, 7]]), boxes)
+    task = downstream.make_task(AIR(), scenes)
+    assert task.targets["sum"].tolist() == [10, 10]
+    assert task.targets["ascending"].tolist() == [0, 1]
+    assert task.latents.shape == (2, 2 * 54)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import main
 from air import AIR, config
 from air.training import TrainingSettings
 
@@ -44,11 +45,29 @@ def test_the_number_of_steps_is_part_of_a_cosine_schedule(saved: dict[str, Any])
 
 
 def test_a_model_that_is_loaded_brings_its_own_settings(saved: dict[str, Any]) -> None:
-    merged = config.merge_loaded(saved, {"batch_size": 32, "z_pres_prior": 0.1})
+    merged = config.merge_new(saved, {"batch_size": 32, "z_pres_prior": 0.1})
     assert merged["likelihood_sd"] == 0.2
     assert (merged["batch_size"], merged["z_pres_prior"]) == (32, 0.1)
     assert not {"seed", "num_steps", "counts"} & merged.keys()
-    assert config.merge_loaded({}, {"batch_size": 32}) == {"batch_size": 32}
+    assert config.merge_new({}, {"batch_size": 32}) == {"batch_size": 32}
+
+
+def test_a_model_whose_prior_was_annealed_is_loaded_with_where_it_went(
+    saved: dict[str, Any],
+) -> None:
+    saved |= {"anneal_prior": "exp", "anneal_prior_to": 1e-5, "z_pres_prior": 0.9}
+    merged = config.merge_new(saved, {})
+    assert (merged["z_pres_prior"], merged["z_pres_prior_raw"]) == (1e-5, True)
+    assert "anneal_prior" not in merged
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_a_preset_stands_for_what_is_not_given(preset: str, saved: dict[str, Any]) -> None:
+    assert config.PRESETS[preset].keys() <= main.DEFAULTS.keys()
+    merged = config.merge_new({}, {"preset": preset, "window_size": 9})
+    assert merged == {**config.PRESETS[preset], "preset": preset, "window_size": 9}
+    loaded = config.merge_new({**saved, "window_size": 30}, {"preset": preset})
+    assert (loaded["window_size"], loaded["x_size"]) == (30, 64)
 
 
 def test_long_runs_are_compiled_unless_told_otherwise(saved: dict[str, Any]) -> None:

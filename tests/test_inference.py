@@ -3,13 +3,14 @@
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from conftest import count_on, small_air
 from pyro import poutine
 from torch import Tensor
 
 from air import AIR
-from air.inference import infer, sample_prior
+from air.inference import infer, mean_count_probs, sample_prior
 
 
 def test_count_probabilities_equal_enumeration(air: AIR, images: Tensor) -> None:
@@ -62,3 +63,15 @@ def test_samples_of_the_prior_have_all_counts_and_leave_the_generator_alone(air:
     assert ((shares - 0.25).abs() < 5 * (0.25 * 0.75 / 400) ** 0.5).all()
     assert torch.equal(canvas.flatten(1).any(1), counts > 0)
     assert all(map(torch.equal, (canvas, boxes, counts), sample_prior(air, 400, seed=1)))
+    _, _, counts = sample_prior(air, 400, 1, [0.5, 1e-9, 0.5, 1e-9])
+    assert set(counts.tolist()) == {0, 2}
+
+
+def test_the_mean_of_q_is_a_prior_with_nothing_impossible(air: AIR) -> None:
+    images = torch.rand(1203, 12, 12)  # more than a batch
+    expected = infer(air, images).count_probs.mean(0)
+    assert mean_count_probs(air, images) == pytest.approx(expected.tolist(), abs=1e-5)
+    count_on(air, 0, -99.0)
+    found = mean_count_probs(air, images)
+    assert sum(found) == pytest.approx(1)
+    assert min(found) > 0

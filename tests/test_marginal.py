@@ -51,10 +51,21 @@ def draw_noise(num_steps: int, n: int) -> dict[str, Tensor]:
     return noise | {f"z_what_{t}": torch.randn(n, 5).double() for t in range(num_steps)}
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5])
-def test_value_and_gradients_equal_the_sum_over_all_counts(num_steps: int) -> None:
-    air = small_air(num_steps=num_steps).double()
-    images = torch.rand(6, 12, 12, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("num_steps", "options"),
+    [
+        *[(t, {}) for t in range(1, 6)],
+        (3, {"guide_input": "difference"}),
+        (2, {"likelihood": "bernoulli"}),
+        (3, {"likelihood": "bernoulli", "guide_input": "difference", "channels": 3}),
+    ],
+)
+def test_value_and_gradients_equal_the_sum_over_all_counts(
+    num_steps: int, options: dict[str, Any]
+) -> None:
+    air = small_air(num_steps=num_steps, **options).double()
+    images = torch.rand(6, air.channels, 12, 12, dtype=torch.float64)
+    images = images[:, 0] if air.channels == 1 else images
     prior, noise = geometric_count_prior(0.2, num_steps), draw_noise(num_steps, 6)
     program = MarginalAIR(air)
     loss = TraceGraph_ELBO().loss_and_grads(

@@ -1,41 +1,29 @@
-"""Scenes of real digits: what is in them, that they stay the same, that no file is ever spoilt."""
+"""Scenes: what is in them, that they stay the same, that no file is ever spoilt."""
 
 import argparse
-import gzip
-import hashlib
 import random
 import re
 import signal
 import subprocess
 import sys
-import threading
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import write_idx
 from PIL import Image
 
 import multi_mnist
-from multi_mnist import (
-    MNIST_FILES,
-    Array,
-    DataError,
-    SceneSettings,
-    load_file,
-    load_scenes,
-    resize_digit,
-)
+from air.digits import Array
+from air.sprites import SHAPES
+from multi_mnist import DataError, SceneSettings, load_file, load_scenes
 
 ROOT = Path(__file__).parent.parent
 MNIST = ROOT.parent / "shared" / "mnist"
 SMALL = partial(SceneSettings, num_scenes=300, num_test_scenes=40)
-TRAIN_IMAGES, _, TEST_IMAGES, TEST_LABELS = MNIST_FILES
-X = np.random.default_rng(0).integers(0, 256, (30, 12, 12), np.uint8)
-COUNTS, LABELS, BOXES = np.arange(30) % 3, np.zeros((30, 2), int), np.zeros((30, 2, 4))
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +36,6 @@ def train(folder: Path, **settings: object) -> list[Array]:
     """The arrays x, counts, overlaps, labels and boxes of a few scenes."""
     scenes = load_scenes(SMALL(**settings), cache_dir=folder).train  # type: ignore[arg-type]
     return [array for array in scenes if array is not None]
-
-
-def write_idx(folder: Path, digits: list[Array], *, packed: bool = True) -> Path:
-    """Writes digits in the form in which MNIST is published."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, array in zip(MNIST_FILES, digits, strict=True):
-        data = np.array([2048 + array.ndim, *array.shape], ">u4").tobytes() + array.tobytes()
-        path = folder / (f"{name}.gz" if packed else name)
-        path.write_bytes(gzip.compress(data, 1) if packed else data)
-    return folder
 
 
 def files(folder: Path) -> list[str]:
@@ -140,6 +118,69 @@ def test_size_follows_scale() -> None:
     assert [scales.mean(), scales.std()] == pytest.approx([1.3, 0.1], abs=0.01)
 
 
+def test_sides_are_uniform_and_nothing_touches_the_edge_alone(tmp_path: Path) -> None:
+    """Objects as large as told; corners are as likely as the middle."""
+    one = {"recipe": "dsprites", "counts": (1,), "x_size": 40, "sides": (9, 18)}
+    settings = SceneSettings(num_scenes=2000, num_test_scenes=2, rotation=180.0, **one)  # type: ignore[arg-type]
+    boxes: Any = load_scenes(settings, cache_dir=tmp_path).train.boxes
+    sides = (boxes[:, 0, 2:] - boxes[:, 0, :2]).max(1)
+    assert 4 <= sides.min() < 8
+    assert 15 < sides.max() <= 18
+    assert (boxes[:, 0, :2].min(0) <= 1).all()
+    assert (boxes[:, 0, 2:].max(0) >= 39).all()
+
+
+@pytest.mark.parametrize("recipe", ["air", "dsprites"])
+def test_binary_scenes(recipe: str, tmp_path: Path) -> None:
+    small = {"x_size": 64, "sides": (9, 18), "counts": (0, 1, 6), "binary": True, "rotation": 90.0}
+    x, counts, overlaps, labels, boxes = train(tmp_path, recipe=recipe, **small)
+    assert set(np.unique(x)) == {0, 255}
+    assert x.shape == (300, 3, 64, 64) if recipe == "dsprites" else (300, 64, 64)
+    ink = x.reshape(300, -1, 64, 64).any(1)
+    inside = np.zeros_like(ink)
+    for n, m in np.argwhere(labels >= 0):
+        left, top, right, bottom = boxes[n, m].astype(int)
+        inside[n, top:bottom, left:right] = True
+    assert not (ink & ~inside).any()
+    assert np.array_equal(counts, (labels >= 0).sum(1))
+    assert (overlaps[counts < 2] == 0).all()
+    assert (overlaps[counts == 6] > 0).any()
+
+
+def test_sprites_have_every_shape_and_bright_colours(tmp_path: Path) -> None:
+    settings = {"recipe": "dsprites", "counts": (1,), "x_size": 32, "sides": (9, 18)}
+    x, _, _, labels, _ = train(tmp_path, **settings)
+    assert set(labels.flat) == set(range(len(SHAPES)))
+    assert (x.max((1, 2, 3)) == 255).all()  # of one channel
+    pure = x.max((2, 3)).astype(int)
+    assert len({tuple(color) for color in pure}) > 250
+    assert (np.abs(np.corrcoef(pure.T) - np.eye(3)) < 0.6).all()
+
+
+def test_a_later_sprite_is_in_front(tmp_path: Path) -> None:
+    pairs = {"recipe": "dsprites", "counts": (2,), "x_size": 24, "sides": (16, 16)}
+    x, _, overlaps, _, boxes = train(tmp_path, **pairs)
+    for n in np.flatnonzero(overlaps > 20)[:50]:
+        x0, y0, x1, y1 = boxes[n, 1].astype(int)
+        centre = x[n, :, (y0 + y1) // 2, (x0 + x1) // 2]
+        assert centre.max() == 255  # whole, and not a mixture brighter than either
+
+
+@pytest.mark.parametrize("recipe", ["air", "dsprites"])
+@pytest.mark.parametrize("background", ["uniform", "noisy"])
+def test_backgrounds(recipe: str, background: str, tmp_path: Path) -> None:
+    settings = {"recipe": recipe, "counts": (0, 1), "x_size": 30, "background": background}
+    x, counts, *_ = train(tmp_path, **settings)
+    x = x.reshape(300, -1, 30, 30)
+    empty = x[counts == 0]
+    flat = (empty == empty[:, :, :1, :1]).all((1, 2, 3))
+    assert flat.all() if background == "uniform" else not flat.any()
+    levels = empty[:, 0, 0, 0]
+    assert 30 < levels.mean() < 66
+    assert levels.max() < 97
+    assert x[counts == 1].max((1, 2, 3)).min() > 150  # objects stand out
+
+
 def test_each_split_shows_its_own_digits(digits: list[Array], tmp_path: Path) -> None:
     assert [np.bincount(labels).tolist() for labels in digits[1::2]] == [[400] * 10, [100] * 10]
     assert not {image.tobytes() for image in digits[0]} & {image.tobytes() for image in digits[2]}
@@ -149,13 +190,6 @@ def test_each_split_shows_its_own_digits(digits: list[Array], tmp_path: Path) ->
         known = {image.tobytes(): label for image, label in zip(*bank, strict=True)}
         assert [[known[image.tobytes()]] for image in x] == np.asarray(labels).tolist()
         assert len({image.tobytes() for image in x}) > 200
-
-
-def test_resizing_averages_areas(digits: list[Array]) -> None:
-    for digit, side in product(digits[0][::400], [4, 9, 16, 21, 22, 28, 31, 50]):
-        fine = np.kron(digit.astype(int), np.ones((side, side), int))  # a grid both sizes share
-        sums = fine.reshape(side, 28, side, 28).sum((1, 3))
-        assert np.array_equal(resize_digit(digit, side), (sums + 392) // 784)
 
 
 def test_same_settings_give_the_same_bytes(tmp_path: Path) -> None:
@@ -175,8 +209,10 @@ def test_same_settings_give_the_same_bytes(tmp_path: Path) -> None:
 def test_other_settings_give_other_scenes(tmp_path: Path) -> None:
     one = load_scenes(SMALL(), cache_dir=tmp_path)
     changes = ({"seed": 1}, {"counts": (0, 1)}, {"x_size": 51}, {"scale_sd": 0.2}, {"min_gap": 3.0})
+    changes += ({"rotation": 9.0}, {"sides": (9, 18)}, {"binary": True}, {"recipe": "dsprites"})  # type: ignore[operator]
+    changes += ({"background": "noisy"}, {"background": "uniform"})  # type: ignore[operator]
     others = {load_scenes(SMALL(**change), cache_dir=tmp_path).sha256 for change in changes}
-    assert len({one.sha256, *others}) == len(files(tmp_path)) == 6
+    assert len({one.sha256, *others}) == len(files(tmp_path)) == 12
 
 
 def pyro_scene(images: Array, rng: np.random.RandomState, how: Image.Resampling) -> Array:
@@ -215,13 +251,19 @@ def test_pyro_sets_have_their_published_pixel_sums(name: str, total: int, tmp_pa
 def test_bad_setting_is_named() -> None:
     cases: list[tuple[str, str, list[object]]] = [
         ("digits", "embedded or mnist", ["emnist"]),
-        ("recipe", "air or pyro-nearest or pyro-bicubic", ["pyro", None]),
+        ("recipe", "air or dsprites or pyro-nearest or pyro-bicubic", ["pyro", None]),
         ("counts", "int from 0 to 50", [(), (0, -1), (1.5,), (51,)]),
         ("x_size", "int from 8 to 1000", [7, 50.0, "50", None]),
         ("num_scenes", "int from 2 to", [1, 10**9]),
         ("scale_mean", "float from 0.01 to 7", [0, float("nan"), None]),
         ("scale_mean", "28 / x_size or more", [0.4]),
         ("scale_sd", "float from 0.0 to 7", [-0.1, 8]),
+        ("sides", "int from 4 to 1000", [(3, 9), (9.5, 12), ()]),
+        ("sides", "the least and the largest", [(9,), (12, 9), (9, 10, 11)]),
+        ("sides", "x_size, 50, at most", [(9, 51)]),
+        ("rotation", "float from 0.0 to 180", [-1, 181]),
+        ("binary", "False or True", [2, "yes"]),
+        ("background", "black or uniform or noisy", ["white", None]),
         ("min_gap", "float from 0.0 to 1000", [-1, float("inf")]),
         ("seed", "int from 0 to", [-1, 0.5]),
     ]
@@ -234,7 +276,11 @@ def test_bad_setting_is_named() -> None:
 def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^x_size: expected 50, as pyro-nearest has it, got 60"):
         SceneSettings(recipe="pyro-nearest", x_size=60)
-    with pytest.raises(ValueError, match=r"counts: no room for 9 digits; try fewer"):
+    with pytest.raises(ValueError, match=r"background: expected black, as pyro-bicubic has it"):
+        SceneSettings(recipe="pyro-bicubic", background="noisy")
+    with pytest.raises(ValueError, match=r"digits: expected none with recipe dsprites, got mnist"):
+        SceneSettings(recipe="dsprites", digits="mnist")
+    with pytest.raises(ValueError, match=r"counts: no room for 9 objects; try fewer"):
         train(tmp_path, counts=(9,), x_size=30)
     with pytest.raises(ValueError, match=r"mnist_dir: expected digits mnist with it, got"):
         load_scenes(SMALL(), cache_dir=tmp_path, mnist_dir=tmp_path)
@@ -280,98 +326,6 @@ multi_mnist.main("--out out.npz --cache-dir . --num-scenes 300 --num-test-scenes
     assert not list(tmp_path.glob("*.npz"))
     assert end == signal.SIGKILL or not files(tmp_path)
     assert len(train(tmp_path)[0]) == 300
-
-
-def test_files_of_others(tmp_path: Path) -> None:
-    np.savez(tmp_path / "x.npz", x=X, y=np.array([[1], [2, 3]], object))  # y: as in Pyro's file
-    train, test, _ = load_file(tmp_path / "x.npz")
-    assert [train.x.tobytes(), test.x.tobytes()] == [X[:27].tobytes(), X[27:].tobytes()]
-    assert train[1:] == test[1:] == (None,) * 4
-    some: dict[str, Any] = {"counts": COUNTS.astype("i1"), "boxes": BOXES, "test_x": X[:5]}
-    np.savez(tmp_path / "all.npz", x=X, labels=LABELS.astype("i4"), test_counts=COUNTS[:5], **some)
-    train, test, _ = load_file(tmp_path / "all.npz")
-    assert [a.dtype.name for a in train if a is not None] == ["uint8", "int64", "int64", "float32"]
-    assert (len(test.x), *test[2:]) == (5, None, None, None)
-
-
-def test_foreign_arrays_are_named(tmp_path: Path) -> None:
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({"y": X}, "x is not a file in the archive"),
-        ({"x": X.astype("u2")}, r"x uint16 \(30, 12, 12\), not uint8 NHH"),
-        ({"x": X[:, :9]}, r"x uint8 \(30, 9, 12\), not uint8 NHH"),
-        ({"x": X[:1]}, r"x uint8 \(1, 12, 12\), not uint8 NHH, N > 1"),
-        ({"x": X.astype(object)}, "Object arrays cannot be loaded"),
-        ({"x": X, "counts": COUNTS[1:]}, r"counts int64 \(29,\), not i8 N,"),
-        ({"x": X, "counts": COUNTS / 1}, r"counts float64 \(30,\), not i8 N,"),
-        ({"x": X, "counts": -COUNTS}, "counts int64"),
-        ({"x": X, "boxes": BOXES[..., :3]}, r"boxes float64 \(30, 2, 3\), not f4 NM4,"),
-        ({"x": X, "labels": LABELS[:, :1], "boxes": BOXES}, r"boxes float64 \(30, 2, 4\)"),
-        ({"x": X, "test_x": X[:, 1:, 1:]}, r"test_x uint8 \(30, 11, 11\), not uint8 NHH"),
-    ]
-    for arrays, problem in cases:
-        np.savez(path := tmp_path / "mine.npz", **arrays)
-        with pytest.raises(DataError, match=f"^{path}: expected scenes, got .*{problem}"):
-            load_file(path)
-
-
-def test_foreign_files_are_refused_and_never_unpickled(tmp_path: Path) -> None:
-    (tmp_path / "pickle.npz").write_bytes(b"cbuiltins\nexit\n(tR.")  # would end the program
-    (tmp_path / "text.npz").write_text("x")
-    np.save(tmp_path / "array.npy", X)
-    for path in map(tmp_path.joinpath, [*files(tmp_path), "missing.npz", "."]):
-        with pytest.raises(DataError, match=f"^{path}: expected scenes, got [^\n]*$"):
-            load_file(path)
-
-
-def test_idx_files_in_any_dress_are_the_same(digits: list[Array], tmp_path: Path) -> None:
-    load = partial(load_scenes, SMALL(digits="mnist"), cache_dir=tmp_path / "cache")
-    write_idx(tmp_path / "torch" / "MNIST" / "raw", digits)
-    embedded = load_scenes(SMALL(), cache_dir=tmp_path / "cache").sha256
-    assert load(mnist_dir=tmp_path / "torch").sha256 == embedded
-    assert load(mnist_dir=write_idx(tmp_path / "plain", digits, packed=False)).sha256 == embedded
-    other = write_idx(tmp_path / "other", [255 - digits[0], *digits[1:]])
-    assert load(mnist_dir=other).sha256 != embedded
-    for images in (digits[0][:9], digits[0] * 0):
-        folder = write_idx(tmp_path / "bad", [images, *digits[1:]])
-        with pytest.raises(DataError, match=r"bad: expected a label for each image, and no image"):
-            load(mnist_dir=folder)
-
-
-def test_spoilt_idx_is_named(digits: list[Array], tmp_path: Path) -> None:
-    for name, old, new, problem in (
-        (TRAIN_IMAGES, slice(-1, None), b"", "cannot reshape array"),
-        (TRAIN_IMAGES, slice(9, None), b"", "buffer is smaller"),
-        (TRAIN_IMAGES, slice(None), gzip.compress(b"1234567")[:-9], "buffer is smaller"),
-        (TEST_IMAGES, slice(4, None), bytes(12), r"header \[2051, 0, 0, 0\]"),
-        (TEST_LABELS, slice(0, 4), b"\0\0\x08\x03", r"header \[2051, 1000\]"),
-    ):
-        data = bytearray((path := write_idx(tmp_path, digits, packed=False) / name).read_bytes())
-        data[old] = new
-        path.write_bytes(data)
-        with pytest.raises(DataError, match=f"^{path}: expected IDX .*, got .*{problem}"):
-            load_scenes(SMALL(digits="mnist"), cache_dir=tmp_path / "c", mnist_dir=tmp_path)
-
-
-def test_download(digits: list[Array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    served, folder = write_idx(tmp_path / "served", digits), tmp_path / "mnist"
-    sums = {n: hashlib.sha256((served / f"{n}.gz").read_bytes()).hexdigest() for n in MNIST_FILES}
-    monkeypatch.setattr(multi_mnist, "MNIST_FILES", sums)
-    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *arguments: None)
-    handler = partial(SimpleHTTPRequestHandler, directory=str(served))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        mirrors = "http://127.0.0.1:9/", f"http://127.0.0.1:{server.server_port}/"  # 9 is down
-        whole = (first := served / f"{TRAIN_IMAGES}.gz").read_bytes()
-        first.write_bytes(gzip.compress(b"other"))
-        tried = rf"{mirrors[0]} \(ConnectionError\), {mirrors[1]} \(ValueError\)"
-        with pytest.raises(DataError, match=f"^MNIST: tried {tried}; get its .* --mnist-dir$"):
-            multi_mnist.download_mnist(folder, mirrors)
-        assert not files(folder)
-        first.write_bytes(whole)
-        multi_mnist.download_mnist(folder, mirrors)
-        server.shutdown()
-    assert files(folder) == files(served)
-    assert len(load_scenes(SMALL(digits="mnist"), cache_dir=tmp_path).train.x) == 300
 
 
 def test_command_line_writes_a_file_once(tmp_path: Path) -> None:

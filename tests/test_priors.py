@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from air.priors import AnnealedPresencePrior, anneal, geometric_count_prior
+from air.priors import (
+    AnnealedPresencePrior,
+    anneal,
+    count_log_probs,
+    geometric_count_prior,
+    presence_probs,
+)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7])
@@ -64,3 +70,17 @@ def test_the_annealed_prior_is_one_tensor() -> None:
     assert prior.probs is tensor
     torch.testing.assert_close(tensor, torch.tensor([0.25, 0.125]))
     assert float(prior(1)) == 0.125
+
+
+def test_presence_of_any_count_prior() -> None:
+    for probs in ([0.5, 0.3, 0.2], [1.0, 1.0, 1.0, 1.0], [2.0, 1e-6, 3.0]):
+        going_on = presence_probs(probs)
+        found = count_log_probs(torch.tensor(going_on, dtype=torch.float64)).exp()
+        expected = torch.tensor(probs, dtype=torch.float64)
+        assert torch.allclose(found, expected / expected.sum())
+    assert presence_probs([0.01**n for n in range(4)]) == pytest.approx(
+        geometric_count_prior(0.01, 3)
+    )
+    for wrong in ([], [1.0], [0.5, 0.0], [0.5, -1.0], [0.5, math.inf], [0.5, math.nan]):
+        with pytest.raises(ValueError, match="the probabilities of the counts must be above zero"):
+            presence_probs(wrong)

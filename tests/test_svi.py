@@ -107,10 +107,10 @@ def test_what_is_not_finite_never_reaches_the_weights(air: AIR, images: Tensor) 
     only = SVI(other.model, other.guide, make_optimizer(other, 0.01, 0.1), TraceGraph_ELBO())
     before = [p.detach().clone() for p in air.parameters()]
     with pyro.validation_enabled(False):
-        air.likelihood_sd = 1e-30
+        air.pixels.sd = 1e-30
         assert not math.isfinite(svi.step(images))
         assert svi.skipped
-        air.likelihood_sd = 0.3
+        air.pixels.sd = 0.3
         hook = air.c_init.register_hook(lambda gradient: gradient * math.nan)
         assert math.isfinite(svi.step(images))
         assert svi.skipped
@@ -165,11 +165,17 @@ def compare_with_eager(
 
 
 @pytest.mark.parametrize("estimator", ["score", "marginal"])
-@pytest.mark.parametrize(("num_steps", "batch_size"), [(1, 3), (3, None), (5, 7)])
+@pytest.mark.parametrize(
+    ("num_steps", "batch_size", "options"),
+    [
+        (1, 3, {}), (3, None, {}), (5, 7, {}), (2, 3, {"guide_input": "difference"}),
+        (2, 3, {"likelihood": "bernoulli"}),
+    ],
+)  # fmt: skip
 def test_captured_gradients_equal_eager_ones(
-    estimator: str, num_steps: int, batch_size: int | None
+    estimator: str, num_steps: int, batch_size: int | None, options: dict[str, Any]
 ) -> None:
-    air = small_air(num_steps=num_steps).double()
+    air = small_air(num_steps=num_steps, **options).double()
     program = MarginalAIR(air) if estimator == "marginal" else air
     data = torch.randint(256, (10, 12, 12), dtype=torch.uint8)
     with pyro.validation_enabled(False):

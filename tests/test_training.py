@@ -15,12 +15,14 @@ from pyro.infer import JitTraceGraph_ELBO
 
 from air.evaluation import HeldOut
 from air.events import CheckpointDue, Evaluated, Progress, SnapshotDue
+from air.inference import infer
+from air.priors import geometric_count_prior, presence_probs
 from air.svi import CompiledSVI
+from air.tally import Tally
 from air.training import (
     LOOK_EVERY,
     MOST_SKIPPED,
     Estimator,
-    Tally,
     Trainer,
     TrainingSettings,
     learning_rate_factor,
@@ -133,11 +135,56 @@ def test_resumed_is_as_if_never_stopped(
     assert whole.miscounted == resumed.miscounted
 
 
+@pytest.mark.parametrize("estimator", ["score", "marginal"])
+def test_a_learnt_count_prior_is_the_mean_of_q(
+    estimator: Estimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("air.training.LEARN_PRIOR_EVERY", 3)
+    settings = replace(SETTINGS, anneal_prior="none", learn_count_prior_from=5, estimator=estimator)
+    whole = trainer(settings)
+    told = [e for e in whole.train() if isinstance(e, Progress)]
+    before = geometric_count_prior(0.5, 3)
+    assert [e.z_pres_prior_p == before for e in told] == [True, False, False, False]
+    expected = infer(whole.air, whole.images).count_probs.mean(0).tolist()
+    assert whole.count_prior == pytest.approx(expected, rel=1e-5)
+    assert whole.prior.now == presence_probs(whole.count_prior or [])
+    assert whole.prior.probs.tolist() == pytest.approx(whole.prior.now)
+
+    stopped = trainer(settings)
+    list(trainer_events_until(stopped, 7))
+    state = stopped.state_dict()
+    resumed = trainer(settings, seed=7)
+    resumed.load_state_dict(state)
+    list(resumed.train())
+    assert resumed.count_prior == whole.count_prior
+    assert all(torch.equal(x, y) for x, y in zip(weights(whole), weights(resumed), strict=True))
+
+
+def test_a_count_prior_must_fit() -> None:
+    plain = replace(SETTINGS, anneal_prior="none")
+    given = trainer(replace(plain, count_prior=[1, 2, 3, 4]))
+    assert given.prior.now == [0.9, pytest.approx(7 / 9), pytest.approx(4 / 7)]
+    with pytest.raises(ValueError, match=r"--count-prior: expected 4 numbers.*got 3"):
+        trainer(replace(plain, count_prior=[1, 2, 3]))
+    with pytest.raises(ValueError, match="--learn-count-prior-from must be at least 10"):
+        trainer(replace(SETTINGS, learn_count_prior_from=5))
+
+
+def test_a_prior_is_learnt_after_it_was_annealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("air.training.LEARN_PRIOR_EVERY", 3)
+    settings = replace(SETTINGS, learn_count_prior_from=10, num_steps=14, progress_every=1)
+    whole = trainer(settings)
+    told = [e.z_pres_prior_p for e in whole.train() if isinstance(e, Progress)]
+    assert told[10] == pytest.approx([1e-3] * 3)
+    assert told[11] == told[13] == presence_probs(whole.count_prior or [])
+    assert told[11] != told[10]
+
+
 def test_a_run_that_tells_nothing_ends_too() -> None:
     rarely = replace(SETTINGS, num_steps=400, progress_every=0, eval_every=0, save_every=0)
     running = trainer(rarely)
     with torch.no_grad():
-        running.air.likelihood_sd = 1e-30
+        running.air.pixels.sd = 1e-30
     with (
         pyro.validation_enabled(False),
         pytest.raises(FloatingPointError),
@@ -257,7 +304,7 @@ def test_tally_leaves_out_what_was_skipped() -> None:
 @pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
 def test_training_that_does_not_move_any_more_ends() -> None:
     running = trainer(replace(SETTINGS, num_steps=100, progress_every=1))
-    running.air.likelihood_sd = 1e-30
+    running.air.pixels.sd = 1e-30
     events: list[Any] = []
 
     def collect() -> None:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is n
 import main as program
 from air import AIR
 from air.checkpoint import fit_weights, read_weights
-from air.config import merge_loaded
+from air.config import merge_new
 from air.marginal import MarginalAIR
 
 
@@ -79,7 +79,7 @@ def main() -> None:
     args = parser.parse_args()
     given = vars(program.build_parser().parse_args(args.flags))
     weights, saved = read_weights(Path(args.load)) if args.load else ({}, {})
-    config = {**program.DEFAULTS, **merge_loaded(saved, given), "estimator": "score"}
+    config = {**program.DEFAULTS, **merge_new(saved, given), "estimator": "score"}
     trainer = program.build_trainer(config, program.load_scenes(config), torch.device("cpu"))
     if weights:
         fit_weights(trainer.air, weights, Path(args.load))

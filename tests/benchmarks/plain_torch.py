@@ -61,10 +61,10 @@ def run_guide(model: AIR, images: Tensor, sampled: bool) -> GuidePath:
         steps.append((q, pres, kl, baseline))
         all_where.append(where)
         all_what.append(what)
-    log_likelihoods = [Normal(canvas, model.likelihood_sd).log_prob(images).sum((1, 2))]
+    log_likelihoods = [Normal(canvas, model.pixels.sd).log_prob(images).sum((1, 2))]
     for painted, (_, pres, _, _) in zip(model.paint(all_where, all_what), steps, strict=True):
         canvas = canvas + painted * pres[:, :, None]
-        log_likelihoods.append(Normal(canvas, model.likelihood_sd).log_prob(images).sum((1, 2)))
+        log_likelihoods.append(Normal(canvas, model.pixels.sd).log_prob(images).sum((1, 2)))
     q, present, kl, baselines = (torch.cat(column, 1) for column in zip(*steps, strict=True))
     return GuidePath(q, present, kl, torch.stack(log_likelihoods, 1), baselines)
 

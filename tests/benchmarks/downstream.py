@@ -1,0 +1,144 @@
+"""What the latents know: the paper's tasks on two-digit scenes, learnt from few labels (section 4).
+
+    python tests/benchmarks/downstream.py --load runs/RUN/checkpoint.pt
+
+The sum of both digits, and whether they ascend from left to right, by classifiers on what AIR
+infers and by a small convolutional net on the pixels; and which digit it is, by a linear probe of
+the code of a single object. Labels are of scenes made for this; scenes to test on have other
+digits.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
+from air import AIR
+from air.detect import load_air
+from air.inference import infer
+from multi_mnist import Scenes, SceneSettings, load_scenes
+
+Array = NDArray[Any]
+
+
+class Task(NamedTuple):
+    """Scenes with what to tell of them."""
+
+    x: Array  # uint8 [N, H, H]
+    latents: Array  # [N, features]
+    targets: dict[str, Array]  # by name, [N] each
+
+
+def read(air: AIR, x: Array, objects: int) -> Array:
+    """Of the first objects from left to right: place, code and the probability to be there."""
+    parts = []
+    for batch in torch.split(torch.from_numpy(x), 500):
+        found = infer(air, batch.to(air.h_init.device))
+        there = found.count_probs.flip(1).cumsum(1).flip(1)[:, 1:, None]
+        steps = torch.cat((there, found.z_where, found.z_what), 2)[:, :objects]
+        left = (found.boxes[:, :objects, 0] + found.boxes[:, :objects, 2]).argsort(1)
+        steps = steps.take_along_dim(left[..., None], 1)
+        parts.append(steps.flatten(1).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def make_task(air: AIR, scenes: Scenes) -> Task:
+    """The targets, from the digits in their order from left to right."""
+    labels, boxes = np.asarray(scenes.labels), np.asarray(scenes.boxes)
+    order = (boxes[:, :, 0] + boxes[:, :, 2]).argsort(1)
+    labels = np.take_along_axis(labels, order, 1)
+    if labels.shape[1] == 1:
+        targets = {"digit": labels[:, 0]}
+    else:
+        ascends = (labels[:, 1] > labels[:, 0]).astype(int)
+        targets = {"sum": labels.sum(1), "ascending": ascends}
+    return Task(scenes.x, read(air, scenes.x, labels.shape[1]), targets)
+
+
+def make_net(classes: int) -> nn.Module:
+    """A small convolutional net for pictures [N, 1, H, H]."""
+    layers: list[nn.Module] = []
+    for before, after in ((1, 16), (16, 32), (32, 64)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(
+        *layers, nn.Flatten(), nn.LazyLinear(128), nn.ReLU(), nn.LazyLinear(classes)
+    )
+
+
+def score_net(train: Task, test: Task, name: str, number: int, updates: int) -> float:
+    """Test accuracy of the convolutional net, trained on the first labels."""
+    torch.manual_seed(0)
+    x, y = torch.from_numpy(train.x[:number]), torch.from_numpy(train.targets[name][:number])
+    net = make_net(int(train.targets[name].max()) + 1)
+    net(x[:2, None] / 255)  # tells lazy layers their sizes
+    adam = torch.optim.Adam(net.parameters(), 1e-3)
+    for _ in range(updates):
+        chosen = torch.randint(number, (min(64, number),))
+        loss = nn.functional.cross_entropy(net(x[chosen, None] / 255), y[chosen])
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    with torch.no_grad():
+        parts = torch.split(torch.from_numpy(test.x), 500)
+        guesses = torch.cat([net(part[:, None] / 255).argmax(1) for part in parts])
+    return float(np.mean(guesses.numpy() == test.targets[name]))
+
+
+def score_latents(model: Any, train: Task, test: Task, name: str, number: int) -> float:  # noqa: ANN401
+    """Test accuracy of a classifier on the latents, trained on the first labels."""
+    fitted = make_pipeline(StandardScaler(), model).fit(
+        train.latents[:number], train.targets[name][:number]
+    )
+    return float(fitted.score(test.latents, test.targets[name]))
+
+
+def table(air: AIR, labels: Sequence[int], test_scenes: int, updates: int) -> list[list[str]]:
+    """Rows of the table: task, labels, and the accuracy of each classifier."""
+    rows = []
+    for count, names in ((2, ("sum", "ascending")), (1, ("digit",))):
+        numbers = {"num_scenes": max(labels), "num_test_scenes": test_scenes}
+        settings = SceneSettings(counts=(count,), x_size=air.x_size, seed=1, **numbers)
+        splits = load_scenes(settings)
+        train, test = (make_task(air, part) for part in (splits.train, splits.test))
+        for name in names:
+            for number in labels:
+                linear = LogisticRegression(max_iter=2000)
+                scores = [score_latents(linear, train, test, name, number)]
+                net = MLPClassifier(
+                    (200,), early_stopping=number >= 1000, max_iter=200, random_state=0
+                )
+                scores.append(score_latents(net, train, test, name, number))
+                scores.append(score_net(train, test, name, number, updates))
+                rows.append([name, f"{number:,}", *(f"{score:.1%}" for score in scores)])
+    return rows
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description="Learns tasks from what AIR infers.")
+    parser.add_argument("--load", type=Path, required=True, metavar="FILE", help="a checkpoint.pt")
+    parser.add_argument("--labels", type=int, nargs="+", default=[100, 1000, 10_000])
+    parser.add_argument("--test-scenes", type=int, default=5000)
+    parser.add_argument("--updates", type=int, default=3000, help="of the convolutional net")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    air = load_air(given.load)
+    print("| task | labels | latents, linear | latents, one hidden layer | pixels, convolutional |")
+    print("|---|---|---|---|---|")
+    for row in table(air, given.labels, given.test_scenes, given.updates):
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
