@@ -69,7 +69,7 @@ def check_values(
         value = config.get(action.dest, defaults.get(action.dest))
         if value is None and defaults.get(action.dest) is None:
             continue
-        listed = action.nargs in ("*", "+")
+        listed = action.nargs not in (None, 0)
         switch = action.nargs == 0 and not isinstance(action.const, str)
         fits = isinstance(value, list | tuple) == listed and isinstance(value, bool) == switch
         if not fits or not all(_accepts(action, one) for one in (value if listed else [value])):

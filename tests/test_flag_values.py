@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,11 +36,13 @@ def test_a_configuration_is_held_to_its_flags() -> None:
     parser.add_argument("--size", type=COUNT)
     parser.add_argument("--kind", choices=["a", "b"])
     parser.add_argument("--nets", type=COUNT, nargs="*")
+    parser.add_argument("--pair", type=COUNT, nargs=2)
     parser.add_argument("--on", action="store_true")
-    defaults = {"size": 3, "kind": "a", "nets": [4], "on": False}
-    for config in ({}, {"size": 5}, {"kind": "b", "nets": [], "on": True}):
+    defaults = {"size": 3, "kind": "a", "nets": [4], "pair": None, "on": False}
+    right: list[dict[str, Any]] = [{}, {"size": 5}, {"kind": "b", "nets": [], "on": True}]
+    for config in [*right, {"pair": [1, 2]}]:
         check_values(parser, config, defaults, Path("file"))
     wrong = [{"size": 0}, {"size": "5"}, {"size": [5]}, {"kind": "c"}, {"nets": 4}, {"nets": [0]}]
-    for config in [*wrong, {"on": 1}]:
+    for config in [*wrong, {"on": 1}, {"pair": 3}]:
         with pytest.raises(ValueError, match=r"^file: --\w+ cannot be"):
             check_values(parser, config, defaults, Path("file"))

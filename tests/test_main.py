@@ -203,6 +203,25 @@ def test_resume_refuses_what_would_be_another_run(
     assert metrics(tmp_path / "run") == once  # nothing was left to do, and nothing is said twice
 
 
+def test_a_run_of_a_preset_goes_on_and_is_loaded(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    tiny = SMALL.replace("-n 4", "-n 2")
+    learn = "--anneal-prior none --learn-count-prior-from 1"
+    for line in (
+        f"--preset small-digits {tiny} --output-dir run", "--resume run -n 4",
+        f"--preset small-digits {SMALL} {learn} --load run/checkpoint.pt --output-dir second",
+        "--preset small-digits -n 0 --load second/checkpoint.pt --output-dir third "
+        f"{SCENES} --evaluate --iwae-samples 2 --iwae-scenes 10",
+    ):  # fmt: skip
+        done = run(line, tmp_path, environment)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert metrics(tmp_path / "run")[-1]["step"] == 4
+    config = json.loads((tmp_path / "third" / "config.json").read_text())
+    assert (config["guide"], config["x_size"], config["rnn_hidden_size"]) == ("difference", 64, 16)
+    assert config["z_pres_prior"] == 1e-4  # where the first run's prior was to go
+
+
 def test_a_loaded_model_is_evaluated_as_it_was_trained_on_all_of_a_file(
     tmp_path: Path, environment: dict[str, str], refused: Callable[[str], str]
 ) -> None:
