@@ -41,7 +41,7 @@ class MLP(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Parameterizes q(z_what | window): [B, W * W] to a mean and a standard deviation, [B, Z]."""
+    """Parameterizes q(z_what | window): [B, C * W * W] to mean and standard deviation, [B, Z]."""
 
     def __init__(
         self, window_pixels: int, hidden: Sequence[int], z_size: int, non_linearity: NonLinearity
@@ -55,7 +55,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The mean of p(window | z_what): [B, Z] to pixel intensities, [B, W * W].
+    """The mean of p(window | z_what): [B, Z] to pixel intensities, [B, C * W * W].
 
     A negative `bias` in front of the sigmoid makes the first windows nearly black. Without it
     every early window worsens the likelihood, and the guide learns to use none.

@@ -91,6 +91,8 @@ class SceneSettings:
             raise ValueError(f"sides: expected the least and the largest, got {self.sides}")
         if max(self.sides or (0,)) > self.x_size:
             raise ValueError(f"sides: expected x_size, {self.x_size}, at most, got {self.sides}")
+        if self.binary and self.background != "black":
+            raise ValueError(f"background: expected black where binary, got {self.background}")
         if self.recipe == "dsprites" and self.digits != "embedded":
             raise ValueError(f"digits: expected none with recipe dsprites, got {self.digits}")
         object.__setattr__(self, "digits", "mnist" if self.is_pyros else self.digits)
@@ -183,6 +185,8 @@ class _Artist:
         """The canvas, uint16 [C, h, h], the pixels shared, and each object's label and box."""
         h = self.settings.x_size
         canvas, inked = np.zeros((self.channels, h, h), np.uint16), np.zeros((h, h), bool)
+        if self.channels > 1:
+            canvas += self.background()
         boxes: list[tuple[int, ...]] = []
         last = 0 if self.settings.is_pyros else 1  # Pyro's never touch the lower and right edges
         shared, labels = 0, []
@@ -227,7 +231,7 @@ def _draw(settings: SceneSettings, test: bool, images: Array, labels: Array) -> 
         else:
             raise ValueError(f"counts: no room for {count} objects; try fewer, or a larger x_size")
         boxes[n, :count] = np.reshape(places, (count, 4))
-        x[n] = np.maximum(canvas, artist.background())
+        x[n] = canvas if artist.channels > 1 else np.maximum(canvas, artist.background())
     return Scenes(x[:, 0] if artist.channels == 1 else x, counts, overlaps, names, boxes)
 
 

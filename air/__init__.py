@@ -34,7 +34,7 @@ _HOMES = {"AIR": "air.air", "latents_to_tensor": "air.inference"}  # others: spa
 def __getattr__(name: str) -> Any:  # noqa: ANN401
     """Imports a public name when it is asked for.
 
-    Torch and Pyro take seconds to import, and who makes scenes or draws figures needs neither.
+    Torch and Pyro take seconds to import, and who makes scenes needs neither.
     """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

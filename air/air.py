@@ -6,7 +6,7 @@ paper's. Shapes are those of the glossary in ``air/__init__.py``.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -14,7 +14,7 @@ import torch
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor, nn
 
-from air.likelihoods import Likelihood, make_pixels
+from air.likelihoods import Likelihood, make_pixels, to_intensities
 from air.param_store import register_parameters
 from air.priors import DEFAULT_COUNT_RATIO, PresencePrior, geometric_count_prior
 from air.spatial_transformer import image_to_window, window_to_image
@@ -113,7 +113,9 @@ class AIR(nn.Module):
         self.use_masking, self.use_baselines = use_masking, use_baselines
         self.baseline_scalar = 1.0 if baseline_scalar is None else baseline_scalar
         self.guide_input, self.channels = guide_input, channels
-        self.pixels = make_pixels(likelihood, likelihood_sd)
+        self.pixels = make_pixels(likelihood, likelihood_sd, decoder_output_use_sigmoid)
+        if guide_input not in get_args(GuideInput):
+            raise ValueError(f"guide_input must be image or difference, got {guide_input!r}")
         self.default_presence = geometric_count_prior(DEFAULT_COUNT_RATIO, num_steps)
 
         # Constants of the model, kept with the weights as Pyro's example does.
@@ -284,9 +286,8 @@ class AIR(nn.Module):
         return {"baseline": {"baseline_value": value.squeeze(-1)}}, state
 
     def _plain(self, z_pres: Tensor) -> Tensor:
-        """What the nets get to see of z_pres."""
-        # TraceGraph_ELBO follows it through every operation, at several times its price, to see
-        # which costs depend on it. The masks show it that; so a copy that it does not follow.
+        """What the nets see of z_pres: a copy, where the masks show which costs depend on it."""
+        # TraceGraph_ELBO would follow it through every operation, at several times its price.
         return detach_provenance(z_pres) if self.use_masking else z_pres
 
     def _choice(self, distribution: dist.TorchDistribution, present: Tensor) -> Any:  # noqa: ANN401
@@ -295,6 +296,5 @@ class AIR(nn.Module):
         return masked.to_event(1)
 
     def to_images(self, batch: Tensor) -> Tensor:
-        """Bytes to floats in [0, 1]; floats to the model's precision; as the likelihood has it."""
-        images = batch.to(self.h_init.dtype)
-        return self.pixels.prepare(images if batch.is_floating_point() else images / 255)
+        """Bytes or floats, [B, (C,) H, H], to floats in [0, 1], as the likelihood takes them."""
+        return self.pixels.prepare(to_intensities(batch, self.channels, self.x_size, self.h_init))

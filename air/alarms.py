@@ -63,7 +63,7 @@ def first_not_finite(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | N
 
     Args:
         air: The model, with the gradients of its last step.
-        images: It was trained on, [N, H, H].
+        images: It was trained on, [N, (C,) H, H].
         z_pres_prior_p: As for `AIR.model`.
     """
     if not images.isfinite().all():

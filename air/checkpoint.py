@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from air.priors import count_probs
+
 FORMAT = 3  # of checkpoint.pt; raise it when programs before and after cannot read each other's
 MOST_BYTES = 8 << 30  # in a file of weights or scenes, unpacked
 
@@ -166,13 +168,21 @@ def save_weights(module: nn.Module, path: Path) -> None:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights in a checkpoint.pt and the configuration of its run, or weights alone and {}.
 
+    The configuration is with the prior as it stood, after annealing and learning, as count_prior.
+
     Raises:
         CheckpointError: If the file is neither.
     """
     state = _load(path)
     whole = _is_checkpoint(state, path)
-    weights, config = (state["model"], state["config"]) if whole else (state, {})
-    return weights, config
+    if not whole:
+        return state, {}
+    config = dict(state["config"])
+    try:
+        config["count_prior"] = count_probs(state["presence"])
+    except (KeyError, TypeError):  # of an earlier program, or foreign
+        config.pop("count_prior", None)
+    return state["model"], config
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -80,6 +80,12 @@ _OF_THE_PROCESS = {
 }  # fmt: skip
 # What a model is, beside its weights: a checkpoint of it brings these along.
 _OF_THE_MODEL = {*AIR_ARGUMENTS.values(), "z_pres_prior", "z_pres_prior_raw", "count_prior"}
+# Where one of these flags is given, the others are not to come from a model or a preset.
+_INSTEAD_OF = {
+    ("z_pres_prior", "count_prior", "anneal_prior", "model_steps"): ("count_prior",),
+    ("z_pres_prior",): ("z_pres_prior_raw",),
+    ("scale_mean", "scale_sd"): ("sides",),
+}
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,9 +128,11 @@ def merge_new(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     """
     preset = PRESETS.get(given.get("preset") or "", {})
     loaded = {name: saved[name] for name in _OF_THE_MODEL if name in saved}
-    if saved.get("anneal_prior", "none") != "none":  # and all steps went to one probability
-        loaded |= {"z_pres_prior": saved["anneal_prior_to"], "z_pres_prior_raw": True}
-    return {**preset, **loaded, **given}
+    below = {**preset, **loaded}
+    for names, replaced in _INSTEAD_OF.items():
+        if not given.keys().isdisjoint(names):
+            below = {name: value for name, value in below.items() if name not in replaced}
+    return {**below, **given}
 
 
 def is_compiled(config: Mapping[str, Any]) -> bool:

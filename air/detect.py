@@ -7,10 +7,10 @@ Images are files of the size and channels that the model was trained on, grey or
 x, uint8 [N, (C,) H, H], of an .npz file. Prints a JSON list with one object for each image.
 """
 
-import argparse
 import json
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,11 +32,13 @@ from air.checkpoint import (
 )
 from air.config import AIR_ARGUMENTS, DEFAULTS, pick_device
 from air.drawing import draw_boxes, tile
+from air.flag_values import check_values
+from air.flags import Parser, build_parser
 from air.inference import infer
 from air.scene_files import read_images
-from air.snapshots import as_bytes
 
 MODES = {1: ("L", "1"), 3: ("RGB",)}  # of Pillow, by channels
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # some others run programs
 MOST_DRAWN = 64  # images in a figure
 
 
@@ -78,10 +80,12 @@ def load_air(path: Path, device: str | torch.device = "cpu") -> AIR:
     """The model in a checkpoint of a run, or in a file of weights of default sizes.
 
     Raises:
-        CheckpointError: If there is none.
+        ValueError: If there is none.
     """
     weights, config = read_weights(path)
     settings = {name: config.get(flag, DEFAULTS[flag]) for name, flag in AIR_ARGUMENTS.items()}
+    check_values(build_parser(""), config, DEFAULTS, path)
+    settings["use_baselines"] = False  # of no use here
     try:
         air = AIR(**settings, **_image_form(weights, settings))
     except Exception as error:  # whatever a foreign file makes of it
@@ -92,8 +96,8 @@ def load_air(path: Path, device: str | torch.device = "cpu") -> AIR:
 
 def _image_form(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Channels and side of the images, which follow from the sizes of the nets."""
-    last = max(name for name in weights if name.startswith("decode.") and name.endswith(".bias"))
-    channels = len(weights[last]) // settings["window_size"] ** 2
+    window_pixels = weights["encode.mlp.seq.0.weight"].shape[1]
+    channels = window_pixels // settings["window_size"] ** 2
     first = weights.get("embed.seq.0.weight")
     latents = 1 + 3 + settings["z_what_size"]
     pixels = weights["rnn.weight_ih"].shape[1] - latents if first is None else first.shape[1]
@@ -107,13 +111,14 @@ def read_image(path: Path, side: int, channels: int) -> np.ndarray[Any, np.dtype
         ValueError: If it is no image, or another than the model takes.
     """
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
             if image.size != (side, side):  # before it is unpacked, however large
                 raise ValueError(f"expected {side} x {side} pixels, got {image.size}")
             if image.mode not in (modes := MODES.get(channels, ())):
-                raise ValueError(f"expected mode {' or '.join(modes)}, got {image.mode}")
+                expected = " or ".join(modes) or f"none, but an .npz with {channels} channels"
+                raise ValueError(f"expected mode {expected}, got {image.mode}")
             pixels = np.asarray(image.convert(modes[0]))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # foreign bytes make Pillow raise anything
         raise ValueError(f"{path} is no image for this model: {error}") from error
     return pixels if channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -129,19 +134,21 @@ def read_all(paths: Sequence[Path], air: AIR) -> Iterator[tuple[str, Tensor]]:
             yield str(path), torch.from_numpy(read_image(path, air.x_size, air.channels).copy())
 
 
-def draw(air: AIR, images: Tensor, path: Path) -> None:
-    """Writes the first images with the windows in use and the counts, as PNG."""
-    shown = air.to_images(images[:MOST_DRAWN].to(air.h_init.device))
-    found = infer(air, shown)
-    zoom = max(1, 200 // air.x_size)
-    boxes, counts = found.boxes.cpu().numpy(), found.counts.cpu().numpy()
-    sheet = Image.fromarray(tile(draw_boxes(as_bytes(shown), boxes, counts, zoom), 8))
+def draw(images: Tensor, detections: Sequence[Detection], path: Path) -> None:
+    """Writes the first images, uint8 [N, (C,) H, H], with windows and counts, as PNG."""
+    shown = images[:MOST_DRAWN].numpy()
+    counts = np.array([each.count for each in detections[:MOST_DRAWN]])
+    boxes = np.full((len(counts), max(counts.max(), 1), 4), np.nan)
+    for i, each in enumerate(detections[:MOST_DRAWN]):
+        boxes[i, : each.count] = [found.window for found in each.objects] or 0
+    zoom = max(1, 200 // shown.shape[-1])
+    sheet = Image.fromarray(tile(draw_boxes(shown, boxes, counts, zoom), 8))
     write_atomically(path, lambda file: sheet.save(file, "PNG"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="air.detect", description="Finds the objects in images.")
+    parser = Parser(prog="air.detect", description="Finds the objects in images.")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a file, or an .npz")
     parser.add_argument("--load", type=Path, required=True, metavar="FILE", help="a checkpoint.pt")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw what is found, as PNG")
@@ -155,9 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         pictures = torch.stack(images)
         detections = detect(air, pictures)
         if arguments.figure:
-            draw(air, pictures, arguments.figure)
+            draw(pictures, detections, arguments.figure)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+        parser.error(str(error))
     found = [{"image": n} | asdict(each) for n, each in zip(names, detections, strict=True)]
     json.dump(found, sys.stdout, indent=1)
     print()

@@ -110,5 +110,5 @@ def resize_digit(digit: Array, side: int, recipe: str = "air") -> Array:
 
 
 def rotate_digit(digit: Array, degrees: float) -> Array:
-    """Turns uint8 [28, 28] about its centre; a digit keeps within the 20 pixels around it."""
+    """Turns uint8 [28, 28] about its centre; what little comes to lie outside is cut off."""
     return np.asarray(Image.fromarray(digit).rotate(degrees, Image.Resampling.BICUBIC))

@@ -92,14 +92,36 @@ class BernoulliPixels(Pixels):
         return FLIPPED + (1 - 2 * FLIPPED) * canvas
 
 
-def make_pixels(likelihood: Likelihood, sd: float) -> Pixels:
-    """The likelihood of that name; `sd` is of the Normal one.
+def make_pixels(likelihood: Likelihood, sd: float, bounded: bool = True) -> Pixels:
+    """The likelihood of that name.
+
+    Args:
+        likelihood: Its name.
+        sd: Of the Normal one.
+        bounded: Whether objects are painted with intensities in [0, 1].
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is none of that name, or it needs other intensities.
     """
     if likelihood == "normal":
         return NormalPixels(sd)
-    if likelihood == "bernoulli":
-        return BernoulliPixels()
-    raise ValueError(f"likelihood must be normal or bernoulli, got {likelihood!r}")
+    if likelihood != "bernoulli":
+        raise ValueError(f"likelihood must be normal or bernoulli, got {likelihood!r}")
+    if not bounded:
+        raise ValueError("likelihood bernoulli needs decoder_output_use_sigmoid, for intensities")
+    return BernoulliPixels()
+
+
+def to_intensities(batch: Tensor, channels: int, side: int, like: Tensor) -> Tensor:
+    """Bytes to floats in [0, 1], floats to the precision of `like`; [B, 1, H, H] to [B, H, H].
+
+    Raises:
+        ValueError: If the images are not [B, (C,) H, H].
+    """
+    form = [side, side] if channels == 1 else [channels, side, side]
+    if list(batch.shape[1:]) == [1, *form]:
+        batch = batch[:, 0]
+    if list(batch.shape[1:]) != form:
+        raise ValueError(f"images must be {['B', *form]}, got {list(batch.shape)}")
+    images = batch.to(like.dtype)
+    return images if batch.is_floating_point() else images / 255

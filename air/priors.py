@@ -1,6 +1,7 @@
 """The prior over the number of objects, as probabilities of going on for one more step."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -16,6 +17,7 @@ PresencePrior = Callable[[int], float | Tensor]  # step t -> p(z_pres_t = 1 | z_
 # some 200 that a digit explains. At 0.01, the ratio of Pyro's tutorial, one of six seeds learnt
 # to begin with a blank object; 0.5 for each step, Pyro's default, ends with every step used.
 DEFAULT_COUNT_RATIO = 1e-4
+RAREST = 1e-30  # that a count can be: never impossible
 
 
 def geometric_count_prior(ratio: float, num_steps: int) -> list[float]:
@@ -50,6 +52,13 @@ def presence_probs(count_probs: Sequence[float]) -> list[float]:
         )
     tails = [*accumulate(reversed(count_probs))][::-1]
     return [after / here for here, after in pairwise(tails)]
+
+
+def count_probs(presence: Sequence[float]) -> list[float]:
+    """The inverse of `presence_probs`: p(n), n = 0..T, of per-step probabilities, none zero."""
+    reached = accumulate(presence, operator.mul, initial=1.0)
+    stops = [1 - p for p in presence] + [1.0]
+    return [max(r * s, RAREST) for r, s in zip(reached, stops, strict=True)]
 
 
 def count_log_probs(going_on: Tensor) -> Tensor:

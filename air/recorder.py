@@ -57,9 +57,7 @@ class Recorder:
 
     def save(self) -> None:
         """Writes the checkpoint, and the weights alone where --save asks for them."""
-        # A model that is loaded brings its prior along, so this is where a learnt one belongs.
-        config = {**self._config, "count_prior": self.trainer.count_prior}
-        about = {"config": config, "data_sha256": self._data_sha256}
+        about = {"config": self._config, "data_sha256": self._data_sha256}
         self.run.save({**about, **self.trainer.state_dict()})
         if self._config["save"]:
             save_weights(self.trainer.air, Path(self._config["save"]))
@@ -68,4 +66,4 @@ class Recorder:
         """At the first held-out scenes, with the model as it is."""
         trainer = self.trainer
         what = trainer.held_out, trainer.step, trainer.settings.seed, trainer.miscounted
-        return take_snapshot(trainer.air, *what, number, trainer.count_prior)
+        return take_snapshot(trainer.air, *what, number, trainer.learnt_prior)

@@ -6,6 +6,7 @@ figures can be drawn again without the model, the scenes or a GPU.
 
 import io
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,18 +100,22 @@ def take_snapshot(
         scenes.pick(slice(len(fixed))),
         scenes.pick(wrong),
         InferredScenes(drawn, drawn, boxes.cpu().numpy(), counts.cpu().numpy()),
-        as_bytes(_windows(air, images[:apart], found.z_where[:apart])),
+        as_bytes(_windows(air, images[:apart], found.z_where[:apart], found.objects[:apart])),
         as_bytes(found.objects[:apart]),
         reached.cpu().numpy(),
     )
 
 
-def _windows(air: AIR, images: Tensor, z_where: Tensor) -> Tensor:
-    """What is in the windows of images [M, (C,) H, H] at every step: [M, T, (C,) W, W]."""
-    number, steps, _ = z_where.shape
-    repeated = images.repeat_interleave(steps, 0)
-    windows = image_to_window(z_where.flatten(0, 1), air.window_size, air.x_size, repeated)
-    return windows.reshape(number, steps, *images.shape[1:-2], air.window_size, air.window_size)
+def _windows(air: AIR, images: Tensor, z_where: Tensor, objects: Tensor) -> Tensor:
+    """What each step sees in its window of images [M, (C,) H, H]: [M, T, (C,) W, W]."""
+    seen = images[:, None].expand_as(objects)
+    if air.guide_input == "difference":  # less what the steps before have painted
+        before = objects.unbind(1)[:-1]
+        painted = accumulate(before, air.pixels.add, initial=torch.zeros_like(images))
+        seen = seen - torch.stack([*painted], 1)
+    flat = seen.flatten(0, 1)
+    windows = image_to_window(z_where.flatten(0, 1), air.window_size, air.x_size, flat)
+    return windows.reshape(*seen.shape[:-2], air.window_size, air.window_size)
 
 
 def as_bytes(intensities: Tensor) -> NDArray[np.uint8]:

@@ -69,7 +69,7 @@ class Trainer:
 
     Args:
         air: The model, on the device to train on.
-        images: Training scenes, [N, H, H], on the same device.
+        images: Training scenes, [N, (C,) H, H], on the same device.
         held_out: Scenes to evaluate on.
         settings: How to train.
     """
@@ -91,7 +91,7 @@ class Trainer:
         kind = CompiledSVI if settings.compile else SVI
         self.svi = kind(program.model, program.guide, self.optimizer, loss=elbo)
         self.prior = _presence_prior(settings, air)
-        self.count_prior: Sequence[float] | None = settings.count_prior  # as given, or as learnt
+        self.learnt_prior: list[float] | None = None  # p(n)
         self.step = 0
         self.seconds = 0.0  # of training, evaluations and pictures left out
         self._factor = 1.0  # of the learning rates, as they stand in the optimiser
@@ -162,8 +162,8 @@ class Trainer:
         The scenes are spread evenly over the data, which may be sorted.
         """
         scenes = self.images[:: -(-len(self.images) // LEARN_PRIOR_FROM)]
-        self.count_prior = mean_count_probs(self.air, scenes)
-        self.prior.keep(presence_probs(self.count_prior))
+        self.learnt_prior = mean_count_probs(self.air, scenes)
+        self.prior.keep(presence_probs(self.learnt_prior))
 
     def _progress(self, steps: int, seconds: float) -> Progress:
         elbo, grad_norm, skipped = self.tally.read()
@@ -211,7 +211,8 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "miscounted": self.miscounted,
-            "count_prior": self.count_prior,
+            "presence": list(self.prior.now),
+            "learnt_prior": self.learnt_prior,
             "tally": {"steps": self.tally.steps, "sums": self.tally.sums},
             "model": self.air.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -247,9 +248,9 @@ class Trainer:
                     raise ValueError(f"the optimiser's {name} is not of the shape of its weight")
         self._factor = math.nan
         self.prior.set_step(self.step)
-        if (count_prior := state.get("count_prior")) is not None:
-            self.count_prior = list(count_prior)
-            self.prior.keep(presence_probs(self.count_prior))
+        if (learnt_prior := state.get("learnt_prior")) is not None:
+            self.learnt_prior = list(learnt_prior)
+            self.prior.keep(presence_probs(self.learnt_prior))
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.images.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.images.device)

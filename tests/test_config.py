@@ -52,13 +52,19 @@ def test_a_model_that_is_loaded_brings_its_own_settings(saved: dict[str, Any]) -
     assert config.merge_new({}, {"batch_size": 32}) == {"batch_size": 32}
 
 
-def test_a_model_whose_prior_was_annealed_is_loaded_with_where_it_went(
+def test_a_model_is_loaded_with_its_prior_as_it_stood_unless_another_is_given(
     saved: dict[str, Any],
 ) -> None:
-    saved |= {"anneal_prior": "exp", "anneal_prior_to": 1e-5, "z_pres_prior": 0.9}
-    merged = config.merge_new(saved, {})
-    assert (merged["z_pres_prior"], merged["z_pres_prior_raw"]) == (1e-5, True)
-    assert "anneal_prior" not in merged
+    saved |= {"anneal_prior": "exp", "z_pres_prior": 0.9, "z_pres_prior_raw": True}
+    saved |= {"count_prior": [4, 3, 2, 1]}  # as the checkpoint has it
+    assert config.merge_new(saved, {})["count_prior"] == [4, 3, 2, 1]
+    assert "anneal_prior" not in config.merge_new(saved, {})
+    for given in ({"z_pres_prior": 0.1}, {"model_steps": 6}, {"count_prior": [1, 1, 1, 1]}):
+        merged = config.merge_new(saved, given)
+        assert merged.get("count_prior") == given.get("count_prior")
+        assert ("z_pres_prior_raw" in merged) == ("z_pres_prior" not in given)
+    merged = config.merge_new({}, {"preset": "dsprites", "scale_mean": 2.0})
+    assert "sides" not in merged
 
 
 @pytest.mark.parametrize("preset", config.PRESETS)

@@ -11,8 +11,8 @@ from PIL import Image
 
 from air import AIR
 from air.boxes import tight_boxes
-from air.checkpoint import CheckpointError, save_weights, write_state
-from air.detect import detect, load_air, main
+from air.checkpoint import save_weights, write_state
+from air.detect import detect, load_air, main, read_image
 from air.inference import infer
 
 FLAGS = {  # of `small_air`
@@ -53,7 +53,13 @@ def test_detections_are_what_is_inferred(channels: int) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"channels": 3}, {"embed_net": [10, 6]}, {"decoder_net": [], "guide_input": "difference"}],
+    [
+        {},
+        {"channels": 3},
+        {"embed_net": [10, 6]},
+        {"decoder_net": [4] * 6},
+        {"decoder_net": [], "guide_input": "difference"},
+    ],
     ids=str,
 )
 def test_a_checkpoint_says_what_the_images_are(settings: dict[str, object], tmp_path: Path) -> None:
@@ -129,10 +135,30 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_foreign_settings_are_refused(tmp_path: Path) -> None:
-    for name, value in [("window_size", 0), ("model_steps", "3"), ("non_linearity", "Linear")]:
+    for name, value in [
+        ("window_size", 0), ("model_steps", "3"), ("model_steps", 0), ("non_linearity", "Linear"),
+        ("decoder_output_bias", "x"), ("guide", 5), ("rnn_hidden_size", 12), ("window_size", 9),
+    ]:  # fmt: skip
         path = save(small_air(), tmp_path / "foreign.pt", **{name: value})
-        with pytest.raises(CheckpointError, match=f"{path} holds no AIR"):
+        with pytest.raises(ValueError, match=f"{path}"):
             load_air(path)
-    path = save(small_air(), tmp_path / "other.pt", rnn_hidden_size=12)
-    with pytest.raises(CheckpointError, match="do not fit"):
-        load_air(path)
+
+
+def test_a_coloured_file_is_read_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    air = small_air(channels=3)
+    count_on(air, 2, 9.0)
+    path, image = save(air, tmp_path / "c.pt"), write_png(tmp_path / "a.png", 3)
+    line = f"--load {path} {tmp_path}/a.png --figure {tmp_path}/found.png"
+    assert main(line.split()) == 0
+    (printed,) = json.loads(capsys.readouterr().out)
+    (expected,) = detect(air, image[None])
+    assert printed["objects"][0]["box"] == expected.objects[0].box
+
+
+def test_only_pictures_are_opened(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 12\n%%EndComments\n")
+    with pytest.raises(ValueError, match=r"a.png is no image for this model: cannot identify"):
+        read_image(path, 12, 3)

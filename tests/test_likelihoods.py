@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Normal
 
-from air.likelihoods import FLIPPED, make_pixels
+from air import AIR
+from air.likelihoods import FLIPPED, make_pixels, to_intensities
 
 
 @pytest.mark.parametrize("shape", [(5, 9, 9), (5, 3, 9, 9)])
@@ -73,6 +74,25 @@ def test_what_one_pixel_can_cost_is_bounded(canvas: float) -> None:
         (gradient,) = torch.autograd.grad(cost.sum(), painted)
         assert -6.91 < cost.item() < 0
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_another_form_are_refused(channels: int) -> None:
+    form = (6, 6) if channels == 1 else (channels, 6, 6)
+    data = torch.randint(256, (4, *form), dtype=torch.uint8)
+    images = to_intensities(data, channels, 6, torch.zeros(1))
+    assert torch.equal(images, data / 255)
+    assert torch.equal(to_intensities(images.double()[:, None], channels, 6, images), images)
+    for wrong in (data[..., :5], data[0], data[:, None, None]):
+        with pytest.raises(ValueError, match=r"images must be \['B', .*6, 6\], got \["):
+            to_intensities(wrong, channels, 6, images)
+
+
+def test_bernoulli_needs_intensities() -> None:
+    with pytest.raises(ValueError, match="likelihood bernoulli needs decoder_output_use_sigmoid"):
+        AIR(likelihood="bernoulli", decoder_output_use_sigmoid=False)
+    with pytest.raises(ValueError, match="guide_input must be image or difference, got 'both'"):
+        AIR(guide_input="both")  # type: ignore[arg-type]
 
 
 def test_another_name_is_refused() -> None:

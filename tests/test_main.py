@@ -20,6 +20,7 @@ from test_viz import NAMES
 import viz
 from air.evaluation import evaluate
 from air.panes import ORDER
+from air.priors import presence_probs
 from main import build_parser, main
 
 TUTORIAL = (  # with few steps, and few scenes
@@ -219,7 +220,10 @@ def test_a_run_of_a_preset_goes_on_and_is_loaded(
     assert metrics(tmp_path / "run")[-1]["step"] == 4
     config = json.loads((tmp_path / "third" / "config.json").read_text())
     assert (config["guide"], config["x_size"], config["rnn_hidden_size"]) == ("difference", 64, 16)
-    assert config["z_pres_prior"] == 1e-4  # where the first run's prior was to go
+    learnt = torch.load(tmp_path / "second" / "checkpoint.pt", weights_only=True)["learnt_prior"]
+    assert learnt is None  # a hundred steps are not over
+    expected = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["presence"]
+    assert presence_probs(config["count_prior"]) == pytest.approx(expected)
 
 
 def test_a_loaded_model_is_evaluated_as_it_was_trained_on_all_of_a_file(

@@ -135,7 +135,7 @@ def test_binary_scenes(recipe: str, tmp_path: Path) -> None:
     small = {"x_size": 64, "sides": (9, 18), "counts": (0, 1, 6), "binary": True, "rotation": 90.0}
     x, counts, overlaps, labels, boxes = train(tmp_path, recipe=recipe, **small)
     assert set(np.unique(x)) == {0, 255}
-    assert x.shape == (300, 3, 64, 64) if recipe == "dsprites" else (300, 64, 64)
+    assert x.shape == ((300, 3, 64, 64) if recipe == "dsprites" else (300, 64, 64))
     ink = x.reshape(300, -1, 64, 64).any(1)
     inside = np.zeros_like(ink)
     for n, m in np.argwhere(labels >= 0):
@@ -170,7 +170,7 @@ def test_a_later_sprite_is_in_front(tmp_path: Path) -> None:
 @pytest.mark.parametrize("background", ["uniform", "noisy"])
 def test_backgrounds(recipe: str, background: str, tmp_path: Path) -> None:
     settings = {"recipe": recipe, "counts": (0, 1), "x_size": 30, "background": background}
-    x, counts, *_ = train(tmp_path, **settings)
+    x, counts, _, _, boxes = train(tmp_path, **settings)
     x = x.reshape(300, -1, 30, 30)
     empty = x[counts == 0]
     flat = (empty == empty[:, :, :1, :1]).all((1, 2, 3))
@@ -179,6 +179,11 @@ def test_backgrounds(recipe: str, background: str, tmp_path: Path) -> None:
     assert 30 < levels.mean() < 66
     assert levels.max() < 97
     assert x[counts == 1].max((1, 2, 3)).min() > 150  # objects stand out
+    if recipe == "dsprites":  # and hide what is behind them: no channel of it shines through
+        for image, box in zip(x[counts == 1], boxes[counts == 1, 0].astype(int), strict=True):
+            ink = image[:, (box[1] + box[3]) // 2, (box[0] + box[2]) // 2]
+            assert (ink == image[:, box[1] : box[3], box[0] : box[2]].max((1, 2))).any()
+            assert ink.max() == 255
 
 
 def test_each_split_shows_its_own_digits(digits: list[Array], tmp_path: Path) -> None:
@@ -204,6 +209,20 @@ def test_same_settings_give_the_same_bytes(tmp_path: Path) -> None:
     paths = [*tmp_path.glob("*/scenes-*.npz"), *tmp_path.glob("?.npz")]
     assert [len(paths), len({path.read_bytes() for path in paths})] == [4, 1]
     assert paths[0].read_bytes()[10:14] == b"\0\0\x21\0"  # the zip says 1980, not what a clock says
+
+
+@pytest.mark.parametrize(
+    ("settings", "sha256"),
+    [
+        ({}, "2770e9a9fb51"),
+        ({"counts": (0, 1, 3), "scale_sd": 0.2, "min_gap": 1.0}, "0cdd7791c71a"),
+    ],
+)
+def test_scenes_are_the_same_on_every_machine(
+    settings: dict[str, Any], sha256: str, tmp_path: Path
+) -> None:
+    """And from version to version: results would not compare if they changed unnoticed."""
+    assert load_scenes(SMALL(**settings), cache_dir=tmp_path).sha256.startswith(sha256)
 
 
 def test_other_settings_give_other_scenes(tmp_path: Path) -> None:
@@ -278,6 +297,8 @@ def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
         SceneSettings(recipe="pyro-nearest", x_size=60)
     with pytest.raises(ValueError, match=r"background: expected black, as pyro-bicubic has it"):
         SceneSettings(recipe="pyro-bicubic", background="noisy")
+    with pytest.raises(ValueError, match=r"background: expected black where binary, got noisy"):
+        SceneSettings(binary=True, background="noisy")
     with pytest.raises(ValueError, match=r"digits: expected none with recipe dsprites, got mnist"):
         SceneSettings(recipe="dsprites", digits="mnist")
     with pytest.raises(ValueError, match=r"counts: no room for 9 objects; try fewer"):

@@ -9,6 +9,7 @@ from air.priors import (
     AnnealedPresencePrior,
     anneal,
     count_log_probs,
+    count_probs,
     geometric_count_prior,
     presence_probs,
 )
@@ -81,6 +82,8 @@ def test_presence_of_any_count_prior() -> None:
     assert presence_probs([0.01**n for n in range(4)]) == pytest.approx(
         geometric_count_prior(0.01, 3)
     )
+    for presence in ([0.9, 0.5, 0.1], [1e-4] * 3, [1.0, 1.0, 0.0]):
+        assert presence_probs(count_probs(presence)) == pytest.approx(presence, rel=1e-12)
     for wrong in ([], [1.0], [0.5, 0.0], [0.5, -1.0], [0.5, math.inf], [0.5, math.nan]):
         with pytest.raises(ValueError, match="the probabilities of the counts must be above zero"):
             presence_probs(wrong)

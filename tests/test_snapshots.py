@@ -38,6 +38,21 @@ def equal(one: object, other: object) -> bool:
     return np.array_equal(one, other, equal_nan=True)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("guide_input", ["image", "difference"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_windows_are_what_the_encoder_is_given(guide_input: str, channels: int) -> None:
+    air = small_air(guide_input=guide_input, channels=channels)
+    images = torch.rand(9, channels, 12, 12).squeeze(1)
+    given: list[torch.Tensor] = []
+    hook = air.encode.register_forward_pre_hook(lambda net, inputs: given.append(inputs[0]))
+    infer(air, images)
+    hook.remove()
+    windows = take_snapshot(air, HeldOut(images), 0, seed=0).windows
+    for t, window in enumerate(given):
+        expected = window[:8].reshape(windows[:, t].shape)
+        np.testing.assert_allclose(windows[:, t], as_bytes(expected), atol=1)
+
+
 def test_a_snapshot_shows_what_is_inferred(air: AIR) -> None:
     scenes = held_out()
     state = torch.get_rng_state()

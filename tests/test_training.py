@@ -146,8 +146,8 @@ def test_a_learnt_count_prior_is_the_mean_of_q(
     before = geometric_count_prior(0.5, 3)
     assert [e.z_pres_prior_p == before for e in told] == [True, False, False, False]
     expected = infer(whole.air, whole.images).count_probs.mean(0).tolist()
-    assert whole.count_prior == pytest.approx(expected, rel=1e-5)
-    assert whole.prior.now == presence_probs(whole.count_prior or [])
+    assert whole.learnt_prior == pytest.approx(expected, rel=1e-5)
+    assert whole.prior.now == presence_probs(whole.learnt_prior or [])
     assert whole.prior.probs.tolist() == pytest.approx(whole.prior.now)
 
     stopped = trainer(settings)
@@ -156,8 +156,20 @@ def test_a_learnt_count_prior_is_the_mean_of_q(
     resumed = trainer(settings, seed=7)
     resumed.load_state_dict(state)
     list(resumed.train())
-    assert resumed.count_prior == whole.count_prior
+    assert resumed.learnt_prior == whole.learnt_prior
     assert all(torch.equal(x, y) for x, y in zip(weights(whole), weights(resumed), strict=True))
+
+
+def test_annealing_goes_on_from_a_count_prior_that_was_given() -> None:
+    settings = replace(SETTINGS, count_prior=[4.0, 3.0, 2.0, 1.0])
+    whole, stopped = trainer(settings), trainer(settings)
+    list(whole.train())
+    list(trainer_events_until(stopped, 5))
+    resumed = trainer(settings)
+    resumed.load_state_dict(stopped.state_dict())
+    assert resumed.prior.now == stopped.prior.now != resumed.prior.initial
+    list(resumed.train())
+    assert resumed.prior.now == whole.prior.now == pytest.approx([1e-3] * 3)
 
 
 def test_a_count_prior_must_fit() -> None:
@@ -176,7 +188,7 @@ def test_a_prior_is_learnt_after_it_was_annealed(monkeypatch: pytest.MonkeyPatch
     whole = trainer(settings)
     told = [e.z_pres_prior_p for e in whole.train() if isinstance(e, Progress)]
     assert told[10] == pytest.approx([1e-3] * 3)
-    assert told[11] == told[13] == presence_probs(whole.count_prior or [])
+    assert told[11] == told[13] == presence_probs(whole.learnt_prior or [])
     assert told[11] != told[10]
 
 

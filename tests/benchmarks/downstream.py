@@ -10,7 +10,8 @@ digits.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
 from air import AIR
+from air.checkpoint import read_weights
 from air.detect import load_air
 from air.inference import infer
 from multi_mnist import Scenes, SceneSettings, load_scenes
@@ -103,12 +105,21 @@ def score_latents(model: Any, train: Task, test: Task, name: str, number: int) -
     return float(fitted.score(test.latents, test.targets[name]))
 
 
-def table(air: AIR, labels: Sequence[int], test_scenes: int, updates: int) -> list[list[str]]:
+def scenes_of(path: Path) -> dict[str, Any]:
+    """The settings of the scenes that a model was trained on, as far as they are kept here."""
+    _, config = read_weights(path)
+    names = {field.name for field in fields(SceneSettings)}
+    kept = names - {"counts", "num_scenes", "num_test_scenes", "seed", "min_gap"}
+    return {name: config[name] for name in kept & config.keys()}
+
+
+def table(
+    air: AIR, scenes: dict[str, Any], labels: Sequence[int], test_scenes: int, updates: int
+) -> Iterator[list[str]]:
     """Rows of the table: task, labels, and the accuracy of each classifier."""
-    rows = []
     for count, names in ((2, ("sum", "ascending")), (1, ("digit",))):
         numbers = {"num_scenes": max(labels), "num_test_scenes": test_scenes}
-        settings = SceneSettings(counts=(count,), x_size=air.x_size, seed=1, **numbers)
+        settings = SceneSettings(**scenes | {"counts": (count,), "seed": 1, **numbers})
         splits = load_scenes(settings)
         train, test = (make_task(air, part) for part in (splits.train, splits.test))
         for name in names:
@@ -120,8 +131,7 @@ def table(air: AIR, labels: Sequence[int], test_scenes: int, updates: int) -> li
                 )
                 scores.append(score_latents(net, train, test, name, number))
                 scores.append(score_net(train, test, name, number, updates))
-                rows.append([name, f"{number:,}", *(f"{score:.1%}" for score in scores)])
-    return rows
+                yield [name, f"{number:,}", *(f"{score:.1%}" for score in scores)]
 
 
 def main() -> None:
@@ -133,10 +143,12 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=3000, help="of the convolutional net")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    air = load_air(given.load)
+    air, scenes = load_air(given.load), scenes_of(given.load)
+    if air.channels > 1:
+        parser.error("expected a model of digits, got one of coloured images")
     print("| task | labels | latents, linear | latents, one hidden layer | pixels, convolutional |")
     print("|---|---|---|---|---|")
-    for row in table(air, given.labels, given.test_scenes, given.updates):
+    for row in table(air, scenes, given.labels, given.test_scenes, given.updates):
         print(f"| {' | '.join(row)} |", flush=True)
 
 

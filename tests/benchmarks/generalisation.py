@@ -9,6 +9,8 @@ not done again, so the command can be given again until the table is whole.
 """
 
 import argparse
+import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,7 +23,8 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
-from tests.benchmarks.seeds import MAIN, read_lines, train
+from main import SCENE_FLAGS
+from tests.benchmarks.seeds import MAIN, check_flags, read_lines, train
 
 EXPERIMENTS = {"0, 1, 2 to 3": ((0, 1, 2), 3), "0, 1, 3 to 2": ((0, 1, 3), 2)}
 GUIDES = {"image": "AIR", "difference": "DAIR"}
@@ -41,21 +44,38 @@ class Case(NamedTuple):
         return out / f"{counts}-{self.guide}-{self.estimator}-seed{self.seed}"
 
 
+def arguments_of(case: Case, out: Path, flags: Sequence[str]) -> list[str]:
+    """What main.py is called with to train."""
+    own = ["--guide", case.guide, "--estimator", case.estimator, "--seed", str(case.seed)]
+    counts = ["--counts", *map(str, EXPERIMENTS[case.experiment][0])]
+    saved = ["--output-dir", str(case.folder(out)), "--evaluate", "--iwae-scenes", "100"]
+    return [*saved, *own, *counts, *flags]
+
+
+def same_scenes(folder: Path) -> list[str]:
+    """The flags of the scenes that a run was trained on, and of where it ran."""
+    config, flags = json.loads((folder / "config.json").read_text()), []
+    places = ("cache_dir", "mnist_dir", "device", "threads")
+    for name in (*SCENE_FLAGS.values(), *places):
+        value, flag = config[name], f"--{name.replace('_', '-')}"
+        if value is True:
+            flags.append(flag)
+        elif value not in (None, False):
+            flags += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
 def measure(case: Case, out: Path, flags: Sequence[str]) -> tuple[float, float] | None:
     """Count accuracy on the counts that were seen and on the other, None where a run failed."""
-    folder, (seen, other) = case.folder(out), EXPERIMENTS[case.experiment]
-    own = ["--guide", case.guide, "--estimator", case.estimator, "--seed", str(case.seed)]
-    counts = ["--counts", *map(str, seen)]
-    saved = ["--output-dir", str(folder), "--evaluate", "--iwae-scenes", "100"]
-    if train(folder, [*saved, *own, *counts, *flags]):
+    folder, other = case.folder(out), EXPERIMENTS[case.experiment][1]
+    if train(folder, arguments_of(case, out, flags)):
         return None
     elsewhere = folder.with_name(f"{folder.name}-other")
-    if not read_lines(elsewhere):
-        where = ["--output-dir", str(elsewhere), "--counts", str(other), "--num-scenes", "2"]
-        size = [flag for flag in ("--num-test-scenes",) if flag in flags]
-        size = [word for flag in size for word in (flag, flags[list(flags).index(flag) + 1])]
+    if not any("accuracy_mode" in line for line in read_lines(elsewhere)):
+        shutil.rmtree(elsewhere, ignore_errors=True)  # stopped before its evaluation
         load = ["--load", str(folder / "checkpoint.pt"), "-n", "0", "--no-compile"]
-        command = [sys.executable, str(MAIN), *load, *where, *size]
+        scenes = [*same_scenes(folder), "--counts", str(other), "--num-scenes", "2"]
+        command = [sys.executable, str(MAIN), *load, *scenes, "--output-dir", str(elsewhere)]
         if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             return None
     found = [read_lines(path)[-1]["accuracy_mode"] for path in (folder, elsewhere)]
@@ -111,12 +131,15 @@ def main() -> None:
     cases = [
         *map(Case._make, product(EXPERIMENTS, given.guides, given.estimators, range(given.seeds)))
     ]
+    for case in cases:
+        check_flags(case.folder(given.out), arguments_of(case, given.out, flags))
     with ThreadPoolExecutor(given.jobs) as pool:
         found = pool.map(lambda case: measure(case, given.out, flags), cases)
         results = dict(zip(cases, found, strict=True))
     for row in (HEAD, ["---"] * len(HEAD), *rows(results)):
         print(f"| {' | '.join(row)} |")
     draw(results).savefig(given.out / "figure.png", dpi=200)
+    sys.exit(None in results.values())
 
 
 if __name__ == "__main__":
