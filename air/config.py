@@ -82,7 +82,7 @@ _OF_THE_PROCESS = {
 _OF_THE_MODEL = {*AIR_ARGUMENTS.values(), "z_pres_prior", "z_pres_prior_raw", "count_prior"}
 # Where one of these flags is given, the others are not to come from a model or a preset.
 _INSTEAD_OF = {
-    ("z_pres_prior", "count_prior", "anneal_prior", "model_steps"): ("count_prior",),
+    ("z_pres_prior", "count_prior", "model_steps"): ("count_prior",),
     ("z_pres_prior",): ("z_pres_prior_raw",),
     ("scale_mean", "scale_sd"): ("sides",),
 }

@@ -19,7 +19,7 @@ def test_the_empty_canvas_by_hand() -> None:
     air, images = small_air(likelihood_sd=0.2).double(), torch.rand(7, 12, 12).double()
     by_hand = Normal(torch.zeros_like(images), 0.2).log_prob(images).sum((1, 2)).mean()
     assert empty_canvas_elbo(air, images) == pytest.approx(by_hand.item())
-    data = torch.randint(256, (2500, 4, 4), dtype=torch.uint8)
+    data = torch.randint(256, (2500, 12, 12), dtype=torch.uint8)
     assert empty_canvas_elbo(air, data) == pytest.approx(empty_canvas_elbo(air, data / 255), 1e-5)
 
 

@@ -127,24 +127,24 @@ def test_forms_of_a_step_take_turns(tmp_path: Path) -> None:
 
 def test_generalisation_counts_every_run_and_draws(tmp_path: Path) -> None:
     line = (
-        "--out out --seeds 2 --estimators marginal --guides difference -- -n 2 -b 4 "
+        "--out out --seeds 1 --estimators marginal --guides difference -- -n 2 -b 4 "
         f"--iwae-samples 2 {TINY}"
     )
     header, _, *table = run("generalisation.py", line, tmp_path).splitlines()
     assert len(table) == 2  # experiments
     for row in table:
         digits, guide, estimator, seeds, seen, other, each = cells(row)
-        assert (guide, estimator, seeds) == ("DAIR", "marginal", "2")
+        assert (guide, estimator, seeds) == ("DAIR", "marginal", "1")
         assert seen.endswith("%")
         assert other.endswith("%")
-        assert each.count("%") == 2
+        assert each == other
         assert digits.startswith("0, 1, ")
     assert len(cells(header)) == 7
     with Image.open(tmp_path / "out" / "figure.png") as figure:
         assert figure.width > 1000
-    config = json.loads((tmp_path / "out/013-difference-marginal-seed1/config.json").read_text())
-    assert (config["counts"], config["guide"], config["seed"]) == ([0, 1, 3], "difference", 1)
-    evaluated = tmp_path / "out/013-difference-marginal-seed1-other/metrics.jsonl"
+    config = json.loads((tmp_path / "out/013-difference-marginal-seed0/config.json").read_text())
+    assert (config["counts"], config["guide"], config["seed"]) == ([0, 1, 3], "difference", 0)
+    evaluated = tmp_path / "out/013-difference-marginal-seed0-other/metrics.jsonl"
     confusion = json.loads(evaluated.read_text().splitlines()[-1])["confusion"]
     assert [sum(row) for row in confusion] == [0, 0, 12]
 

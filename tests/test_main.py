@@ -44,9 +44,9 @@ LINES = [
     "--scale-mean 1.5 --scale-sd 0.05 --min-gap 2 --data-seed 3 --digits embedded --recipe air "
     "--cache-dir cache",
     "--data mine.npz -n 2 -b 8 --no-compile",
-    f"--preset dsprites {SMALL} --no-binary --guide difference --likelihood bernoulli "
-    "--count-prior 1 1 1 0.1 --anneal-prior none --learn-count-prior-from 1",
-    f"{SMALL} --sides 9 18 --rotation 20 --binary --background noisy",
+    f"--preset dsprites {SMALL} --no-binary --background noisy --guide difference "
+    "--likelihood bernoulli --count-prior 1 1 1 0.1 --anneal-prior none --learn-count-prior-from 1",
+    f"{SMALL} --sides 9 18 --rotation 20 --binary",
 ]
 # Run by tests of their own, with a server, an earlier run, a GPU or full MNIST.
 ELSEWHERE = {
