@@ -122,8 +122,7 @@ def _add_prior(add: Add) -> None:
         type=NATURAL,
         metavar="STEP",
         help=f"from that step on, every {LEARN_PRIOR_EVERY}, set p(n) to the mean of q(n) over "
-        f"up to {LEARN_PRIOR_FROM:,} training scenes (default: never); too early, before it counts "
-        "well, AIR would come to use every step",
+        f"up to {LEARN_PRIOR_FROM:,} training scenes (default: never; for when AIR counts well)",
     )
     add(
         "--anneal-prior",
