@@ -35,6 +35,7 @@ from air.drawing import draw_boxes, tile
 from air.flag_values import check_values
 from air.flags import Parser, build_parser
 from air.inference import infer
+from air.priors import reached_probs
 from air.scene_files import read_images
 
 MODES = {1: ("L", "1"), 3: ("RGB",)}  # of Pillow, by channels
@@ -67,7 +68,7 @@ def detect(air: AIR, images: Tensor) -> list[Detection]:
     for batch in torch.split(images, 500):
         found = infer(air, batch.to(air.h_init.device))
         painted = found.objects.amax(-3) if air.channels > 1 else found.objects
-        reached = found.count_probs.flip(1).cumsum(1).flip(1)[:, 1:]
+        reached = reached_probs(found.count_probs)
         per_step = [part.tolist() for part in (reached, tight_boxes(painted), found.boxes)]
         probs = found.count_probs.amax(1).tolist()
         for i, (count, prob) in enumerate(zip(found.counts.tolist(), probs, strict=True)):

@@ -12,7 +12,7 @@ from torch import Tensor
 from air.air import AIR
 from air.boxes import score_boxes, tight_boxes
 from air.inference import forked_rng, infer
-from air.priors import PresencePrior
+from air.priors import PresencePrior, reached_probs
 
 MOST_OBJECTS = 1000  # in one scene
 MISCOUNTED = 16  # wrongly counted scenes that an evaluation names
@@ -228,7 +228,7 @@ def _against_truth(
         apart = (true > 1) & (scenes.overlaps.cpu() == 0)
         measures["accuracy_apart"] = float(right[apart].mean())
     if scenes.boxes is not None:
-        reached = count_probs.flip(1).cumsum(1).flip(1)[:, 1:]  # q(n >= t)
+        reached = reached_probs(count_probs)
         scores = score_boxes(boxes, reached, mode, scenes.boxes.cpu(), true)
         measures |= {f"box_{name}": score for name, score in scores._asdict().items()}
     return measures

@@ -78,6 +78,11 @@ def count_log_probs(going_on: Tensor) -> Tensor:
     return torch.cat((zero, reached), -1) + torch.cat((torch.log1p(-on), zero), -1)
 
 
+def reached_probs(count_probs: Tensor) -> Tensor:
+    """The probability that each object is there, q(n >= t) for t = 1..T, of q(n), [..., T + 1]."""
+    return count_probs.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+
+
 def anneal(
     initial: float, final: float, begin: int, duration: int, kind: Annealing, step: int
 ) -> float:

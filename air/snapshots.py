@@ -19,6 +19,7 @@ from air.air import AIR
 from air.checkpoint import write_atomically
 from air.evaluation import HeldOut
 from air.inference import infer, sample_prior
+from air.priors import reached_probs
 from air.spatial_transformer import image_to_window
 
 Array = NDArray[Any]
@@ -94,7 +95,7 @@ def take_snapshot(
     samples, boxes, counts = sample_prior(air, number, seed, count_prior)
     drawn = as_bytes(samples)
     apart = min(TAKEN_APART, len(fixed))
-    reached = found.count_probs[:apart].flip(1).cumsum(1).flip(1)[:, 1:]
+    reached = reached_probs(found.count_probs[:apart])
     return Snapshot(
         step,
         scenes.pick(slice(len(fixed))),

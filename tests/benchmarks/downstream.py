@@ -29,6 +29,7 @@ from air import AIR
 from air.checkpoint import read_weights
 from air.detect import load_air
 from air.inference import infer
+from air.priors import reached_probs
 from multi_mnist import Scenes, SceneSettings, load_scenes
 
 Array = NDArray[Any]
@@ -47,7 +48,7 @@ def read(air: AIR, x: Array, objects: int) -> Array:
     parts = []
     for batch in torch.split(torch.from_numpy(x), 500):
         found = infer(air, batch.to(air.h_init.device))
-        there = found.count_probs.flip(1).cumsum(1).flip(1)[:, 1:, None]
+        there = reached_probs(found.count_probs)[..., None]
         steps = torch.cat((there, found.z_where, found.z_what), 2)[:, :objects]
         left = (found.boxes[:, :objects, 0] + found.boxes[:, :objects, 2]).argsort(1)
         steps = steps.take_along_dim(left[..., None], 1)
