@@ -9,13 +9,13 @@ The model is in ``air/``, its nets in ``modules.py``, the scenes in ``multi_mnis
 
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,16 +26,20 @@ from tqdm import tqdm
 import multi_mnist
 import viz
 from air import AIR, flag_values, flags
-from air.checkpoint import CheckpointError, fit_weights, read_weights, refuse_bomb
+from air.checkpoint import fit_weights, read_weights, refuse_bomb
 from air.config import AIR_ARGUMENTS, is_compiled, merge_new, merge_resumed, pick_device, plain
 from air.config import DEFAULTS as OWN_DEFAULTS
 from air.dashboard import Dashboard, connect
 from air.evaluation import HeldOut
 from air.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
 from air.faults import exit_code, explain, stop_on_signals, terminate_like_interrupt
-from air.recorder import Recorder
+from air.ranks import Ranks, join_ranks
+from air.recorder import Recorder, go_back, versions
 from air.run_folder import RunFolder
-from air.training import Trainer, TrainingSettings
+from air.settings import TrainingSettings
+from air.shards import Shards, load_data
+from air.subsampling import StreamedImages
+from air.training import Trainer
 from multi_mnist import SceneSettings
 
 QUIET_SECONDS = 10.0  # between progress lines where there is no terminal for a progress bar
@@ -63,8 +67,15 @@ class Session(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit code."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
     warnings.filterwarnings("ignore", "Encountered NaN")  # Pyro's; such steps are skipped
+    with join_ranks() as ranks:
+        return ranks.follow(assemble) if ranks.rank > 0 else lead(argv, ranks)
+
+
+def lead(argv: Sequence[str] | None, ranks: Ranks) -> int:
+    """What rank 0 does, in most cases the one process: from the flags to the exit code."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    ranks.others_wait()
     parser = build_parser()
     given = plain(vars(parser.parse_args(argv)))
     session, code = None, None
@@ -73,8 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = None
             try:
                 with ExitStack() as held:
-                    session = prepare(given, held, session)
+                    session = prepare(given, held, ranks, session)
                     run = session.run
+                    ranks.go()
                     if session.recorder.dashboard:
                         held.enter_context(session.recorder.dashboard)
                     code = train(session)
@@ -83,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 how = run.how_to_go_on() if run else "Training had not begun"
                 parser.exit(exit_code(signaled), f"{parser.prog}: interrupted. {how}\n")
             except Exception as error:
+                ranks.end_by_error()
                 if run is None and isinstance(error, ValueError | OSError | ModuleNotFoundError):
                     parser.error(str(error))  # the user can mend it
                 if (line := explain(error, run)) is None:
@@ -98,12 +111,15 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-def prepare(given: Config, held: ExitStack, collapsed: Session | None = None) -> Session:
+def prepare(
+    given: Config, held: ExitStack, ranks: Ranks, collapsed: Session | None = None
+) -> Session:
     """From the flags given to everything in place; writes nothing before all has been checked.
 
     Args:
         given: The flags.
         held: Lets go of the run's folder.
+        ranks: The processes that train together.
         collapsed: The run in whose place this one begins.
 
     Raises:
@@ -125,14 +141,12 @@ def prepare(given: Config, held: ExitStack, collapsed: Session | None = None) ->
     config = {**DEFAULTS, **config}
     before = state["config"] if state else collapsed.config if collapsed else {}
     check_flags(config, given, before)
-    device = pick_device(config["device"])
     config["compile"] = is_compiled(config)
-    scenes = load_scenes(config)
-    trainer = build_trainer(config, scenes, device)
+    trainer, sha256 = assemble(config, ranks)
     if weights:
         fit_weights(trainer.air, weights, run.source if run else Path(config["load"]))
     if run and state:
-        go_back(trainer, state, run.source, scenes.sha256)
+        go_back(trainer, state, run.source, sha256)
     if (taken := trainer.step) > (wanted := config["num_steps"]):
         raise ValueError(f"--num-steps must be at least the {taken} already taken, got {wanted}")
     if collapsed:  # its server may be away for a while
@@ -140,21 +154,11 @@ def prepare(given: Config, held: ExitStack, collapsed: Session | None = None) ->
     else:
         server = config["visdom_server"] if config["viz"] else None
         visdom = connect(server, config["visdom_port"], config["viz_log"])
+    ranks.lead(config, sha256, trainer.state_dict())
     if run is None:
         run = RunFolder.create(config["output_dir"], config["seed"])
         held.callback(run.close)
-    return begin(config, trainer, scenes.sha256, run, visdom)
-
-
-def go_back(trainer: Trainer, state: dict[str, Any], source: Path, data_sha256: str) -> None:
-    """Takes a trainer to where its run was saved."""
-    if state.get("data_sha256") != data_sha256:
-        raise CheckpointError(f"{source} was trained on other scenes than these")
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            trainer.load_state_dict(state)
-    except Exception as error:  # whatever a file can hold that was not written here
-        raise CheckpointError(f"{source} holds no state of this run: {error!r}") from error
+    return begin(config, trainer, sha256, run, visdom)
 
 
 def begin(
@@ -188,29 +192,30 @@ def check_flags(config: Config, given: Config, saved: Config) -> None:
             raise ValueError(f"{flag}: there is no folder {path.parent} to write {path.name} into")
 
 
-def build_trainer(config: Config, scenes: multi_mnist.SceneSplits, device: torch.device) -> Trainer:
-    """The model, seeded, and what trains it."""
+def assemble(config: Mapping[str, Any], ranks: Ranks) -> tuple[Trainer, str]:
+    """The model, seeded, and what trains it, on the scenes of that SHA-256."""
+    device = pick_device(config["device"], ranks.local_rank)
+    scenes = load_scenes(config)
     torch.set_num_threads(config["threads"])
     pyro.enable_validation(False)  # its checks read from the device at every site of every step
     pyro.set_rng_seed(config["seed"])
     arguments = {name: config[flag] for name, flag in AIR_ARGUMENTS.items()}
     if config["estimator"] == "marginal":
         arguments["use_baselines"] = False  # nothing is left for them to do
-    x, test = scenes.train.x, scenes.test
+    x, test = ranks.part(scenes.train.x), scenes.test
     air = AIR(x_size=x.shape[-1], channels=x.shape[1] if x.ndim == 4 else 1, **arguments)
-    return Trainer(
-        air.to(device),
-        torch.from_numpy(x).to(device),
-        HeldOut.from_numpy(test.x, test.counts, test.boxes, test.overlaps),
-        TrainingSettings(**{f.name: config[f.name] for f in fields(TrainingSettings)}),
-    )
+    streamed = isinstance(x, Shards)
+    images = StreamedImages(x, device) if streamed else torch.from_numpy(x).to(device)
+    held_out = HeldOut.from_numpy(test.x, test.counts, test.boxes, test.overlaps)
+    settings = TrainingSettings(**{f.name: config[f.name] for f in fields(TrainingSettings)})
+    return Trainer(air.to(device), images, held_out, settings, ranks), scenes.sha256
 
 
-def load_scenes(config: Config) -> multi_mnist.SceneSplits:
+def load_scenes(config: Mapping[str, Any]) -> multi_mnist.SceneSplits:
     """The scenes of --data, or those that the other data flags describe, made if need be."""
     if config["data"]:
-        refuse_bomb(Path(config["data"]))
-        return multi_mnist.load_file(Path(config["data"]), hold_out_all=config["num_steps"] == 0)
+        refuse_bomb(path := Path(config["data"]))
+        return load_data(path, hold_out_all=config["num_steps"] == 0)
     try:
         settings = SceneSettings(**{name: config[flag] for name, flag in SCENE_FLAGS.items()})
     except ValueError as error:  # begins with the name of the setting
@@ -218,12 +223,6 @@ def load_scenes(config: Config) -> multi_mnist.SceneSplits:
         raise ValueError(f"--{SCENE_FLAGS[name].replace('_', '-')}:{problem}") from error
     folders = {name: config[name] and Path(config[name]) for name in ("cache_dir", "mnist_dir")}
     return multi_mnist.load_scenes(settings, **folders)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
-    packages = ("torch", "pyro-ppl", "numpy")
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
 
 
 def train(session: Session) -> int | None:
@@ -243,14 +242,14 @@ def train(session: Session) -> int | None:
                 if event.alarm:
                     bar.write(f"WARNING: {event.alarm}")
                 collapsed = event.alarm is not None and session.config["restarts"] > 0
+                trainer.stop_requested |= collapsed
             elif isinstance(event, Progress):
                 bar.set_postfix_str(str(event), refresh=False)
                 bar.update(event.step - bar.n)
                 if bar.disable and time.monotonic() - shown_at > QUIET_SECONDS:
                     shown_at = time.monotonic()
                     print(f"step {event.step:,} of {total:,}: {event}", flush=True)
-            elif collapsed:  # and the pictures of it are kept
-                break
+    trainer.ranks.others_wait()
     return None if collapsed and not received else finish(session, received)
 
 
@@ -260,6 +259,7 @@ def events(session: Session) -> Iterator[Event]:
         yield from session.trainer.train()
     except FloatingPointError:
         session.recorder.save()
+        session.trainer.ranks.others_wait()
         raise
 
 
@@ -277,16 +277,16 @@ def with_next_seed(session: Session) -> Config:
 def finish(session: Session, received: Sequence[int]) -> int:
     """Draws, saves where there is a need to, and says how the run ended."""
     trainer, run, total = session.trainer, session.run, session.config["num_steps"]
-    if received:
+    if stopped := trainer.stopped or received:
         for event in (CheckpointDue(trainer.step), SnapshotDue(trainer.step)):
             session.recorder.keep(event)
     viz.draw_run(run)
-    if received:
+    if stopped:
         print(
             f"Interrupted, and saved at step {trainer.step:,} of {total:,}. "
             f"Go on with: python main.py --resume {run.path}"
         )
-        return 128 + received[0]
+        return 128 + (received[0] if received else signal.SIGTERM)  # else another rank's
     if session.config["evaluate"]:
         iwae = {name: session.config[name] for name in ("iwae_samples", "iwae_scenes")}
         found = trainer.evaluate(len(trainer.held_out.images), **iwae)

@@ -18,7 +18,7 @@ from air.likelihoods import Likelihood, make_pixels, to_intensities
 from air.param_store import register_parameters
 from air.priors import DEFAULT_COUNT_RATIO, PresencePrior, geometric_count_prior
 from air.spatial_transformer import image_to_window, window_to_image
-from air.subsampling import draw_indices
+from air.subsampling import choose
 from modules import MLP, Decoder, Encoder, ImageLSTMCell, Predict, Projection
 
 GuideInput = Literal["image", "difference"]
@@ -148,7 +148,6 @@ class AIR(nn.Module):
         self.bl_predict = MLP(rnn_hidden_size, [*bl_predict_net, 1], nl)
         self.bl_h_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
         self.bl_c_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
-
         if use_cuda:
             self.cuda()
 
@@ -159,10 +158,11 @@ class AIR(nn.Module):
         data: Tensor,
         batch_size: int | None = None,
         z_pres_prior_p: PresencePrior | None = None,
+        num_images: int | None = None,
     ) -> None:
         """p(x, z). See `guide` for the arguments."""
         register_parameters(self)
-        with pyro.plate("data", len(data), device=str(data.device)) as ix:
+        with pyro.plate("data", num_images or len(data), device=str(data.device)) as ix:
             images = self.to_images(data[ix])
             _, canvas = self.prior(len(images), z_pres_prior_p)
             pixels = self.pixels.distribution(canvas.flatten(1))
@@ -206,24 +206,25 @@ class AIR(nn.Module):
         data: Tensor,
         batch_size: int | None = None,
         z_pres_prior_p: PresencePrior | None = None,
+        num_images: int | None = None,
     ) -> Latents:
         """q(z | x), one object after another.
 
         Args:
             data: Images, [N, (C,) H, H]: floats in [0, 1], or uint8 in [0, 255].
             batch_size: Use this many of them, drawn anew for the plate "data"; None for all.
-            z_pres_prior_p: Step t -> p(z_pres_t = 1 | z_pres_{t-1} = 1), used by `model`; None
-                for the truncated geometric count prior of ratio 1e-4.
+            z_pres_prior_p: Step t -> p(z_pres_t = 1 | z_pres_{t-1} = 1); None: `default_presence`.
+            num_images: How many there are, where `data` is but a batch of them; None for len(data).
 
         Returns:
             (z_where, z_pres): lists over steps of [B, 3] and [B, 1].
         """
         register_parameters(self)
-        n = min(batch_size or len(data), len(data))
-        chosen = draw_indices(len(data), n, data.device) if n < len(data) else None
-        with pyro.plate("data", len(data), subsample=chosen, device=str(data.device)) as ix:
-            images, cost_scale = self.to_images(data[ix]), len(data) / n
-            inputs, canvas = self._see(images, cost_scale), torch.zeros_like(images)
+        size, chosen = num_images or len(data), choose(data, batch_size, num_images)
+        with pyro.plate("data", size, subsample=chosen, device=str(data.device)) as ix:
+            images = self.to_images(data[ix])
+            n, canvas = len(images), torch.zeros_like(images)
+            inputs = self._see(images, size / n)
             state = first = GuideState(
                 self.h_init.new_ones(n, Z_PRES_SIZE),
                 self.z_where_init.expand(n, -1),
@@ -237,7 +238,7 @@ class AIR(nn.Module):
                     painted = self.paint([state.z_where], [state.z_what])
                     present = self._plain(state.z_pres).t()
                     canvas = self.pixels.add(canvas, self.pixels.compose(painted, present))
-                    inputs = self._see(images - canvas, cost_scale)
+                    inputs = self._see(images - canvas, size / n)
                     state = first._replace(z_pres=state.z_pres)
                 state = self._guide_step(t, state, inputs)
                 states.append(state)
@@ -260,7 +261,6 @@ class AIR(nn.Module):
         z_pres = pyro.sample(f"z_pres_{t}", self._choice(pres, prev.z_pres), infer=infer)
         where = dist.Normal(loc + self.z_where_loc_prior, scale * self.z_where_scale_prior)
         z_where = pyro.sample(f"z_where_{t}", self._choice(where, z_pres))
-
         window = image_to_window(z_where, self.window_size, self.x_size, inputs.images)
         code = dist.Normal(*self.encode(window))
         z_what = pyro.sample(f"z_what_{t}", self._choice(code, z_pres))

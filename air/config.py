@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from air.air import AIR
-from air.training import TrainingSettings
+from air.settings import TrainingSettings
 
 _RENAMED = {
     "num_steps": "model_steps", "z_what_size": "encoder_latent_size", "guide_input": "guide"
@@ -142,20 +142,31 @@ def is_compiled(config: Mapping[str, Any]) -> bool:
     return bool(config["compile"])
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device of that name; "auto" is CUDA if it is there.
+
+    Args:
+        name: A device.
+        local_rank: Of several processes on this machine each takes the GPU of its number, which
+            becomes its current one.
 
     Raises:
         ValueError: If there is no such device on this machine.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if local_rank is not None and name.startswith("cuda"):
+        if name != "cuda":
+            raise ValueError(f"--device: each process takes a GPU of its own; use cuda, not {name}")
+        name = f"cuda:{local_rank}"
     if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
         wanted = "expected auto, cpu, cuda, cuda:1, ... or mps"
         raise ValueError(f"--device: cannot use {name!r}: {wanted}")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if local_rank is not None and device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--device: cannot use {name!r} on this machine: {reason}") from error

@@ -7,8 +7,9 @@ from types import FrameType
 
 import torch
 
+from air.compiled_svi import RecordingError
+from air.ranks import RankLostError
 from air.run_folder import RunFolder
-from air.svi import RecordingError
 from air.training import Trainer
 
 
@@ -35,6 +36,7 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
 def stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
     """Lets Ctrl-C and SIGTERM end training after the step at hand; a second one ends at once.
 
+    Not so under torchrun: a scheduler's signal comes twice there, and in a while as SIGKILL.
     Gives the list of signals received.
     """
     received: list[int] = []
@@ -42,7 +44,8 @@ def stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
     def stop(number: int, frame: FrameType | None) -> None:
         received.append(number)
         trainer.stop_requested = True
-        signal.signal(number, previous[signal.Signals(number)])
+        if trainer.ranks.local_rank is None:
+            signal.signal(number, previous[signal.Signals(number)])
 
     signals = signal.SIGINT, signal.SIGTERM
     previous = {number: signal.signal(number, stop) for number in signals}
@@ -65,7 +68,7 @@ def explain(error: Exception, run: RunFolder | None) -> str | None:
             f"{error}. The run is saved as it is; begin a new one with a lower --learning-rate, "
             f"from its weights by --load {run.checkpoint}"
         )
-    if isinstance(error, RecordingError):
+    if isinstance(error, RecordingError | RankLostError):
         what = str(error)
     elif isinstance(error, OSError):
         what = f"cannot write: {error}"

@@ -58,7 +58,7 @@ def _adder(parser: argparse.ArgumentParser, title: str) -> Add:
 
 def _add_training(add: Add) -> None:
     add("-n", "--num-steps", type=NATURAL, help="optimisation steps")
-    add("-b", "--batch-size", type=COUNT, help="images in a step")
+    add("-b", "--batch-size", type=COUNT, help="images in a step, of all processes")
     add("-lr", "--learning-rate", type=POSITIVE, help="of model and guide")
     add("-blr", "--baseline-learning-rate", type=POSITIVE, help="of the baseline's nets (score)")
     add(
@@ -208,10 +208,11 @@ def _add_output(add: Add) -> None:
     add("--alarm-after", type=NATURAL, help="steps before a sign of collapse is an alarm")
     add(
         "--data",
-        metavar="FILE",
+        metavar="PATH",
         help="train on the scenes in an .npz file with x, uint8 [N, H, H] or [N, C, H, H], and, "
         "for the accuracies, counts, [N]; held out are its test_x, test_counts, ... or, where it "
-        "has none, the last tenth, with -n 0 all",
+        "has none, the last tenth, up to 10,000, with -n 0 all; from a folder of x.npy, "
+        "counts.npy, ... or one .npy of images, batches are read as they are needed",
     )
     add("-v", "--verbose", action="store_true", help="print the nets and every setting")
 

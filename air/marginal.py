@@ -67,10 +67,11 @@ class MarginalAIR:
         data: Tensor,
         batch_size: int | None = None,
         z_pres_prior_p: PresencePrior | None = None,
+        num_images: int | None = None,
     ) -> Latents:
         """q(z_where, z_what | x) for T objects, and the probabilities that they are there."""
         with EveryStep() as path:
-            latents = self.air.guide(data, batch_size)
+            latents = self.air.guide(data, batch_size, num_images=num_images)
         # A point mass carries q_t over to the model, at no cost.
         pyro.sample("going_on", dist.Delta(torch.cat(path.going_on, 1), event_dim=2))
         return latents
@@ -80,6 +81,7 @@ class MarginalAIR:
         data: Tensor,
         batch_size: int | None = None,
         z_pres_prior_p: PresencePrior | None = None,
+        num_images: int | None = None,
     ) -> None:
         """p(x, z_where, z_what), with the expectation over n under the guide's q(n)."""
         air = self.air
@@ -92,7 +94,7 @@ class MarginalAIR:
         # Not as_tensor: that would carry numbers over from the host.
         steps = [going_on.new_ones(()) * presence_p(t) for t in range(air.num_steps)]
         log_prior, log_q = count_log_probs(torch.stack(steps)), count_log_probs(going_on)
-        with pyro.plate("data", len(data), device=str(data.device)) as ix:
+        with pyro.plate("data", num_images or len(data), device=str(data.device)) as ix:
             images = air.to_images(data[ix])
             always, objects = images.new_ones(n, 1), []
             tiny = torch.finfo(going_on.dtype).tiny  # a scale of zero is refused

@@ -1,11 +1,14 @@
 """Writes down what training tells: metrics, checkpoints, snapshots, and the live page."""
 
+import sys
 import time
+import warnings
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from air.checkpoint import save_weights
+from air.checkpoint import CheckpointError, save_weights
 from air.dashboard import Dashboard
 from air.events import CheckpointDue, Event, Progress, SnapshotDue
 from air.panes import ON_PAGE
@@ -67,3 +70,24 @@ class Recorder:
         trainer = self.trainer
         what = trainer.held_out, trainer.step, trainer.settings.seed, trainer.miscounted
         return take_snapshot(trainer.air, *what, number, trainer.learnt_prior)
+
+
+def go_back(trainer: Trainer, state: dict[str, Any], source: Path, data_sha256: str) -> None:
+    """Takes a trainer to where its run was saved.
+
+    Raises:
+        CheckpointError: If it was another run, or other scenes.
+    """
+    if state.get("data_sha256") != data_sha256:
+        raise CheckpointError(f"{source} was trained on other scenes than these")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            trainer.load_state_dict(state)
+    except Exception as error:  # whatever a file can hold that was not written here
+        raise CheckpointError(f"{source} holds no state of this run: {error!r}") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    packages = ("torch", "pyro-ppl", "numpy")
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}

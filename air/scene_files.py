@@ -59,12 +59,12 @@ def load_file(path: Path, *, hold_out_all: bool = False) -> SceneSplits:
     """
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            train = _read_split(archive, "", {"4": 4})
+            train = read_split(archive, "", {"4": 4})
             channels = train.x.shape[1] if train.x.ndim == 4 else 1
             sizes = {"4": 4, "C": channels, "H": train.x.shape[-1]}
-            test = _read_split(archive, "test_", sizes) if "test_x" in archive else None
+            test = read_split(archive, "test_", sizes) if "test_x" in archive else None
         if test is None:
-            held = 0 if hold_out_all else min(max(len(train.x) // 10, 1), 10_000)  # -0: all
+            held = number_held_out(len(train.x), hold_out_all)
             test = Scenes._make(a if a is None else a[-held:] for a in train)
             train = Scenes._make(a if a is None else a[:-held] for a in train)
     except Exception as error:  # foreign bytes make zipfile and NumPy raise anything
@@ -91,7 +91,17 @@ def read_images(path: Path, side: int, channels: int) -> Array:
     return x
 
 
-def _read_split(archive: Any, prefix: str, sizes: dict[str, int]) -> Scenes:  # noqa: ANN401
+def number_held_out(scenes: int, hold_out_all: bool) -> int:
+    """How many, from the end on, of scenes of which none are said to be; 0 is -0: all."""
+    return 0 if hold_out_all else min(max(scenes // 10, 1), 10_000)
+
+
+def read_split(archive: Any, prefix: str, sizes: dict[str, int]) -> Scenes:  # noqa: ANN401
+    """The arrays of this prefix, checked against `FORM` and the sizes of axes known already.
+
+    Raises:
+        ValueError: If one of them is of another form.
+    """
     found: dict[str, Any] = dict.fromkeys(FORM)
     for name, form in FORM.items():
         if name == "x" or prefix + name in archive:

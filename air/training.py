@@ -2,66 +2,33 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from pyro.infer import JitTraceGraph_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
 from air.air import AIR
-from air.alarms import collapse_alarm, empty_canvas_elbo, first_not_finite
+from air.alarms import SOME, collapse_alarm, empty_canvas_elbo, first_not_finite
+from air.compiled_svi import CompiledSVI
 from air.evaluation import HeldOut, evaluate
 from air.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
 from air.inference import mean_count_probs
 from air.marginal import MarginalAIR
-from air.priors import (
-    DEFAULT_COUNT_RATIO,
-    AnnealedPresencePrior,
-    Annealing,
-    geometric_count_prior,
-    presence_probs,
-)
-from air.svi import SVI, CompiledSVI, make_optimizer
+from air.priors import presence_probs
+from air.ranks import Ranks
+from air.schedules import due, is_early, learning_rate_factor
+from air.settings import TrainingSettings, make_presence_prior, share_of
+from air.subsampling import StreamedImages
+from air.svi import SVI, make_optimizer
 from air.tally import Tally
-
-Estimator = Literal["score", "marginal"]
-Schedule = Literal["constant", "cosine"]
 
 MOST_SKIPPED = 20  # steps in a row whose loss or gradients are not finite end training
 LOOK_EVERY = 100  # steps, at the least, whether there are so many
 LEARN_PRIOR_EVERY = 100  # steps
 LEARN_PRIOR_FROM = 1000  # training scenes
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How to train; the defaults are the best recipe known."""
-
-    num_steps: int = 10_000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    baseline_learning_rate: float = 1e-2
-    lr_schedule: Schedule = "constant"
-    clip_grad_norm: float | None = None
-    estimator: Estimator = "marginal"
-    z_pres_prior: float = DEFAULT_COUNT_RATIO
-    z_pres_prior_raw: bool = False
-    count_prior: Sequence[float] | None = None  # p(n), n = 0..T, in place of z_pres_prior
-    learn_count_prior_from: int | None = None  # step
-    anneal_prior: Annealing = "none"
-    anneal_prior_to: float = 1e-7
-    anneal_prior_begin: int = 0
-    anneal_prior_duration: int = 100_000
-    compile: bool | None = None  # None, here: do not; the program decides by the run's length
-    jit: bool = False
-    seed: int = 0
-    progress_every: int = 10
-    eval_every: int = 500
-    eval_scenes: int = 2000
-    save_every: int = 1000
-    alarm_after: int = 1000
+ALONE = Ranks()
 
 
 class Trainer:
@@ -69,33 +36,43 @@ class Trainer:
 
     Args:
         air: The model, on the device to train on.
-        images: Training scenes, [N, (C,) H, H], on the same device.
+        images: Training scenes, [N, (C,) H, H], on the same device, or files of them; where several
+            processes train, the part of this one.
         held_out: Scenes to evaluate on.
-        settings: How to train.
+        settings: How to train; the batch is that of all processes together.
+        ranks: The processes that train.
+
+    Raises:
+        ValueError: If the settings do not fit each other, or the processes.
     """
 
     def __init__(
         self,
         air: AIR,
-        images: Tensor,
+        images: Tensor | StreamedImages,
         held_out: HeldOut,
         settings: TrainingSettings,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.air, self.images, self.settings = air, images, settings
-        self.held_out = held_out
+        self.held_out, self.ranks = held_out, ranks
+        self.batch_size = share_of(settings, len(images), ranks)
         self.optimizer = make_optimizer(
             air, settings.learning_rate, settings.baseline_learning_rate, settings.clip_grad_norm
         )
         elbo = JitTraceGraph_ELBO(ignore_jit_warnings=True) if settings.jit else TraceGraph_ELBO()
         program = MarginalAIR(air) if settings.estimator == "marginal" else air
         kind = CompiledSVI if settings.compile else SVI
-        self.svi = kind(program.model, program.guide, self.optimizer, loss=elbo)
-        self.prior = _presence_prior(settings, air)
+        self.svi = kind(program.model, program.guide, self.optimizer, elbo, add_up=ranks.add_up)
+        self.prior = make_presence_prior(settings, air)
         self.learnt_prior: list[float] | None = None  # p(n)
         self.step = 0
         self.seconds = 0.0  # of training, evaluations and pictures left out
         self._factor = 1.0  # of the learning rates, as they stand in the optimiser
-        self.stop_requested = False
+        self.stop_requested = False  # of this process
+        self.stopped = False  # all of them, by request
+        self._streams: list[dict[str, Any]] = []  # the other processes' random states
+        self._in_stream = ranks.size == 1  # whether this process draws its own random numbers
         self.miscounted: list[int] = []  # some scenes of the last evaluation
         self.tally = Tally(images.device)
 
@@ -110,59 +87,80 @@ class Trainer:
         settings = self.settings
         if self.step == 0 < settings.num_steps:
             yield SnapshotDue(0)
+        if not self._in_stream:
+            torch.manual_seed(self.ranks.seed(settings.seed, self.step))
         start, since, since_step = time.perf_counter(), self.seconds, self.step
-        while self.step < settings.num_steps and not self.stop_requested:
+        self.stopped = self.ranks.any(self.stop_requested)
+        while not (self.finished or self.stopped):
             self._take_step()
-            last = self.step == settings.num_steps
-            progress = last or _due(self.step, settings.progress_every)
-            evaluation = not last and _due(self.step, settings.eval_every)
-            checkpoint = not last and _due(self.step, settings.save_every)
-            snapshot = evaluation or checkpoint or (not last and _is_early(self.step))
-            look = progress or snapshot or _due(self.step, LOOK_EVERY)
-            if not (look or self.stop_requested):
+            last = self.finished
+            progress = last or due(self.step, settings.progress_every)
+            evaluation = not last and due(self.step, settings.eval_every)
+            checkpoint = not last and due(self.step, settings.save_every)
+            snapshot = evaluation or checkpoint or (not last and is_early(self.step))
+            look = progress or snapshot or due(self.step, LOOK_EVERY)
+            if look or self.ranks.size == 1:  # several must stop at the same step
+                self.stopped = self.ranks.any(self.stop_requested)
+            if not (look or self.stopped):
                 continue
             stuck = bool(self.tally.in_a_row >= MOST_SKIPPED)  # waits for the device
             self.seconds += time.perf_counter() - start
+            if snapshot or last or stuck or self.stopped:  # the state may be asked for
+                self._streams = self.ranks.gather(self._stream())[1:]
             if progress or stuck:
                 yield self._progress(self.step - since_step, self.seconds - since)
                 since, since_step = self.seconds, self.step
             if stuck:
-                what = first_not_finite(self.air, self.images, self.prior)
-                raise FloatingPointError(
-                    f"{what} and with it the loss or its gradients were not finite for "
-                    f"{int(self.tally.in_a_row)} steps in a row"
-                )
+                raise self._what_is_stuck()
             if evaluation:
                 yield self.evaluate(settings.eval_scenes)
             if snapshot:
                 yield SnapshotDue(self.step)
             if checkpoint:
                 yield CheckpointDue(self.step)
+            self.stopped = self.stopped or self.ranks.any(self.stop_requested)
             start = time.perf_counter()
-        if self.step == settings.num_steps:
+        if self.finished:
             yield CheckpointDue(self.step)  # before what may take minutes
             yield self.evaluate(len(self.held_out.images))
             yield SnapshotDue(self.step)
 
+    @property
+    def finished(self) -> bool:
+        """Whether the last step was taken."""
+        return self.step >= self.settings.num_steps
+
     def _take_step(self) -> None:
         self.prior.set_step(self.step + 1)
         self._set_rates()
-        loss = self.svi.advance(
-            self.images, batch_size=self.settings.batch_size, z_pres_prior_p=self.prior
-        )
-        self.tally.add(-loss / len(self.images), self.svi.grad_norm, self.svi.skipped)
+        if isinstance(self.images, StreamedImages):
+            data, number = self.images.draw(self.batch_size), {"num_images": len(self.images)}
+        else:
+            data, number = self.images, {"batch_size": self.batch_size}
+        loss = self.svi.advance(data, **number, z_pres_prior_p=self.prior)
+        self.tally.add(-loss / self.svi.number, self.svi.grad_norm, self.svi.skipped)
         self.step += 1
         begin = self.settings.learn_count_prior_from
-        if begin is not None and self.step >= begin and _due(self.step, LEARN_PRIOR_EVERY):
+        if begin is not None and self.step >= begin and due(self.step, LEARN_PRIOR_EVERY):
             self._learn_count_prior()
+
+    def _what_is_stuck(self) -> FloatingPointError:
+        images = self.images if isinstance(self.images, Tensor) else self.images[:SOME]
+        what = first_not_finite(self.air, images, self.prior)
+        return FloatingPointError(
+            f"{what} and with it the loss or its gradients were not finite for "
+            f"{int(self.tally.in_a_row)} steps in a row"
+        )
 
     def _learn_count_prior(self) -> None:
         """Sets p(n) to the mean of q(n), which is where the ELBO is highest for the guide as it is.
 
         The scenes are spread evenly over the data, which may be sorted.
         """
-        scenes = self.images[:: -(-len(self.images) // LEARN_PRIOR_FROM)]
-        self.learnt_prior = mean_count_probs(self.air, scenes)
+        number = LEARN_PRIOR_FROM // self.ranks.size
+        scenes = self.images[:: -(-len(self.images) // number)]
+        of_ranks = self.ranks.gather(mean_count_probs(self.air, scenes))
+        self.learnt_prior = [sum(probs) / len(probs) for probs in zip(*of_ranks, strict=True)]
         self.prior.keep(presence_probs(self.learnt_prior))
 
     def _progress(self, steps: int, seconds: float) -> Progress:
@@ -175,7 +173,7 @@ class Trainer:
             grad_norm=grad_norm,
             learning_rate=self.settings.learning_rate * self._factor,
             z_pres_prior_p=list(self.prior.now),
-            images_per_second=rate * min(self.settings.batch_size, len(self.images)),
+            images_per_second=rate * min(self.batch_size, len(self.images)) * self.ranks.size,
             steps_per_second=rate,
             seconds=self.seconds,
         )
@@ -206,7 +204,6 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that it takes to go on exactly from here: tensors and plain values."""
-        cuda = self.images.device.type == "cuda"
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -216,9 +213,15 @@ class Trainer:
             "tally": {"steps": self.tally.steps, "sums": self.tally.sums},
             "model": self.air.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.images.device) if cuda else None,
+            **self._stream(),
+            "streams": self._streams,
         }
+
+    def _stream(self) -> dict[str, Any]:
+        """The random state of this process."""
+        device = self.images.device
+        cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to where `state_dict` was taken.
@@ -251,50 +254,12 @@ class Trainer:
         if (learnt_prior := state.get("learnt_prior")) is not None:
             self.learnt_prior = list(learnt_prior)
             self.prior.keep(presence_probs(self.learnt_prior))
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and self.images.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.images.device)
-
-
-def learning_rate_factor(schedule: Schedule, step: int, num_steps: int) -> float:
-    """What the learning rates are multiplied by at a step: "cosine" falls from 1 to 0.01."""
-    if schedule == "constant":
-        return 1.0
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _is_early(step: int) -> bool:
-    """Whether a snapshot is due at 10, 20, 50, 100, ... steps: most is learnt at the beginning."""
-    return step >= 10 and str(step).rstrip("0") in ("1", "2", "5")
-
-
-def _presence_prior(settings: TrainingSettings, air: AIR) -> AnnealedPresencePrior:
-    annealed_at = settings.anneal_prior_begin + settings.anneal_prior_duration
-    begin = settings.learn_count_prior_from
-    if begin is not None and settings.anneal_prior != "none" and begin < annealed_at:
-        raise ValueError(
-            f"--learn-count-prior-from must be at least {annealed_at}, where --anneal-prior ends, "
-            f"got {begin}"
-        )
-    if settings.count_prior is not None:
-        if (given := len(settings.count_prior)) != (wanted := air.num_steps + 1):
-            raise ValueError(
-                f"--count-prior: expected {wanted} numbers, of 0 objects and more, got {given}"
-            )
-        probs = presence_probs(settings.count_prior)
-    elif settings.z_pres_prior_raw:
-        probs = [settings.z_pres_prior] * air.num_steps
-    else:
-        probs = geometric_count_prior(settings.z_pres_prior, air.num_steps)
-    return AnnealedPresencePrior(
-        probs,
-        settings.anneal_prior,
-        settings.anneal_prior_to,
-        settings.anneal_prior_begin,
-        settings.anneal_prior_duration,
-        air.h_init.device,
-    )
+        streams = [state, *state.get("streams", [])]
+        cuda = self.images.device.type == "cuda"
+        whole = not cuda or all(stream["cuda_rng"] is not None for stream in streams)
+        self._in_stream = len(streams) == self.ranks.size and (whole or self.ranks.size == 1)
+        self._streams = streams[1:] if self._in_stream else []
+        stream = streams[self.ranks.rank] if self._in_stream else state
+        torch.set_rng_state(stream["rng"])
+        if stream["cuda_rng"] is not None and self.images.device.type == "cuda":
+            torch.cuda.set_rng_state(stream["cuda_rng"], self.images.device)

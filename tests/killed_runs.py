@@ -20,7 +20,7 @@ import visdom  # noqa: F401
 
 import air.training
 import main
-from air.svi import CompiledSVI
+from air.compiled_svi import CompiledSVI
 
 
 def live(arguments: list[str]) -> int:

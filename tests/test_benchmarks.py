@@ -149,6 +149,30 @@ def test_generalisation_counts_every_run_and_draws(tmp_path: Path) -> None:
     assert [sum(row) for row in confusion] == [0, 0, 12]
 
 
+def test_scaling_of_two_ranks_and_a_model_of_many(tmp_path: Path) -> None:
+    line = "--ranks 2 --batch-sizes 4 --steps 10 --device cpu --latency 0 --node-bandwidth 1e9"
+    rows = [cells(row) for row in run("bench_scaling.py", line, tmp_path).splitlines() if row]
+    one, two, eight, many = (rows[k] for k in (2, 3, 6, 7))
+    assert [one[:2], two[:2], eight[:2], many[:2]] == [
+        ["1", "4"], ["2", "4"], ["8", "4"], ["64", "4"],
+    ]  # fmt: skip
+    assert one[4] == "1.00"
+    assert float(two[6]) > 0
+    parameters = sum(
+        p.numel() for name, p in AIR().named_parameters() if not name.startswith("bl_")
+    )
+    assert float(one[5]) == pytest.approx(4 * parameters / 1e6, abs=0.1)
+    assert eight[4] == "100%"
+
+
+def test_rates_of_streaming(tmp_path: Path) -> None:
+    line = f"--scenes 200 --batch-sizes 8 --batches 3 --folder {tmp_path}"
+    _, _, *table = run("bench_streaming.py", line, tmp_path).splitlines()
+    assert [cells(row)[:2] for row in table] == [
+        ["8", "one file"], ["8", "ten files"], ["8", "memory"],
+    ]  # fmt: skip
+
+
 def test_downstream_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_weights(AIR(), tmp_path / "weights.pt")

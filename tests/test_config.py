@@ -8,7 +8,7 @@ import pytest
 
 import main
 from air import AIR, config
-from air.training import TrainingSettings
+from air.settings import TrainingSettings
 
 
 def test_defaults_are_those_of_the_code() -> None:

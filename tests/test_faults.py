@@ -19,10 +19,10 @@ from conftest import run as run_main
 from test_training import trainer
 
 from air.checkpoint import CheckpointError
+from air.compiled_svi import RecordingError
 from air.faults import exit_code, explain, stop_on_signals, terminate_like_interrupt
 from air.panes import ORDER
 from air.run_folder import RunFolder
-from air.svi import RecordingError
 
 
 @pytest.fixture

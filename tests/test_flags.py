@@ -3,7 +3,7 @@
 import pytest
 
 from air import config, flags
-from air.training import TrainingSettings
+from air.settings import TrainingSettings
 
 TUTORIAL = (
     "-n 200000 -blr 0.1 --z-pres-prior 0.01 --scale-prior-sd 0.2 --predict-net 200 "

@@ -25,6 +25,7 @@ from air.checkpoint import CheckpointError, read_weights
 from air.digits import MNIST_FILES
 from air.evaluation import HeldOut, evaluate
 from air.events import SnapshotDue
+from air.ranks import Ranks
 from air.run_folder import RunFolder
 from air.scene_files import FORM
 
@@ -130,7 +131,7 @@ words = st.one_of(
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-@cases(600)
+@cases(400)
 @given(st.lists(st.tuples(st.sampled_from(options()), st.lists(words, max_size=2)), max_size=3))
 def test_flags(
     scenes: Path, program: Callable[[list[str]], int], asked: list[tuple[str, list[str]]]
@@ -223,7 +224,7 @@ def checkpoint(scenes: Path, tmp_path: Path) -> Path:
     line = [*TINY, "--data", str(scenes), "--output-dir", str(tmp_path / "run")]
     asked = main.plain(vars(main.build_parser().parse_args(line)))
     with contextlib.ExitStack() as held:
-        session = main.prepare(asked, held)
+        session = main.prepare(asked, held, Ranks())
         for event in session.trainer.train():
             session.recorder.keep(event)
     return session.run.checkpoint

@@ -11,7 +11,8 @@ from air import AIR
 from air.alarms import empty_canvas_elbo
 from air.evaluation import Evaluation, HeldOut
 from air.events import Evaluated
-from air.training import Trainer, TrainingSettings
+from air.settings import TrainingSettings
+from air.training import Trainer
 from multi_mnist import SceneSettings, load_scenes
 
 

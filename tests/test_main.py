@@ -210,7 +210,8 @@ def test_a_run_of_a_preset_goes_on_and_is_loaded(
     tiny = SMALL.replace("-n 4", "-n 2")
     learn = "--anneal-prior none --learn-count-prior-from 1"
     for line in (
-        f"--preset small-digits {tiny} --output-dir run", "--resume run -n 4",
+        f"--preset small-digits --lr-schedule constant {tiny} --output-dir run",
+        "--resume run -n 4",
         f"--preset small-digits {SMALL} {learn} --load run/checkpoint.pt --output-dir second",
         "--preset small-digits -n 0 --load second/checkpoint.pt --output-dir third "
         f"{SCENES} --evaluate --iwae-samples 2 --iwae-scenes 10",

@@ -22,7 +22,9 @@ def test_every_index_comes_equally_often(size: int, n: int) -> None:
     assert z.abs().max() < 5
 
 
-@pytest.mark.parametrize(("size", "n"), [(60_000, 64), (50_000_003, 1024), (12, 4), (9, 9)])
+@pytest.mark.parametrize(
+    ("size", "n"), [(60_000, 64), (50_000_003, 1024), (10**9, 8192), (12, 4), (9, 9)]
+)
 def test_indices_rise_within_the_range(size: int, n: int) -> None:
     for _ in range(50):
         indices = draw_indices(size, n, CPU)

@@ -13,20 +13,15 @@ import torch
 from conftest import small_air
 from pyro.infer import JitTraceGraph_ELBO
 
+from air.compiled_svi import CompiledSVI
 from air.evaluation import HeldOut
 from air.events import CheckpointDue, Evaluated, Progress, SnapshotDue
 from air.inference import infer
 from air.priors import geometric_count_prior, presence_probs
-from air.svi import CompiledSVI
+from air.schedules import learning_rate_factor
+from air.settings import Estimator, TrainingSettings
 from air.tally import Tally
-from air.training import (
-    LOOK_EVERY,
-    MOST_SKIPPED,
-    Estimator,
-    Trainer,
-    TrainingSettings,
-    learning_rate_factor,
-)
+from air.training import LOOK_EVERY, MOST_SKIPPED, Trainer
 
 SETTINGS = TrainingSettings(
     num_steps=12, batch_size=4, progress_every=3, eval_every=4, eval_scenes=5, save_every=5,
@@ -172,16 +167,6 @@ def test_annealing_goes_on_from_a_count_prior_that_was_given() -> None:
     assert resumed.prior.now == whole.prior.now == pytest.approx([1e-3] * 3)
 
 
-def test_a_count_prior_must_fit() -> None:
-    plain = replace(SETTINGS, anneal_prior="none")
-    given = trainer(replace(plain, count_prior=[1, 2, 3, 4]))
-    assert given.prior.now == [0.9, pytest.approx(7 / 9), pytest.approx(4 / 7)]
-    with pytest.raises(ValueError, match=r"--count-prior: expected 4 numbers.*got 3"):
-        trainer(replace(plain, count_prior=[1, 2, 3]))
-    with pytest.raises(ValueError, match="--learn-count-prior-from must be at least 10"):
-        trainer(replace(SETTINGS, learn_count_prior_from=5))
-
-
 def test_a_prior_is_learnt_after_it_was_annealed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("air.training.LEARN_PRIOR_EVERY", 3)
     settings = replace(SETTINGS, learn_count_prior_from=10, num_steps=14, progress_every=1)
@@ -281,18 +266,6 @@ def test_a_collapse_is_an_alarm_from_the_given_step_on() -> None:
     assert alarms[4] is None
     assert "leaving every canvas empty" in str(alarms[8])
     assert "leaving every canvas empty" in str(alarms[12])
-
-
-def test_raw_prior_is_the_probability_at_each_step() -> None:
-    raw = trainer(replace(SETTINGS, z_pres_prior=0.3, z_pres_prior_raw=True, anneal_prior="none"))
-    assert raw.prior.probs.tolist() == pytest.approx([0.3] * 3)
-
-
-def test_cosine_schedule_falls_from_one_to_a_hundredth() -> None:
-    factors = [learning_rate_factor("cosine", step, 100) for step in range(101)]
-    assert factors == sorted(factors, reverse=True)
-    assert [factors[0], factors[50], factors[100]] == pytest.approx([1.0, 0.505, 0.01])
-    assert learning_rate_factor("constant", 70, 100) == 1.0
 
 
 def test_schedule_moves_both_rates() -> None:

@@ -26,6 +26,7 @@ from air import AIR
 from air.checkpoint import fit_weights, read_weights
 from air.config import merge_new
 from air.marginal import MarginalAIR
+from air.ranks import Ranks
 
 
 class Moments:
@@ -80,7 +81,7 @@ def main() -> None:
     given = vars(program.build_parser().parse_args(args.flags))
     weights, saved = read_weights(Path(args.load)) if args.load else ({}, {})
     config = {**program.DEFAULTS, **merge_new(saved, given), "estimator": "score"}
-    trainer = program.build_trainer(config, program.load_scenes(config), torch.device("cpu"))
+    trainer, _ = program.assemble(config, Ranks())
     if weights:
         fit_weights(trainer.air, weights, Path(args.load))
     air, images = trainer.air, trainer.held_out.images[: args.batch_size]

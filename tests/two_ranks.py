@@ -1,0 +1,135 @@
+"""What tests of training by two processes run under torchrun; each rank saves what it found.
+
+torchrun --nproc-per-node 2 tests/two_ranks.py FOLDER
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import TraceGraph_ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, this is not a package
+from air import AIR, training
+from air.compiled_svi import CompiledSVI
+from air.distributed import TorchrunRanks
+from air.evaluation import HeldOut
+from air.marginal import MarginalAIR
+from air.ranks import Config, Ranks
+from air.settings import TrainingSettings
+from air.svi import SVI, make_optimizer
+from air.training import Trainer
+
+CASES = list(product(("marginal", "score"), (False, True)))  # estimator, captured
+STEPS = 50
+
+
+class GivenNoise(Messenger):
+    """Draws each image's samples by noise that goes with the image, [B, size] for each site."""
+
+    def __init__(self, noise: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.noise and not msg["done"]:
+            fn, noise = msg["fn"], self.noise[msg["name"]]
+            while hasattr(fn, "base_dist"):
+                fn = fn.base_dist
+            if isinstance(fn, dist.Normal):
+                msg["value"] = fn.loc + fn.scale * torch.special.ndtri(noise)
+            else:
+                msg["value"] = (noise < fn.probs).float()
+            msg["done"] = True
+
+
+def small_air() -> AIR:
+    torch.manual_seed(3)
+    return AIR(x_size=12, window_size=7, z_what_size=5, rnn_hidden_size=11, encoder_net=[9],
+               decoder_net=[8], predict_net=[6], bl_predict_net=[4])  # fmt: skip
+
+
+def data(size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Images, and noise for them."""
+    drawn = torch.Generator().manual_seed(5)
+    sizes = {"z_pres": 1, "z_where": 3, "z_what": 5}
+    names = {f"{name}_{t}": k for (name, k), t in product(sizes.items(), range(3))}
+    noise = {name: torch.rand(size, k, generator=drawn) for name, k in names.items()}
+    return torch.rand(size, 12, 12, generator=drawn), noise
+
+
+def one_step(estimator: str, captured: bool, ranks: Ranks) -> dict[str, Tensor]:
+    """The gradients and the rest of a step on the part of 8 images that is this rank's."""
+    images, noise = data(8)
+    air = small_air()
+    program: Any = MarginalAIR(air) if estimator == "marginal" else air
+    guide = GivenNoise({name: ranks.part(values) for name, values in noise.items()})(program.guide)
+    kind: Any = partial(CompiledSVI, compiler=lambda graph: graph) if captured else SVI
+    optimizer = make_optimizer(air, 1e-3, 1e-2, clip_grad_norm=50.0)
+    svi = kind(program.model, guide, optimizer, TraceGraph_ELBO(), add_up=ranks.add_up)
+    part = ranks.part(images)
+    loss = svi.advance(part, num_images=3 * len(part))  # as if drawn from three times as many
+    gradients = {name: p.grad for name, p in air.named_parameters() if p.grad is not None}
+    others = {"loss": loss, "number": torch.as_tensor(svi.number), "norm": svi.grad_norm}
+    return {**gradients, **others, **air.state_dict(prefix="after ")}
+
+
+def make_trainer(num_steps: int, ranks: Ranks, **settings: Any) -> Trainer:  # noqa: ANN401
+    given = TrainingSettings(num_steps=num_steps, batch_size=4, eval_every=0, **settings)
+    images = data(25)[0]
+    return Trainer(small_air(), ranks.part(images), HeldOut(images[:3]), given, ranks)
+
+
+def train(trainer: Trainer) -> Iterator[float]:
+    """Trains to the end; the ELBOs on the way."""
+    for event in trainer.train():
+        yield from [event.elbo] if hasattr(event, "elbo") else []
+
+
+def refuse(config: Config, ranks: Ranks) -> tuple[Trainer, str]:
+    raise ValueError(f"no scenes on rank {ranks.rank}, whose device is {config['device']}")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    pyro.enable_validation(False)  # a captured step has no values to look at
+    training.LEARN_PRIOR_EVERY = 10  # type: ignore[misc]
+    with TorchrunRanks() as ranks:
+        found: dict[str, Any] = {str(case): one_step(*case, ranks) for case in CASES}
+        for estimator in ("marginal", "score"):
+            trainer = make_trainer(STEPS, ranks, estimator=estimator, learn_count_prior_from=20)
+            found[f"elbos {estimator}"] = list(train(trainer))
+            found[f"weights {estimator}"] = trainer.air.state_dict()
+            found[f"prior {estimator}"] = trainer.learnt_prior
+        whole, first, second = (make_trainer(n, ranks) for n in (10, 5, 10))
+        list(train(whole))
+        list(train(first))
+        saved = ranks.gather(first.state_dict())[0]  # rank 0 alone writes
+        if ranks.rank == 0:  # as main.py does, and tells the others
+            second.load_state_dict(saved)
+        second.load_state_dict(ranks.gather(second.state_dict())[0])
+        list(train(second))
+        found |= {"whole": whole.air.state_dict(), "second": second.air.state_dict()}
+        found |= {"state": saved, "drawn": torch.rand(4)}
+        torch.save(found, folder / f"{ranks.rank}.pt")
+        if ranks.rank == 0:
+            ranks.others_wait()
+            try:
+                ranks.lead({"device": "cpu"}, "", {})
+            except ValueError as error:
+                (folder / "problem.txt").write_text(str(error))
+        else:
+            ranks.follow(refuse)
+
+
+if __name__ == "__main__":
+    main()
