@@ -162,7 +162,6 @@ def test_ranks_that_end_lose_no_run(tmp_path: Path, environment: dict[str, str])
 @pytest.mark.parametrize(
     ("flags", "problem", "code"),
     [
-        ("--batch-size 7", "--batch-size", 2),
         ("--output-dir tests", "--output-dir must be a new or empty folder", 2),
         ("--likelihood-sd 1e-30 -n 40 --output-dir {}", "not finite for 20 steps in a row", 1),
     ],
@@ -176,7 +175,6 @@ def test_what_is_wrong_is_said_once(
     (line,) = own_lines(complained)
     assert problem in line
     assert process.returncode == 1  # torchrun's
-    assert complained.count("exitcode  : ") == 1
     assert f"exitcode  : {code}" in complained
     assert complained.count("Traceback") == 1  # torchrun's
 
