@@ -2,8 +2,8 @@
 
     python tests/killed_runs.py FOLDER KILLS [--captured] -- FLAGS OF main.py
 
-Every life is a fork of this process, which has imported all that takes long. It is killed at a
-random moment, every third time while it writes its checkpoint. Prints how often it was killed, and
+Every life is a fork of this process, which has imported all that takes long. It is killed at some
+moment, every third time while it writes a checkpoint. Prints how often it was killed, and
 how often in writing.
 """
 
@@ -16,11 +16,15 @@ import time
 from functools import partial
 from pathlib import Path
 
+import scipy.optimize  # noqa: F401
+import torch._dynamo  # noqa: F401
 import visdom  # noqa: F401
 
 import air.training
 import main
 from air.compiled_svi import CompiledSVI
+
+CAPTURED = partial(CompiledSVI, compiler=lambda graph: graph)  # Inductor compiles for a minute
 
 
 def live(arguments: list[str]) -> int:
@@ -42,14 +46,37 @@ def is_writing(folder: Path) -> bool:
     return any(folder.glob(".checkpoint.pt.*.tmp"))
 
 
+def state_of(path: Path) -> tuple[int, int]:
+    """When a file was written, in nanoseconds, and its size; zeros where it is not there."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
 def kill(process: int, folder: Path, in_writing: bool) -> bool | None:
-    """Kills a life; returns whether it was writing, or None if it came to its end before."""
-    until = time.monotonic() + random.uniform(0.3, 0.8)
-    while time.monotonic() < until or in_writing:
+    """Kills a life; returns whether it was writing, or None if it came to its end before.
+
+    That is in its start, or after up to six steps, each of which adds a line to metrics.jsonl; or
+    in writing its second checkpoint, so that the run comes forward.
+    """
+    steps, pause = random.randrange(7), random.uniform(0, 0.4)
+    until = time.monotonic() + pause
+    checkpoint = state_of(folder / "checkpoint.pt")
+    size = state_of(folder / "metrics.jsonl")[1]
+    while True:
         if os.waitpid(process, os.WNOHANG)[0]:
             return None
-        if in_writing and is_writing(folder):
+        if in_writing:
+            if is_writing(folder) and state_of(folder / "checkpoint.pt") != checkpoint:
+                break
+        elif steps == 0 and time.monotonic() > until:
             break
+        before, size = size, state_of(folder / "metrics.jsonl")[1]
+        if size > before and steps > 0:
+            steps, until = steps - 1, time.monotonic() + pause / 10
+        time.sleep(0.0005)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
     return is_writing(folder)
@@ -81,9 +108,7 @@ def run(folder: Path, kills: int, flags: list[str]) -> None:
 
 if __name__ == "__main__":
     target, number, *given = sys.argv[1:]
-    if "--captured" in given:  # without Inductor, which compiles for a minute
+    if "--captured" in given:
         given.remove("--captured")
-        air.training.CompiledSVI = partial(  # type: ignore[attr-defined]
-            CompiledSVI, compiler=lambda graph: graph
-        )
+        air.training.CompiledSVI = CAPTURED  # type: ignore[attr-defined]
     run(Path(target), int(number), given[1:])

@@ -1,9 +1,13 @@
 """The scripts under tests/benchmarks, on scenes and nets too small for their figures to matter."""
 
+import contextlib
+import io
 import json
-import subprocess
+import os
+import runpy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyro
@@ -27,14 +31,29 @@ TINY = (
 )
 
 
+def start(script: str, line: str, folder: Path) -> tuple[object, str, str]:
+    """A script from flags to exit code, what it prints and what it complains, in this process."""
+    said, complained, code = io.StringIO(), io.StringIO(), None
+    with (
+        contextlib.chdir(folder),
+        mock.patch.object(sys, "argv", [script, *line.split()]),
+        mock.patch.object(sys, "path", [*sys.path]),
+        mock.patch.dict(os.environ),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(complained),
+    ):
+        try:
+            runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code
+    return code, said.getvalue(), complained.getvalue()
+
+
 def run(script: str, line: str, folder: Path) -> str:
     """What a script prints; it must end well."""
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *line.split()],
-        cwd=folder, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    code, said, complained = start(script, line, folder)
+    assert not code, (code, complained)
+    return said
 
 
 def cells(line: str) -> list[str]:
@@ -47,33 +66,30 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_table_counts_every_seed_and_runs_none_twice(tmp_path: Path) -> None:
-    line = f"--out out --seeds 2 --estimators marginal -- -n 2 -b 4 --iwae-samples 2 {TINY}"
-    header, _, ours, *published = run("seeds.py", line, tmp_path).splitlines()
-    assert cells(ours)[:2] == ["marginal", "2"]
+    flags = f"-n 2 -b 4 --iwae-samples 2 --cache-dir {tmp_path}/cache {TINY}"
+    line = f"--out out --seeds 2 --estimators marginal -- {flags}"
+    whole, taken = tmp_path / "out" / "marginal-seed0", tmp_path / "out" / "marginal-seed1"
+    taken.mkdir(parents=True)
+    (taken / "mine.txt").write_text("no place for a run")
+    code, said, complained = start("seeds.py", line, tmp_path)
+    assert code == 1
+    assert f"not done: {taken.relative_to(tmp_path)}" in complained
+    header, _, ours, *published = said.splitlines()
+    assert cells(ours)[:2] == ["marginal", "2, of which 1 ended in an error"]
+    assert cells(ours)[3:5] == ["an error", "0 of 2"]
     assert len(cells(header)) == len(cells(ours)) == 11
     assert all(len(cells(row)) == 11 for row in published if row)
+
+    (taken / "mine.txt").unlink()
+    (whole / "evaluation.json").unlink()  # as if it had been stopped before it
+    header, _, ours, *_ = run("seeds.py", line, tmp_path).splitlines()
+    assert cells(ours)[:2] == ["marginal", "2"]
+    assert json.loads((whole / "config.json").read_text())["resume"] is not None  # it went on
     written = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.glob("out/*/*.*"))
     assert run("seeds.py", line, tmp_path).splitlines()[2] == ours
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.glob("out/*/*.*")) == written
-
-
-def test_a_seed_that_fails_stands_in_the_table(tmp_path: Path) -> None:
-    command = f"--out out --seeds 2 --estimators marginal -- -n 1 -b 4 --iwae-samples 2 {TINY}"
-    (tmp_path / "out" / "marginal-seed1").mkdir(parents=True)
-    (tmp_path / "out" / "marginal-seed1" / "mine.txt").write_text("no place for a run")
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "seeds.py"), *command.split()],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 1
-    ours = cells(done.stdout.splitlines()[2])
-    assert ours[:2] == ["marginal", "2, of which 1 ended in an error"]
-    assert ours[3:5] == ["an error", "0 of 2"]
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "seeds.py"), *command.replace("-n 1", "-n 3").split()],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert "was begun with num_steps 1, not 3" in done.stderr
+    code, _, _ = start("seeds.py", line.replace("-n 2", "-n 3"), tmp_path)
+    assert "was begun with num_steps 2, not 3" in str(code)
 
 
 def test_gradient_variance_of_every_part_of_a_loaded_model(tmp_path: Path) -> None:
@@ -173,6 +189,7 @@ def test_rates_of_streaming(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_downstream_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_weights(AIR(), tmp_path / "weights.pt")

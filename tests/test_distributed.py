@@ -120,7 +120,7 @@ def own_lines(complained: str) -> list[str]:
 def test_ranks_that_end_lose_no_run(tmp_path: Path, environment: dict[str, str]) -> None:
     folder = tmp_path / "run"
     steps = SMALL.replace("-n 4", "-n 100000")
-    flags = f"{steps} --save-every 20 --eval-every 0 --output-dir {folder}".split()
+    flags = f"{steps} --no-compile --save-every 20 --eval-every 0 --output-dir {folder}".split()
     process = start("main.py", *flags, environment=environment)
     wait_for(folder / "checkpoint.pt", process)
     ranks = [process_of(rank, process.pid) for rank in (0, 1)]

@@ -17,6 +17,7 @@ import torch
 from conftest import small_air
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from killed_runs import CAPTURED
 
 import main
 import multi_mnist
@@ -29,26 +30,10 @@ from air.ranks import Ranks
 from air.run_folder import RunFolder
 from air.scene_files import FORM
 
-TINY = [
-    "-b",
-    "4",
-    "--rnn-hidden-size",
-    "6",
-    "--encoder-latent-size",
-    "3",
-    "--encoder-net",
-    "4",
-    "--decoder-net",
-    "4",
-    "--predict-net",
-    "4",
-    "--bl-predict-net",
-    "4",
-    "--window-size",
-    "6",
-    "-n",
-    "2",
-]
+TINY = (
+    "-b 4 --rnn-hidden-size 6 --encoder-latent-size 3 --encoder-net 4 --decoder-net 4 "
+    "--predict-net 4 --bl-predict-net 4 --window-size 6 -n 2"
+)
 
 
 def cases(number: int) -> settings:
@@ -99,6 +84,7 @@ def program(
 
     with monkeypatch.context() as patch:
         patch.setattr(main, "train", take_a_step)
+        patch.setattr("air.training.CompiledSVI", CAPTURED)
         yield run
 
 
@@ -137,7 +123,7 @@ def test_flags(
     scenes: Path, program: Callable[[list[str]], int], asked: list[tuple[str, list[str]]]
 ) -> None:
     line = [word for name, values in asked for word in (name, *values)]
-    program([*TINY, "--data", str(scenes), *line])
+    program([*TINY.split(), "--data", str(scenes), *line])
 
 
 def damaged(whole: bytes) -> st.SearchStrategy[bytes]:
@@ -221,7 +207,7 @@ def test_damaged_idx_files(tmp_path: Path, data: st.DataObject) -> None:
 @pytest.fixture
 def checkpoint(scenes: Path, tmp_path: Path) -> Path:
     """The checkpoint of a small run."""
-    line = [*TINY, "--data", str(scenes), "--output-dir", str(tmp_path / "run")]
+    line = [*TINY.split(), "--data", str(scenes), "--output-dir", str(tmp_path / "run")]
     asked = main.plain(vars(main.build_parser().parse_args(line)))
     with contextlib.ExitStack() as held:
         session = main.prepare(asked, held, Ranks())

@@ -362,8 +362,8 @@ def test_viz_on_a_server_that_dies_and_comes_back(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     line = (
-        f"{SMALL} -n 250 --estimator score --viz --viz-every 5 --eval-every 20 --visdom-env live "
-        "--save-every 0 --eval-scenes 10 --viz-log session.log --output-dir run"
+        f"{SMALL} -t 1 -n 250 --estimator score --viz --viz-every 5 --eval-every 20 --save-every 0 "
+        "--visdom-env live --eval-scenes 10 --viz-log session.log --output-dir run"
     )
     log = tmp_path / "run" / "metrics.jsonl"
 
@@ -382,7 +382,7 @@ def test_viz_on_a_server_that_dies_and_comes_back(
             wait_for_step(20)
             server.kill()
             server.wait()
-            wait_for_step(100)
+            wait_for_step(60)
             with visdom_server(tmp_path / "two", port):
                 output, complaints = process.communicate(timeout=120)
                 found = panes(port, "live")

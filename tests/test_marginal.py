@@ -132,7 +132,8 @@ def test_the_mean_gradient_agrees_with_the_score_functions() -> None:
             gradients.append(parameter.grad.clone())
         return torch.stack(gradients)
 
-    sampled, exact = draw(air), draw(MarginalAIR(air))
+    with pyro.validation_enabled(False):
+        sampled, exact = draw(air), draw(MarginalAIR(air))
     se = ((sampled.var(0) + exact.var(0)) / 150).sqrt()
     assert ((sampled.mean(0) - exact.mean(0)).abs() < 4.5 * se).all()
     assert exact[:, 0].var() < sampled[:, 0].var() / 5, "of the logit of z_pres"

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -245,12 +246,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--steps", type=int, default=5, help="of one turn")
     args = parser.parse_args()
-    # Empty, so that compiling takes the time that it takes at first.
-    caches = tempfile.TemporaryDirectory()
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches.name
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
-    for batch_size in args.batch_sizes:
-        for model_steps in args.model_steps:
+    with tempfile.TemporaryDirectory() as empty:  # so that compiling takes the time of a first run
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
+        for batch_size, model_steps in product(args.batch_sizes, args.model_steps):
             forms = [("plain", "score")]
             forms += [(form, estimator) for estimator in args.estimators for form in args.forms]
             setting = batch_size, model_steps, args.device, args.threads

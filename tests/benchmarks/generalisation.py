@@ -44,12 +44,11 @@ class Case(NamedTuple):
         return out / f"{counts}-{self.guide}-{self.estimator}-seed{self.seed}"
 
 
-def arguments_of(case: Case, out: Path, flags: Sequence[str]) -> list[str]:
-    """What main.py is called with to train."""
+def arguments_of(case: Case, flags: Sequence[str]) -> list[str]:
+    """What main.py is called with to train, but for the run's folder."""
     own = ["--guide", case.guide, "--estimator", case.estimator, "--seed", str(case.seed)]
     counts = ["--counts", *map(str, EXPERIMENTS[case.experiment][0])]
-    saved = ["--output-dir", str(case.folder(out)), "--evaluate", "--iwae-scenes", "100"]
-    return [*saved, *own, *counts, *flags]
+    return [*own, *counts, "--evaluate", "--iwae-scenes", "100", *flags]
 
 
 def same_scenes(folder: Path) -> list[str]:
@@ -68,7 +67,7 @@ def same_scenes(folder: Path) -> list[str]:
 def measure(case: Case, out: Path, flags: Sequence[str]) -> tuple[float, float] | None:
     """Count accuracy on the counts that were seen and on the other, None where a run failed."""
     folder, other = case.folder(out), EXPERIMENTS[case.experiment][1]
-    if train(folder, arguments_of(case, out, flags)):
+    if train(folder, arguments_of(case, flags)):
         return None
     elsewhere = folder.with_name(f"{folder.name}-other")
     if not any("accuracy_mode" in line for line in read_lines(elsewhere)):
@@ -132,7 +131,7 @@ def main() -> None:
         *map(Case._make, product(EXPERIMENTS, given.guides, given.estimators, range(given.seeds)))
     ]
     for case in cases:
-        check_flags(case.folder(given.out), arguments_of(case, given.out, flags))
+        check_flags(case.folder(given.out), arguments_of(case, flags))
     with ThreadPoolExecutor(given.jobs) as pool:
         found = pool.map(lambda case: measure(case, given.out, flags), cases)
         results = dict(zip(cases, found, strict=True))

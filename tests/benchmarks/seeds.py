@@ -80,9 +80,9 @@ def check_flags(folder: Path, arguments: Sequence[str]) -> None:
 
 
 def arguments_of(run: tuple[Path, str, int], flags: Sequence[str]) -> list[str]:
-    """What main.py is called with for a new run."""
-    folder, estimator, seed = run
-    own = ["--output-dir", str(folder), "--estimator", estimator, "--seed", str(seed)]
+    """What main.py is called with for a run, but for its folder."""
+    _, estimator, seed = run
+    own = ["--estimator", estimator, "--seed", str(seed)]
     return [*own, "--eval-every", "250", "--evaluate", *flags]
 
 
@@ -90,13 +90,13 @@ def train(folder: Path, arguments: Sequence[str]) -> int:
     """Trains one seed, or goes on with it; returns the exit code, 0 where nothing is left."""
     if is_done(folder):
         return 0
-    if (folder / "checkpoint.pt").exists():
-        arguments = ["--resume", str(folder)]
-    elif (folder / "config.json").exists():
+    goes_on = (folder / "checkpoint.pt").exists()
+    if not goes_on and (folder / "config.json").exists():
         shutil.rmtree(folder)  # stopped before its first checkpoint
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".log").open("a") as log:
-        command = [sys.executable, str(MAIN), *arguments]
+        place = ["--resume" if goes_on else "--output-dir", str(folder)]
+        command = [sys.executable, str(MAIN), *place, *arguments]
         return subprocess.run(command, stdout=log, stderr=log).returncode
 
 
