@@ -1,6 +1,7 @@
 """Whatever is given, the program succeeds or says in one line, with exit code 2, what is wrong.
 
-About 2,200 cases: flags, files of scenes and of digits, checkpoints. Training itself is left out.
+About 2,400 cases: flags, files of scenes and folders of them, files of digits, checkpoints. Training
+itself is left out.
 """
 
 import contextlib
@@ -160,6 +161,21 @@ def test_damaged_files_of_scenes(scenes: Path, data: st.DataObject) -> None:
     path = scenes.with_name("damaged.npz")
     path.write_bytes(data.draw(damaged(scenes.read_bytes())))
     use(path)
+
+
+@cases(200)
+@given(st.data())
+def test_damaged_folders_of_scenes(scenes: Path, data: st.DataObject) -> None:
+    folder = scenes.with_name("folder")
+    folder.mkdir(exist_ok=True)
+    with np.load(scenes) as file:
+        parts = {"x-0": file["x"][:20], "x-1": file["x"][20:]}
+        parts |= {name: file[name] for name in ("counts", "boxes")}
+    for name, array in parts.items():
+        np.save(folder / f"{name}.npy", array)
+    path = folder / f"{data.draw(st.sampled_from(sorted(parts)))}.npy"
+    path.write_bytes(data.draw(damaged(path.read_bytes())))
+    use(data.draw(st.sampled_from([folder, folder / "x-0.npy"])))
 
 
 numbers = st.one_of(st.integers(-5, 5), st.floats(width=32), st.integers(-(2**60), 2**60))
