@@ -1,7 +1,7 @@
 """Whatever is given, the program succeeds or says in one line, with exit code 2, what is wrong.
 
-About 2,400 cases: flags, files of scenes and folders of them, files of digits, checkpoints. Training
-itself is left out.
+About 2,400 cases: flags, files of scenes and folders of them, files of digits, checkpoints.
+Training itself is left out.
 """
 
 import contextlib
