@@ -3,8 +3,8 @@
     python tests/killed_runs.py FOLDER KILLS [--captured] -- FLAGS OF main.py
 
 Every life is a fork of this process, which has imported all that takes long. It is killed at some
-moment, every third time while it writes a checkpoint. Prints how often it was killed, and
-how often in writing.
+moment, every third time while it writes a checkpoint. Prints how often it was killed, and how often
+in writing.
 """
 
 import os
@@ -16,6 +16,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+# What torch and the program import when they first need it: each life would spend a second on it.
 import scipy.optimize  # noqa: F401
 import torch._dynamo  # noqa: F401
 import visdom  # noqa: F401

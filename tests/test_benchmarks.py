@@ -189,7 +189,6 @@ def test_rates_of_streaming(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_downstream_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_weights(AIR(), tmp_path / "weights.pt")

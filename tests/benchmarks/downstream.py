@@ -10,6 +10,7 @@ digits.
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from torch import nn
@@ -102,7 +104,9 @@ def score_latents(model: Any, train: Task, test: Task, name: str, number: int) -
     They are taken as they are: to scale each to the same variance would raise those that the model
     does not use.
     """
-    model.fit(train.latents[:number], train.targets[name][:number])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of a number of passes that is fixed
+        model.fit(train.latents[:number], train.targets[name][:number])
     return float(model.score(test.latents, test.targets[name]))
 
 
