@@ -146,8 +146,14 @@ def test_generalisation_counts_every_run_and_draws(tmp_path: Path) -> None:
         "--out out --seeds 1 --estimators marginal --guides difference -- -n 2 -b 4 "
         f"--iwae-samples 2 {TINY}"
     )
+    for name, accuracy in (("", 0.75), ("-other", 0.5)):  # done before
+        done = tmp_path / "out" / f"012-difference-marginal-seed0{name}"
+        done.mkdir(parents=True)
+        (done / "evaluation.json").write_text("{}")
+        (done / "metrics.jsonl").write_text(json.dumps({"accuracy_mode": accuracy}) + "\n")
     header, _, *table = run("generalisation.py", line, tmp_path).splitlines()
     assert len(table) == 2  # experiments
+    assert cells(table[0])[4:] == ["75.0%", "50.0%", "50.0%"]
     for row in table:
         digits, guide, estimator, seeds, seen, other, each = cells(row)
         assert (guide, estimator, seeds) == ("DAIR", "marginal", "1")

@@ -36,9 +36,12 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"VISDOM_{name}", raising=False)
 
 
-@pytest.fixture
-def live(tmp_path: Path) -> Iterator[tuple[int, "subprocess.Popen[bytes]"]]:
-    with visdom_server(tmp_path) as (port, server):
+@pytest.fixture(scope="module")
+def live(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[int, "subprocess.Popen[bytes]"]]:
+    """One server, for tests that leave it as it is; each has an environment of its own."""
+    with visdom_server(tmp_path_factory.mktemp("live")) as (port, server):
         yield port, server
 
 

@@ -176,10 +176,20 @@ def test_ctrl_c_while_compiling_ends_the_run_saved(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     """A terminal sends it to the compiler's processes too."""
+    code = (  # Inductor works on something small before the step, which takes it a minute
+        "import sys, main, torch, air.training\n"
+        "from functools import partial\n"
+        "def compiler(graph):\n"
+        "    torch.compile(lambda x: x.sin() + x.cos().sum())(torch.rand(1000))\n"
+        "    return graph\n"
+        "air.training.CompiledSVI = partial(air.training.CompiledSVI, compiler=compiler)\n"
+        "sys.exit(main.main(sys.argv[1:]))"
+    )
     line = f"{SMALL} -t 1 -n 50 --compile --output-dir run"
     compiling = tmp_path / "inductor"
     own = {**environment, "TORCHINDUCTOR_CACHE_DIR": str(compiling), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, str(ROOT / "main.py"), *line.split()]
+    own |= {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *line.split()]
     with subprocess.Popen(
         command, cwd=tmp_path, env=own, stdout=-1, stderr=-1, text=True, start_new_session=True
     ) as process:

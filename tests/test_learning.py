@@ -40,9 +40,9 @@ def train(settings: TrainingSettings, steps: int, cache: Path) -> tuple[Evaluati
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fast")
 def test_the_default_recipe_learns_to_count(cache: Path) -> None:
-    result, empty = train(TrainingSettings(num_steps=500, eval_every=0), 3, cache)
+    result, empty = train(TrainingSettings(num_steps=400, eval_every=0), 3, cache)
     assert result.accuracy_mode is not None
-    assert result.accuracy_mode >= 0.9
+    assert result.accuracy_mode >= 0.85
     assert result.elbo > empty + 100
 
 

@@ -53,15 +53,15 @@ class GivenNoise(Messenger):
 
 def small_air() -> AIR:
     torch.manual_seed(3)
-    return AIR(x_size=12, window_size=7, z_what_size=5, rnn_hidden_size=11, encoder_net=[9],
-               decoder_net=[8], predict_net=[6], bl_predict_net=[4])  # fmt: skip
+    return AIR(num_steps=2, x_size=12, window_size=7, z_what_size=5, rnn_hidden_size=11,
+               encoder_net=[9], decoder_net=[8], predict_net=[6], bl_predict_net=[4])  # fmt: skip
 
 
 def data(size: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Images, and noise for them."""
     drawn = torch.Generator().manual_seed(5)
     sizes = {"z_pres": 1, "z_where": 3, "z_what": 5}
-    names = {f"{name}_{t}": k for (name, k), t in product(sizes.items(), range(3))}
+    names = {f"{name}_{t}": k for (name, k), t in product(sizes.items(), range(2))}
     noise = {name: torch.rand(size, k, generator=drawn) for name, k in names.items()}
     return torch.rand(size, 12, 12, generator=drawn), noise
 
