@@ -25,21 +25,22 @@ from tqdm import tqdm
 
 import multi_mnist
 import viz
-from air import AIR, flag_values, flags
-from air.checkpoint import fit_weights, read_weights, refuse_bomb
-from air.config import AIR_ARGUMENTS, is_compiled, merge_new, merge_resumed, pick_device, plain
-from air.config import DEFAULTS as OWN_DEFAULTS
-from air.dashboard import Dashboard, connect
-from air.evaluation import HeldOut
-from air.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
-from air.faults import exit_code, explain, stop_on_signals, terminate_like_interrupt
-from air.ranks import Ranks, join_ranks
-from air.recorder import Recorder, go_back, versions
-from air.run_folder import RunFolder
-from air.settings import TrainingSettings
-from air.shards import Shards, load_data
+from air import AIR
+from air.cli import flag_values, flags
+from air.cli.config import AIR_ARGUMENTS, is_compiled, merge_new, merge_resumed, pick_device, plain
+from air.cli.config import DEFAULTS as OWN_DEFAULTS
+from air.cli.faults import exit_code, explain, stop_on_signals, terminate_like_interrupt
+from air.cli.recorder import Recorder, go_back, versions
+from air.data.shards import Shards, load_data
+from air.evaluation.metrics import HeldOut
+from air.storage.checkpoint import fit_weights, read_weights, refuse_bomb
+from air.storage.run_folder import RunFolder
 from air.subsampling import StreamedImages
-from air.training import Trainer
+from air.training.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
+from air.training.ranks import Ranks, join_ranks
+from air.training.settings import TrainingSettings
+from air.training.trainer import Trainer
+from air.visualization.dashboard import Dashboard, connect
 from multi_mnist import SceneSettings
 
 QUIET_SECONDS = 10.0  # between progress lines where there is no terminal for a progress bar

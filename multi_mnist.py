@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.random import PCG64, Generator, RandomState
 
-from air.digits import (
+from air.data.digits import (
     MNIST_SHA256,
     Array,
     DataError,
@@ -31,8 +31,8 @@ from air.digits import (
     rotate_digit,
     sha256,
 )
-from air.scene_files import Scenes, SceneSplits, load_file, write_scenes
-from air.sprites import SHAPES, draw_sprite, tint
+from air.data.scenes import Scenes, SceneSplits, load_file, write_scenes
+from air.data.sprites import SHAPES, draw_sprite, tint
 
 __all__ = ["DataError", "SceneSettings", "SceneSplits", "Scenes", "load_file", "load_scenes"]
 

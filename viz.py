@@ -3,7 +3,8 @@
     python viz.py runs/RUN          draws the figures of a run again, from its folder alone
     python viz.py runs/RUN --gif    and learning.gif: the same scenes as they are understood better
 
-Draws what `air.snapshots` has taken and metrics.jsonl tells; the live page is `air.dashboard`.
+Draws the snapshots and metrics of a run's folder; the live page is
+`air.visualization.dashboard`.
 """
 
 import argparse
@@ -18,11 +19,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from air.checkpoint import write_atomically
-from air.curves import PANELS, History, Panel
-from air.drawing import STEP_COLOURS, WRITTEN, Pictures, draw_boxes, enlarge, sheets, tile
-from air.run_folder import RunFolder
-from air.snapshots import InferredScenes, Snapshot, SnapshotError, load_snapshot, snapshot_files
+from air.storage.checkpoint import write_atomically
+from air.storage.run_folder import RunFolder
+from air.visualization.curves import PANELS, History, Panel
+from air.visualization.drawing import (
+    STEP_COLOURS,
+    WRITTEN,
+    Pictures,
+    draw_boxes,
+    enlarge,
+    sheets,
+    tile,
+)
+from air.visualization.snapshots import (
+    InferredScenes,
+    Snapshot,
+    SnapshotError,
+    load_snapshot,
+    snapshot_files,
+)
 
 DPI = 300  # of what is printed
 FRAMES, FRAME_MS, LAST_MS = 40, 250, 3000  # the most frames of an animation, and how long they stay

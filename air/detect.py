@@ -22,21 +22,21 @@ from PIL import Image
 from torch import Tensor
 
 from air.air import AIR
-from air.boxes import tight_boxes
-from air.checkpoint import (
+from air.cli.config import AIR_ARGUMENTS, DEFAULTS, pick_device
+from air.cli.flag_values import check_values
+from air.cli.flags import Parser, build_parser
+from air.data.scenes import read_images
+from air.evaluation.boxes import tight_boxes
+from air.inference import infer
+from air.priors import reached_probs
+from air.storage.checkpoint import (
     CheckpointError,
     fit_weights,
     read_weights,
     refuse_bomb,
     write_atomically,
 )
-from air.config import AIR_ARGUMENTS, DEFAULTS, pick_device
-from air.drawing import draw_boxes, tile
-from air.flag_values import check_values
-from air.flags import Parser, build_parser
-from air.inference import infer
-from air.priors import reached_probs
-from air.scene_files import read_images
+from air.visualization.drawing import draw_boxes, tile
 
 MODES = {1: ("L", "1"), 3: ("RGB",)}  # of Pillow, by channels
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # some others run programs

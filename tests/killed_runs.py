@@ -21,9 +21,9 @@ import scipy.optimize  # noqa: F401
 import torch._dynamo  # noqa: F401
 import visdom  # noqa: F401
 
-import air.training
+import air.training.trainer
 import main
-from air.compiled_svi import CompiledSVI
+from air.training.compiled_svi import CompiledSVI
 
 CAPTURED = partial(CompiledSVI, compiler=lambda graph: graph)  # Inductor compiles for a minute
 
@@ -111,5 +111,5 @@ if __name__ == "__main__":
     target, number, *given = sys.argv[1:]
     if "--captured" in given:
         given.remove("--captured")
-        air.training.CompiledSVI = CAPTURED  # type: ignore[attr-defined]
+        air.training.trainer.CompiledSVI = CAPTURED  # type: ignore[attr-defined]
     run(Path(target), int(number), given[1:])

@@ -7,7 +7,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from conftest import count_on, small_air
+from helpers import count_on, small_air
 from pyro import poutine
 from pyro.infer import SVI, JitTraceGraph_ELBO, TraceGraph_ELBO
 from pyro.ops.provenance import detach_provenance

@@ -13,14 +13,14 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from conftest import small_air
+from helpers import small_air
 from PIL import Image
 from pyro.infer import TraceGraph_ELBO
 
 from air import AIR
-from air.checkpoint import save_weights
+from air.data.scenes import Scenes
 from air.marginal import MarginalAIR
-from air.scene_files import Scenes
+from air.storage.checkpoint import save_weights
 from tests.benchmarks import downstream
 from tests.benchmarks.plain_torch import LOSSES
 

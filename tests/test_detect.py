@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import count_on, small_air
+from helpers import count_on, small_air
 from PIL import Image
 
 from air import AIR
-from air.boxes import tight_boxes
-from air.checkpoint import save_weights, write_state
 from air.detect import detect, load_air, main, read_image
+from air.evaluation.boxes import tight_boxes
 from air.inference import infer
+from air.storage.checkpoint import save_weights, write_state
 
 FLAGS = {  # of `small_air`
     "model_steps": 3, "window_size": 7, "encoder_latent_size": 5, "rnn_hidden_size": 11,

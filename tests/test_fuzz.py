@@ -15,21 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_air
+from helpers import small_air
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from killed_runs import CAPTURED
 
 import main
 import multi_mnist
-from air import flag_values
-from air.checkpoint import CheckpointError, read_weights
-from air.digits import MNIST_FILES
-from air.evaluation import HeldOut, evaluate
-from air.events import SnapshotDue
-from air.ranks import Ranks
-from air.run_folder import RunFolder
-from air.scene_files import FORM
+from air.cli import flag_values
+from air.data.digits import MNIST_FILES
+from air.data.scenes import FORM
+from air.evaluation.metrics import HeldOut, evaluate
+from air.storage.checkpoint import CheckpointError, read_weights
+from air.storage.run_folder import RunFolder
+from air.training.events import SnapshotDue
+from air.training.ranks import Ranks
 
 TINY = (
     "-b 4 --rnn-hidden-size 6 --encoder-latent-size 3 --encoder-net 4 --decoder-net 4 "
@@ -85,7 +85,7 @@ def program(
 
     with monkeypatch.context() as patch:
         patch.setattr(main, "train", take_a_step)
-        patch.setattr("air.training.CompiledSVI", CAPTURED)
+        patch.setattr("air.training.trainer.CompiledSVI", CAPTURED)
         yield run
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import count_on, small_air
+from helpers import count_on, small_air
 from pyro import poutine
 from torch import Tensor
 

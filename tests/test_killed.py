@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, panes, run, visdom_server
+from helpers import ROOT, panes, run, visdom_server
 from killed_runs import CAPTURED
 
 FLAGS = (
@@ -58,7 +58,7 @@ def test_a_killed_run_ends_as_one_that_never_was(
     flags = f"{FLAGS} -n {steps}"
     if captured:
         flags += " --compile"
-        monkeypatch.setattr("air.training.CompiledSVI", CAPTURED)
+        monkeypatch.setattr("air.training.trainer.CompiledSVI", CAPTURED)
     done = run(f"{flags} --output-dir whole", tmp_path, environment)
     assert done.returncode == 0, done.stderr
     with visdom_server(tmp_path / "server") as (port, _):

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from air import AIR
-from air.alarms import empty_canvas_elbo
-from air.evaluation import Evaluation, HeldOut
-from air.events import Evaluated
-from air.settings import TrainingSettings
-from air.training import Trainer
+from air.evaluation.collapse import empty_canvas_elbo
+from air.evaluation.metrics import Evaluation, HeldOut
+from air.training.events import Evaluated
+from air.training.settings import TrainingSettings
+from air.training.trainer import Trainer
 from multi_mnist import SceneSettings, load_scenes
 
 

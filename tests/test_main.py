@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCENES, SMALL, panes, run, visdom_server
-from test_viz import NAMES
+from helpers import NAMES, ROOT, SCENES, SMALL, panes, run, visdom_server
 
 import viz
-from air.evaluation import evaluate
-from air.panes import ORDER
+from air.evaluation.metrics import evaluate
 from air.priors import presence_probs
+from air.visualization.visdom_panes import ORDER
 from main import build_parser, main
 
 TUTORIAL = (  # with few steps, and few scenes
@@ -318,7 +317,7 @@ def test_a_signal_during_an_evaluation_ends_the_run(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AIR_CACHE", environment["AIR_CACHE"])
-    monkeypatch.setattr("air.training.evaluate", evaluate_and_be_told_to_stop)
+    monkeypatch.setattr("air.training.trainer.evaluate", evaluate_and_be_told_to_stop)
     more = "--eval-every 2 --alarm-after 2 --restarts 3" if collapses else "--evaluate"
     assert main(f"{SMALL} --output-dir run {more}".split()) == 143
     assert f"saved at step {2 if collapses else 4} of 4" in capsys.readouterr().out

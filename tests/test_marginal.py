@@ -5,7 +5,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from conftest import small_air
+from helpers import small_air
 from pyro import poutine
 from pyro.infer import SVI, TraceGraph_ELBO
 from pyro.poutine.messenger import Messenger

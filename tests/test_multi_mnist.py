@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_idx
+from helpers import write_idx
 from PIL import Image
 
 import multi_mnist
-from air.digits import Array
-from air.sprites import SHAPES
+from air.data.digits import Array
+from air.data.sprites import SHAPES
 from multi_mnist import DataError, SceneSettings, load_file, load_scenes
 
 ROOT = Path(__file__).parent.parent

@@ -9,23 +9,16 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pytest
-from conftest import make_scenes, make_snapshot
+from helpers import EVALUATION, NAMES, RECORDS, make_scenes, make_snapshot
 from PIL import Image, ImageSequence
-from test_events import EVALUATION
-from test_panes import RECORDS
 
 import viz
-from air import drawing
-from air.curves import History
-from air.drawing import draw_boxes, enlarge, tile
-from air.events import Evaluated
-from air.run_folder import RunFolder
-from air.snapshots import save_snapshot
-
-NAMES = {
-    "inputs", "inferred", "reconstructions", "objects", "prior_samples", "errors", "scenes",
-    "curves",
-}  # fmt: skip
+from air.storage.run_folder import RunFolder
+from air.training.events import Evaluated
+from air.visualization import drawing
+from air.visualization.curves import History
+from air.visualization.drawing import draw_boxes, enlarge, tile
+from air.visualization.snapshots import save_snapshot
 
 
 def load(path: Path) -> Image.Image:

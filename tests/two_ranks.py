@@ -18,15 +18,16 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, this is not a package
-from air import AIR, training
-from air.compiled_svi import CompiledSVI
-from air.distributed import TorchrunRanks
-from air.evaluation import HeldOut
+from air import AIR
+from air.evaluation.metrics import HeldOut
 from air.marginal import MarginalAIR
-from air.ranks import Config, Ranks
-from air.settings import TrainingSettings
-from air.svi import SVI, make_optimizer
-from air.training import Trainer
+from air.training import trainer as training
+from air.training.compiled_svi import CompiledSVI
+from air.training.distributed import TorchrunRanks
+from air.training.ranks import Config, Ranks
+from air.training.settings import TrainingSettings
+from air.training.svi import SVI, make_optimizer
+from air.training.trainer import Trainer
 
 CASES = list(product(("marginal", "score"), (False, True)))  # estimator, captured
 STEPS = 50

@@ -28,12 +28,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
 from air import AIR
-from air.config import pick_device
-from air.evaluation import HeldOut
-from air.events import Progress
-from air.ranks import join_ranks
-from air.settings import TrainingSettings
-from air.training import Trainer
+from air.cli.config import pick_device
+from air.evaluation.metrics import HeldOut
+from air.training.events import Progress
+from air.training.ranks import join_ranks
+from air.training.settings import TrainingSettings
+from air.training.trainer import Trainer
 
 SCENES = 6_000
 WARM_UP = 10  # steps

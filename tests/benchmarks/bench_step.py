@@ -40,11 +40,11 @@ from torch.nn.functional import affine_grid, grid_sample
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
 from air import AIR
 from air import air as program
-from air.compiled_svi import CompiledSVI
 from air.marginal import MarginalAIR
 from air.priors import DEFAULT_COUNT_RATIO, AnnealedPresencePrior, geometric_count_prior
 from air.spatial_transformer import positive_scale
-from air.svi import SVI, make_optimizer
+from air.training.compiled_svi import CompiledSVI
+from air.training.svi import SVI, make_optimizer
 from tests.benchmarks.plain_torch import LOSSES
 
 SCENES = 60_000

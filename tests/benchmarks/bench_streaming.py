@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
-from air.shards import Shards
+from air.data.shards import Shards
 from air.subsampling import StreamedImages
 
 PARTS = 10

@@ -26,10 +26,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
 from air import AIR
-from air.checkpoint import read_weights
 from air.detect import load_air
 from air.inference import infer
 from air.priors import reached_probs
+from air.storage.checkpoint import read_weights
 from multi_mnist import Scenes, SceneSettings, load_scenes
 
 Array = NDArray[Any]

@@ -23,10 +23,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
 import main as program
 from air import AIR
-from air.checkpoint import fit_weights, read_weights
-from air.config import merge_new
+from air.cli.config import merge_new
 from air.marginal import MarginalAIR
-from air.ranks import Ranks
+from air.storage.checkpoint import fit_weights, read_weights
+from air.training.ranks import Ranks
 
 
 class Moments:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
-from air.config import plain
+from air.cli.config import plain
 from main import build_parser
 
 MAIN = Path(__file__).parents[2] / "main.py"

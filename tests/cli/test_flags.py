@@ -1,0 +1,73 @@
+"""The flags: their checks, where their defaults come from, and Pyro's own command line."""
+
+import pytest
+
+from air.cli import config, flags
+from air.training.settings import TrainingSettings
+
+TUTORIAL = (
+    "-n 200000 -blr 0.1 --z-pres-prior 0.01 --scale-prior-sd 0.2 --predict-net 200 "
+    "--bl-predict-net 200 --decoder-output-use-sigmoid --decoder-output-bias -2 --seed 287710"
+)
+
+
+def parse(line: str) -> dict[str, object]:
+    return vars(flags.build_parser("").parse_args(line.split()))
+
+
+def test_the_tutorials_command() -> None:
+    assert parse(TUTORIAL) == {
+        "num_steps": 200_000, "baseline_learning_rate": 0.1, "z_pres_prior": 0.01,
+        "scale_prior_sd": 0.2, "predict_net": [200], "bl_predict_net": [200],
+        "decoder_output_use_sigmoid": True, "decoder_output_bias": -2.0, "seed": 287710,
+    }  # fmt: skip
+
+
+def test_only_what_is_given_leaves_a_value() -> None:
+    assert parse("") == {}
+    assert parse("--no-masking --cuda") == {"use_masking": False, "device": "cuda"}
+
+
+def test_every_default_has_a_flag_and_every_flag_a_default() -> None:
+    actions = flags.build_parser("")._actions
+    assert {a.dest for a in actions} - {"help"} == set(config.DEFAULTS)
+
+
+def test_help_shows_each_default() -> None:
+    text = " ".join(flags.build_parser("").format_help().split())
+    steps = str(TrainingSettings().num_steps)
+    for shown in (steps, "True", "0.001", "200", "ReLU", "-2.0", "auto", "runs/<time>-seed<k>"):
+        assert f"(default: {shown})" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("-b 0", "argument -b/--batch-size: expected a whole number of at least 1, got '0'"),
+        ("-n 1.5", "argument -n/--num-steps: expected a whole number of at least 0, got '1.5'"),
+        ("-lr nan", "argument -lr/--learning-rate: expected a number above 0, got 'nan'"),
+        ("-lr inf", "argument -lr/--learning-rate: expected a number above 0, got 'inf'"),
+        ("-n x", "argument -n/--num-steps: expected a whole number of at least 0, got 'x'"),
+        ("--z-pres-prior 1.2", "--z-pres-prior: expected a number above 0, at most 1, got '1.2'"),
+        ("--non-linearity Linear", "expected the name of an activation of torch.nn"),
+        ("--non-linearity os", "expected the name of an activation of torch.nn"),
+        ("--anneal-prior cos", "argument --anneal-prior: invalid choice: 'cos'"),
+        ("--batch 3", "unrecognized arguments: --batch 3"),  # no abbreviations
+        ("--encoder-net 10 0", "argument --encoder-net: expected a whole number of at least 1"),
+    ],
+)
+def test_wrong_values_end_in_one_line_and_exit_code_2(
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(line)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_whole_numbers_may_be_written_as_floats() -> None:
+    assert parse("--anneal-prior-duration 1e6")["anneal_prior_duration"] == 1_000_000
+    assert parse(f"--seed {2**32 - 1}")["seed"] == 2**32 - 1
+    assert parse("--encoder-net")["encoder_net"] == []

@@ -1,0 +1,199 @@
+"""Counts, confusion and ELBO on held-out scenes, against Pyro and hand-made cases."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import count_on, small_air
+from pyro.infer import TraceGraph_ELBO, tracegraph_elbo
+from torch import Tensor
+
+from air import AIR
+from air.evaluation.boxes import tight_boxes
+from air.evaluation.metrics import (
+    MISCOUNTED,
+    HeldOut,
+    confusion_matrix,
+    evaluate,
+    importance_weighted_bound,
+    sample_elbo,
+)
+from air.inference import forked_rng, infer
+
+
+def test_sampled_elbo_equals_pyros(air: AIR, images: Tensor) -> None:
+    torch.manual_seed(4)
+    ours = sample_elbo(air, images)
+    torch.manual_seed(4)
+    theirs = TraceGraph_ELBO().loss(air.model, air.guide, images)
+    assert all(term.shape == (10,) for term in ours)
+    assert ours.elbo.sum().item() == pytest.approx(-theirs, rel=1e-5)
+
+
+def test_the_baselines_error_is_that_of_pyros_regression(
+    air: AIR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pyro's own costs and baselines, caught where it compares them."""
+    count_on(air, 0, 0.5)
+    squares, decided = [], []
+
+    def construct(node: str, site: Any, cost: Tensor) -> Any:  # noqa: ANN401
+        step = int(node.removeprefix("z_pres_"))
+        used = site["fn"].base_dist._mask.squeeze(-1) if step else torch.ones(10).bool()
+        error = (cost - site["infer"]["baseline"]["baseline_value"]).squeeze()
+        squares.append((error**2)[used].sum().item())
+        decided.append(int(used.sum()))
+        return original(node, site, cost)
+
+    original = tracegraph_elbo._construct_baseline
+    monkeypatch.setattr(tracegraph_elbo, "_construct_baseline", construct)
+    images = torch.rand(10, 12, 12)
+    torch.manual_seed(5)
+    TraceGraph_ELBO().loss_and_grads(air.model, air.guide, images)
+    monkeypatch.undo()
+    found = evaluate(air, HeldOut(images), seed=5)
+    assert found.baseline_error == pytest.approx((sum(squares) / sum(decided)) ** 0.5, rel=1e-4)
+    assert evaluate(small_air(use_baselines=False), HeldOut(images)).baseline_error is None
+
+
+def test_terms_of_a_model_without_objects(images: Tensor) -> None:
+    air = small_air()
+    count_on(air, 0, -30.0)
+    found = sample_elbo(air, images, lambda t: 0.25)
+    pixels = torch.distributions.Normal(0.0, 0.3).log_prob(images).sum((1, 2))
+    torch.testing.assert_close(found.log_likelihood, pixels)
+    torch.testing.assert_close(found.kl_pres, torch.full((10,), -math.log(0.75)))
+    assert (found.kl_where == 0).all()
+    assert (found.kl_what == 0).all()
+
+
+def test_the_bound_approaches_exact_integration() -> None:
+    """A model so small that log p(x) is an integral over one number.
+
+    At most one object, whose place is all but fixed and whose code is one-dimensional.
+    """
+    air = small_air(
+        num_steps=1, z_what_size=1, decoder_net=[], scale_prior_sd=1e-4, pos_prior_sd=1e-4
+    ).double()
+    with torch.no_grad():
+        air.decode.mlp.seq[0].weight.normal_()
+        air.encode.mlp.seq[-1].weight.zero_()  # a q(z_what) that covers the posterior
+        air.encode.mlp.seq[-1].bias.fill_(0.5)
+        air.predict.mlp.seq[-1].weight.zero_()  # keeps q(z_where) where the prior is
+        air.predict.mlp.seq[-1].bias.copy_(torch.tensor([0.0] * 4 + [math.log(math.e - 1)] * 3))
+        place = air.z_where_loc_prior.expand(601, 3)
+        codes = torch.linspace(-6, 6, 601).double()
+        (painted,) = air.paint([place], [codes[:, None]])
+        images = (painted[260:361:20] + 0.3 * torch.randn(6, 12, 12)).detach()
+        images[0] = 0.3 * torch.randn(12, 12)
+
+    def log_likelihood(canvas: Tensor) -> Tensor:  # of each image and canvas
+        pixels = torch.distributions.Normal(canvas, 0.3)
+        return pixels.log_prob(images[:, None]).sum((2, 3))
+
+    log_prior = torch.distributions.Normal(0.0, 1.0).log_prob(codes)
+    integral = (log_likelihood(painted) + log_prior).logsumexp(1) + math.log(0.02)  # the grid's
+    empty = log_likelihood(torch.zeros(1, 12, 12))[:, 0]
+    exact = torch.logaddexp(empty + math.log(0.6), integral + math.log(0.4)).detach()
+
+    # The mean of K weights is an unbiased estimate of p(x), whatever K is; its log is the bound.
+    prior, again = [0.4], images.repeat(200, 1, 1)
+    bounds = importance_weighted_bound(air, again, 20, prior.__getitem__).reshape(200, 6)
+    ratio = (bounds - exact).exp()
+    se = ratio.std(0) / 200**0.5
+    assert (se < 0.15).all()
+    assert ((ratio.mean(0) - 1).abs() < 4.5 * se).all()
+    elbo = sample_elbo(air, again, prior.__getitem__).elbo.reshape(200, 6).mean(0)
+    assert (elbo < bounds.mean(0)).all()
+
+
+def test_the_bound_is_that_of_all_weights_at_once(air: AIR, images: Tensor) -> None:
+    torch.manual_seed(6)
+    weights = torch.stack([sample_elbo(air, images).elbo for _ in range(7)])
+    torch.manual_seed(6)
+    bound = importance_weighted_bound(air, images, 7)
+    torch.testing.assert_close(bound, weights.logsumexp(0) - math.log(7))
+    found = evaluate(air, HeldOut(images), batch_size=4, iwae_samples=7)
+    assert found.bound is not None
+    assert found.bound > found.elbo
+    first = evaluate(air, HeldOut(images), batch_size=4, iwae_samples=7, iwae_scenes=5)
+    same = evaluate(air, HeldOut(images[:5]), batch_size=4, iwae_samples=7)
+    assert first.elbo == found.elbo
+    assert first.bound == pytest.approx(same.bound, abs=2.0)
+    assert first.bound != found.bound
+
+
+def test_confusion_matrix_by_hand() -> None:
+    true, inferred = torch.tensor([0, 1, 1, 4]), torch.tensor([0, 1, 2, 2])
+    expected = [[1, 0, 0], [0, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 1]]
+    assert confusion_matrix(true, inferred, 2).tolist() == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 100])
+def test_every_scene_counts_once_in_any_batch_size(air: AIR, batch_size: int) -> None:
+    images, counts = torch.rand(10, 12, 12), torch.randint(6, (10,))
+    found = evaluate(air, HeldOut(images, counts), batch_size=batch_size)
+    mode = infer(air, images).counts
+    assert found.count_histogram == torch.bincount(mode, minlength=4).tolist()
+    assert found.accuracy_mode == pytest.approx((mode == counts).float().mean().item())
+    assert found.confusion == confusion_matrix(counts, mode, 3).tolist()
+    assert sum(map(sum, found.confusion)) == 10
+
+
+def test_elbo_and_its_standard_error(air: AIR, images: Tensor) -> None:
+    found = evaluate(air, HeldOut(images), batch_size=10, seed=7)
+    torch.manual_seed(7)
+    elbo = sample_elbo(air, images).elbo
+    assert found.elbo == pytest.approx(elbo.mean().item(), rel=1e-5)
+    assert found.elbo_se == pytest.approx(elbo.std().item() / math.sqrt(10), rel=1e-4)
+    assert found.accuracy_mode is found.accuracy_sample is found.confusion is None
+
+
+def test_evaluation_leaves_random_state_and_gradients_alone(air: AIR, images: Tensor) -> None:
+    state = torch.get_rng_state()
+    first = evaluate(air, HeldOut(images, torch.zeros(10)))
+    assert torch.equal(state, torch.get_rng_state())
+    assert first == evaluate(air, HeldOut(images, torch.zeros(10)))
+    assert all(p.grad is None for p in air.parameters())
+    with forked_rng(1, torch.device("cpu")):
+        torch.rand(3)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_one_scene_and_none(air: AIR) -> None:
+    assert math.isnan(evaluate(air, HeldOut(torch.rand(1, 12, 12), torch.tensor([1]))).elbo_se)
+    with pytest.raises(ValueError, match="no scenes"):
+        evaluate(air, HeldOut(torch.rand(0, 12, 12)))
+
+
+def test_accuracy_apart_is_of_several_objects_that_share_no_pixel(images: Tensor) -> None:
+    air = small_air()
+    count_on(air, 0, 9.0)  # it sees three objects everywhere
+    counts = torch.tensor([0, 1, 2, 2, 3, 3, 3, 1, 3, 2])
+    overlaps = torch.tensor([0, 0, 0, 5, 0, 0, 1, 0, 0, 1])
+    found = evaluate(air, HeldOut(images, counts, overlaps=overlaps))
+    assert found.accuracy_apart == pytest.approx(3 / 4)  # 2, 3, 3, 3 are left
+    assert evaluate(air, HeldOut(images, counts)).accuracy_apart is None
+
+
+def test_scenes_counted_wrongly_are_named(images: Tensor) -> None:
+    air = small_air()
+    count_on(air, 0, 9.0)
+    counts = torch.tensor([3, 1, 3, 3, 0, 3, 2, 3, 3, 3])
+    assert evaluate(air, HeldOut(images, counts)).miscounted == [1, 4, 6]
+    assert evaluate(air, HeldOut(images)).miscounted is None
+    many = HeldOut(images.repeat(5, 1, 1), torch.zeros(50))
+    assert evaluate(air, many).miscounted == list(range(MISCOUNTED))
+
+
+def test_boxes_are_scored_against_the_objects_as_painted(images: Tensor) -> None:
+    air = small_air()
+    count_on(air, 0, 9.0)
+    boxes = tight_boxes(infer(air, images).objects)
+    scenes = HeldOut(images, torch.full((10,), 3), boxes)
+    found = evaluate(air, scenes)
+    assert (found.box_iou, found.box_f1, found.box_ap) == (1.0, 1.0, 1.0)
+    moved = evaluate(air, scenes._replace(boxes=boxes + 30))
+    assert (moved.box_iou, moved.box_f1, moved.box_ap) == (0.0, 0.0, 0.0)
+    assert evaluate(air, HeldOut(images, torch.full((10,), 3))).box_f1 is None

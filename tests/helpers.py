@@ -1,0 +1,225 @@
+"""What tests share: small models and trainers, scenes, servers, the program in this process."""
+
+import contextlib
+import gzip
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from air import AIR
+from air.data.digits import MNIST_FILES, Array
+from air.evaluation.metrics import Evaluation, HeldOut
+from air.training.events import Progress
+from air.training.ranks import Ranks
+from air.training.settings import TrainingSettings
+from air.training.trainer import Trainer
+from air.visualization.snapshots import InferredScenes, Snapshot
+
+ROOT = Path(__file__).parent.parent
+SCENES = "--num-scenes 300 --num-test-scenes 40"
+SMALL = (
+    f"{SCENES} -n 4 -b 8 --rnn-hidden-size 16 --encoder-latent-size 5 --encoder-net 12 "
+    "--decoder-net 12 --predict-net 8 --bl-predict-net 8 --progress-every 2"
+)
+
+
+def small_air(**arguments: object) -> AIR:
+    """A small AIR in which nothing is square by accident."""
+    sizes = {
+        **{"num_steps": 3, "x_size": 12, "window_size": 7, "z_what_size": 5},
+        **{"rnn_hidden_size": 11, "encoder_net": [9], "decoder_net": [8], "predict_net": [6]},
+        **{"bl_predict_net": [4]},
+    }
+    return AIR(**{**sizes, **arguments})  # type: ignore[arg-type]
+
+
+def count_on(air: AIR, t: int, logit: float) -> None:
+    """Makes the guide's z_pres the same for every image: on up to step t, then off."""
+    with torch.no_grad():
+        for parameter in air.predict.parameters():
+            parameter.zero_()
+        air.predict.mlp.seq[-1].bias[0] = logit
+
+
+def run(line: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """The program from flags to exit code, in this process: to start one costs five seconds."""
+    from main import main  # here, for most tests do without
+
+    said, complained, code = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.chdir(folder),
+        mock.patch.dict(os.environ, environment),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(complained),
+    ):
+        try:
+            code = main(line.split())
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return subprocess.CompletedProcess(line, code, said.getvalue(), complained.getvalue())
+
+
+def write_idx(folder: Path, digits: list[Array], *, packed: bool = True) -> Path:
+    """Writes digits in the form in which MNIST is published."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in zip(MNIST_FILES, digits, strict=True):
+        data = np.array([2048 + array.ndim, *array.shape], ">u4").tobytes() + array.tobytes()
+        path = folder / (f"{name}.gz" if packed else name)
+        path.write_bytes(gzip.compress(data, 1) if packed else data)
+    return folder
+
+
+def make_scenes(count: int, steps: int = 3) -> InferredScenes:
+    """Up to two rings in each scene, as busy as digits are."""
+    rng = np.random.default_rng(0)
+    images = np.zeros((count, 50, 50))
+    boxes = np.full((count, steps, 4), np.nan, np.float32)
+    counts = rng.integers(0, min(steps, 2) + 1, count)
+    for i, objects in enumerate(counts):
+        for step in range(objects):
+            x, y = rng.integers(0, 29, 2)
+            radius = np.hypot(*np.mgrid[-10:11, -10:11] / rng.uniform(0.6, 1, (2, 1, 1)))
+            images[i, y : y + 21, x : x + 21] += np.exp(-((radius - 8) ** 2) / 2)
+            boxes[i, step] = np.array([x, y, x + 21, y + 21]) + rng.normal(0, 1, 4)
+    bytes_, doubled = ((255 * np.clip(k * images, 0, 1)).astype(np.uint8) for k in (1, 1.3))
+    return InferredScenes(bytes_, doubled, boxes, counts, counts.copy())
+
+
+def make_snapshot(step: int = 0, count: int = 20, steps: int = 3, wrong: int = 1) -> Snapshot:
+    """Scenes of `make_scenes`, of which so many further ones are counted wrongly."""
+    scenes, errors = make_scenes(count, steps), make_scenes(wrong, steps)
+    apart = min(count, 5)
+    rng = np.random.default_rng(step)
+    return Snapshot(
+        step,
+        scenes,
+        errors._replace(true_counts=errors.counts + 1),
+        make_scenes(7, steps)._replace(true_counts=None),
+        rng.integers(0, 255, (apart, steps, 9, 9), np.uint8),
+        rng.integers(0, 255, (apart, steps, 50, 50), np.uint8),
+        rng.uniform(size=(apart, steps)),
+    )
+
+
+@contextlib.contextmanager
+def visdom_server(
+    folder: Path, port: int | None = None, site: Path | None = None, login: str | None = None
+) -> Iterator[tuple[int, "subprocess.Popen[bytes]"]]:
+    """A real server, with its environments in that folder.
+
+    Args:
+        folder: For the environments.
+        port: To listen at; None for a free one.
+        site: Folder of a package visdom to take in place of the one installed.
+        login: User and password, which are the same.
+    """
+    if port is None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+    code = (
+        "from visdom.server import run_server as r\n"
+        f"import hashlib, os; login = {login!r}; user = None\n"
+        "if login:\n"
+        "    sent = hashlib.sha256(login.encode()).hexdigest()\n"
+        "    user = {'username': login, 'password': r.hash_password(sent)}\n"
+        "    r.set_cookie(os.urandom(8).hex())\n"
+        f"r.start_server(port={port}, env_path={str(folder)!r}, bind_local=True, base_url='', "
+        "user_credential=user)"
+    )
+    (folder / ".visdom").mkdir(parents=True, exist_ok=True)  # for a cookie
+    environment = {**os.environ, "PYTHONPATH": str(site or ""), "HOME": str(folder)}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=-3, stderr=-3, env=environment) as server:
+        for _ in range(300):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        try:
+            yield port, server
+        finally:
+            server.kill()
+
+
+def panes(port: int, env: str) -> dict[str, Any]:
+    """What the server holds in an environment, by name; nothing if there is none."""
+    query = json.dumps({"win": None, "eid": env}).encode()
+    try:
+        return dict(json.loads(ask(f"{port}/win_data", query)))
+    except urllib.error.HTTPError:
+        return {}
+
+
+def ask(url: str, body: bytes | None = None) -> str:
+    """What a server on this machine answers, at port/path."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(f"http://127.0.0.1:{url}", body, timeout=20) as answer:
+        return str(answer.read().decode())
+
+
+EVALUATION = Evaluation(
+    elbo=630.12, elbo_se=0.5, log_likelihood=660.0, kl_pres=1.0, kl_where=9.0, kl_what=20.0,
+    count_histogram=[2, 0, 1], accuracy_mode=0.5, accuracy_sample=0.25, accuracy_apart=None,
+    confusion=[[1, 0, 0], [1, 0, 1]], bound=None, bound_se=None,
+    box_iou=None, box_f1=None, box_ap=None, miscounted=[1], baseline_error=7.5,
+)  # fmt: skip
+
+
+PROGRESS = Progress(20, 601.2, 0, 45.0, 1e-3, [1e-4, 1e-5], 1280.0, 20.0, 3.5)
+
+
+RECORDS = [
+    *({"step": step, "elbo": 400.0 + step, "grad_norm": float("inf")} for step in range(1, 21)),
+    {"step": 10, "eval_elbo": 410.5, "accuracy_mode": 0.5, "baseline_error": 9.0},
+    {"step": 20, "eval_elbo": 420.5, "count_histogram": [3, 0, 1], "confusion": [[3, 0], [0, 1]]},
+]  # fmt: skip
+
+
+SETTINGS = TrainingSettings(
+    num_steps=12, batch_size=4, progress_every=3, eval_every=4, eval_scenes=5, save_every=5,
+    anneal_prior="lin", anneal_prior_to=1e-3, anneal_prior_duration=10, z_pres_prior=0.5,
+)  # fmt: skip
+
+
+def trainer(settings: TrainingSettings = SETTINGS, seed: int = 0) -> Trainer:
+    torch.manual_seed(99)
+    images, held_out, counts = torch.rand(20, 12, 12), torch.rand(7, 12, 12), torch.arange(7) % 3
+    pyro.set_rng_seed(seed)
+    return Trainer(small_air(), images, HeldOut(held_out, counts), settings)
+
+
+def weights(done: Trainer) -> list[torch.Tensor]:
+    return list(done.air.state_dict().values())
+
+
+def gradients(air: AIR) -> dict[str, Tensor]:
+    found = {name: p for name, p in air.named_parameters() if p.grad is not None}
+    assert all(p.grad.stride() == p.stride() for p in found.values())  # fused Adam goes by memory
+    assert len({p.grad.data_ptr() for p in found.values()}) == len(found)  # clipped in place
+    return {name: p.grad.clone() for name, p in found.items()}
+
+
+class Second(Ranks):
+    """The second of two, without the first."""
+
+    rank, size, local_rank = 1, 2, 1
+
+
+NAMES = {
+    "inputs", "inferred", "reconstructions", "objects", "prior_samples", "errors", "scenes",
+    "curves",
+}  # fmt: skip

@@ -1,0 +1,200 @@
+"""The captured and compiled step: the numbers of the eager one, on its device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from helpers import gradients, small_air
+from pyro.infer import TraceGraph_ELBO
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from air import AIR
+from air.marginal import MarginalAIR
+from air.priors import AnnealedPresencePrior
+from air.training.compiled_svi import CompiledSVI, inductor
+from air.training.svi import SVI, make_optimizer
+
+
+def as_it_is(graph: fx.GraphModule) -> Callable[..., Any]:
+    return graph
+
+
+def compare_with_eager(
+    air: AIR,
+    program: Any,  # noqa: ANN401
+    data: Tensor,
+    compiler: Callable[..., Any],
+    rtol: float,
+    **keywords: Any,  # noqa: ANN401
+) -> None:
+    """Loss and gradients of a few steps, from the same weights and noise, while weights change."""
+    optimizer = make_optimizer(air, 0.01, 0.1)
+    eager = SVI(program.model, program.guide, optimizer, TraceGraph_ELBO())
+    compiled = CompiledSVI(program.model, program.guide, optimizer, TraceGraph_ELBO(), compiler)
+    prior = AnnealedPresencePrior([0.5] * air.num_steps, "lin", 1e-3, 0, 10)
+    for step in range(3):
+        prior.set_step(step)
+        losses, grads = [], []
+        for svi in (eager, compiled):
+            pyro.set_rng_seed(step)
+            optimizer.zero_grad()
+            arguments = {"z_pres_prior_p": prior, **keywords}
+            losses.append(float(svi._loss_and_grads(data, (), arguments)))
+            grads.append(gradients(air))
+        assert losses[1] == pytest.approx(losses[0], rel=rtol)
+        assert grads[0].keys() == grads[1].keys()
+        for name, expected in grads[0].items():
+            scale = expected.abs().max().item()
+            torch.testing.assert_close(
+                grads[1][name], expected, rtol=rtol, atol=10 * rtol * scale, msg=name
+            )
+        optimizer.step()
+    assert len(compiled._compiled) == 1, "captured again"
+    assert None not in compiled._compiled.values()
+
+
+@pytest.mark.parametrize("estimator", ["score", "marginal"])
+@pytest.mark.parametrize(
+    ("num_steps", "batch_size", "options"),
+    [
+        (1, 3, {}), (3, None, {}), (5, 7, {}), (2, 3, {"guide_input": "difference"}),
+        (2, 3, {"likelihood": "bernoulli"}),
+    ],
+)  # fmt: skip
+def test_captured_gradients_equal_eager_ones(
+    estimator: str, num_steps: int, batch_size: int | None, options: dict[str, Any]
+) -> None:
+    air = small_air(num_steps=num_steps, **options).double()
+    program = MarginalAIR(air) if estimator == "marginal" else air
+    data = torch.randint(256, (10, 12, 12), dtype=torch.uint8)
+    with pyro.validation_enabled(False):
+        compare_with_eager(air, program, data, as_it_is, 1e-10, batch_size=batch_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["score", "marginal"])
+def test_compiled_gradients_equal_eager_ones(estimator: str) -> None:
+    air = small_air(num_steps=1)
+    program = MarginalAIR(air) if estimator == "marginal" else air
+    with pyro.validation_enabled(False):
+        compare_with_eager(air, program, torch.rand(10, 12, 12), inductor, 1e-4, batch_size=4)
+
+
+def test_capturing_draws_no_random_numbers_and_random_numbers_advance(images: Tensor) -> None:
+    """A rate of zero keeps the weights: losses differ by their noise alone."""
+    runs = []
+    for kind in (SVI, CompiledSVI):
+        pyro.set_rng_seed(1)
+        air = small_air()
+        extra = {"compiler": as_it_is} if kind is CompiledSVI else {}
+        optimizer = make_optimizer(air, 0.0, 0.0)
+        svi = kind(air.model, air.guide, optimizer, TraceGraph_ELBO(), **extra)
+        with pyro.validation_enabled(False):
+            runs.append([svi.step(images, batch_size=4) for _ in range(4)])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+    assert len(set(runs[1])) == 4
+
+
+def test_what_cannot_be_compiled_runs_uncompiled(
+    air: AIR, images: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(graph: fx.GraphModule) -> Callable[..., Any]:
+        raise RuntimeError("no compiler\nand a long story")
+
+    optimizer = make_optimizer(air, 0.01, 0.1)
+    svi = CompiledSVI(air.model, air.guide, optimizer, TraceGraph_ELBO(), fails)
+    with pyro.validation_enabled(False):
+        assert len({svi.step(images) for _ in range(3)}) == 3
+    assert caplog.messages == ["steps run uncompiled: RuntimeError: no compiler"]
+
+
+@pytest.mark.parametrize("estimator", ["score", "marginal"])
+def test_learning_curves_of_captured_and_eager_steps_agree(estimator: str) -> None:
+    """At first to rounding; over 200 steps far better than the curves of two seeds.
+
+    Where a gradient is zero but for its rounding, Adam makes a whole step of it.
+    """
+
+    def curve(kind: type[SVI], seed: int, **extra: Any) -> Tensor:  # noqa: ANN401
+        pyro.set_rng_seed(0)
+        air = small_air(num_steps=1).double()
+        program = MarginalAIR(air) if estimator == "marginal" else air
+        optimizer = make_optimizer(air, 1e-3, 1e-2, clip_grad_norm=100.0)
+        svi = kind(program.model, program.guide, optimizer, TraceGraph_ELBO(), **extra)
+        pyro.set_rng_seed(seed)
+        with pyro.validation_enabled(False):
+            return torch.tensor([svi.step(data, batch_size=8) for _ in range(200)])
+
+    data = torch.randint(256, (40, 12, 12), dtype=torch.uint8)
+    eager = curve(SVI, 1)
+    captured = curve(CompiledSVI, 1, compiler=as_it_is)
+    torch.testing.assert_close(captured[:5], eager[:5], rtol=1e-6, atol=0.0)
+    assert (captured - eager).std() < 0.02 * (curve(SVI, 2) - eager).std()
+    assert eager[-20:].mean() < eager[:20].mean()
+
+
+class OffTheHost(TorchDispatchMode):
+    """Refuses operations that read or make a tensor on the CPU; a GPU would wait for them."""
+
+    def __torch_dispatch__(
+        self,
+        operation: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        result = operation(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            assert not isinstance(leaf, Tensor) or leaf.device.type == "meta", operation
+        return result
+
+
+@pytest.mark.parametrize("estimator", ["score", "marginal"])
+def test_the_program_stays_on_its_device(estimator: str) -> None:
+    """Without a GPU: on torch's device without memory, where nothing can be read either."""
+    air = small_air(use_baselines=estimator == "score").to("meta")
+    program = MarginalAIR(air) if estimator == "marginal" else air
+    data = torch.zeros(100, 12, 12, dtype=torch.uint8, device="meta")
+    prior = AnnealedPresencePrior([0.5] * 3, "lin", 1e-3, 0, 10, device="meta")
+    for presence in (None, prior):
+        arguments = {"batch_size": 7, "z_pres_prior_p": presence}
+        with pyro.validation_enabled(False), OffTheHost():
+            prior.set_step(5)
+            loss, surrogate_loss = TraceGraph_ELBO()._loss_and_surrogate_loss(
+                program.model, program.guide, (data,), arguments
+            )
+            torch.autograd.grad(surrogate_loss, list(air.parameters()), allow_unused=True)
+        assert loss.device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("estimator", ["score", "marginal"])
+def test_a_cuda_graph_takes_the_steps_that_uncompiled_ones_take(estimator: str) -> None:
+    """Rates and prior change in place between replays, and random numbers advance."""
+    losses, finals = [], []
+    data = torch.randint(256, (40, 12, 12), dtype=torch.uint8, device="cuda")
+    for kind in (SVI, CompiledSVI):
+        pyro.set_rng_seed(1)
+        air = small_air(num_steps=2).cuda()
+        program = MarginalAIR(air) if estimator == "marginal" else air
+        optimizer = make_optimizer(air, 1e-3, 1e-2, clip_grad_norm=100.0)
+        prior = AnnealedPresencePrior([0.5, 0.5], "lin", 1e-3, 0, 10, "cuda")
+        svi = kind(program.model, program.guide, optimizer, TraceGraph_ELBO())
+        with pyro.validation_enabled(False):
+            taken = []
+            for step in range(10):
+                prior.set_step(step)
+                optimizer.param_groups[0]["lr"].fill_(1e-3 / (step + 1))
+                taken.append(svi.step(data, batch_size=8, z_pres_prior_p=prior))
+                assert not svi.skipped
+        losses.append(taken)
+        finals.append([p.detach().clone() for p in air.parameters()])
+    assert len(svi._recorded) == 1, "no CUDA graph was recorded"
+    assert len(set(losses[1])) == 10
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    for eager, replayed in zip(*finals, strict=True):
+        torch.testing.assert_close(replayed, eager, rtol=1e-2, atol=1e-4)

@@ -1,0 +1,289 @@
+"""The loop: its events, and that a run taken up again ends as one that never stopped."""
+
+import io
+import math
+import warnings
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from helpers import SETTINGS, trainer, weights
+from pyro.infer import JitTraceGraph_ELBO
+
+from air.inference import infer
+from air.priors import geometric_count_prior, presence_probs
+from air.training.compiled_svi import CompiledSVI
+from air.training.events import CheckpointDue, Evaluated, Progress, SnapshotDue
+from air.training.schedules import learning_rate_factor
+from air.training.settings import Estimator, TrainingSettings
+from air.training.step_stats import Tally
+from air.training.trainer import LOOK_EVERY, MOST_SKIPPED, Trainer
+
+
+def without_times(event: Any) -> Any:  # noqa: ANN401
+    times = {"images_per_second": 0.0, "steps_per_second": 0.0, "seconds": 0.0}
+    return replace(event, **times) if isinstance(event, Progress) else event
+
+
+def test_events_come_when_they_are_due() -> None:
+    events = list(trainer().train())
+    steps = {
+        kind: [e.step for e in events if isinstance(e, kind)]
+        for kind in (Progress, Evaluated, CheckpointDue, SnapshotDue)
+    }
+    assert steps == {
+        Progress: [3, 6, 9, 12], Evaluated: [4, 8, 12], CheckpointDue: [5, 10, 12],
+        SnapshotDue: [0, 4, 5, 8, 10, 12],
+    }  # fmt: skip
+    assert [e.scenes for e in events if isinstance(e, Evaluated)] == [5, 5, 7]
+
+
+def test_zero_means_only_at_the_end() -> None:
+    rarely = replace(SETTINGS, progress_every=0, eval_every=0, save_every=0)
+    kinds = [type(e) for e in trainer(rarely).train()]
+    early, last = [SnapshotDue, SnapshotDue], [Progress, CheckpointDue, Evaluated, SnapshotDue]
+    assert kinds == early + last
+
+
+def test_most_snapshots_are_of_the_beginning() -> None:
+    rarely = replace(SETTINGS, progress_every=0, eval_every=0, save_every=0, num_steps=600)
+    running = trainer(rarely)
+    running._take_step = lambda: setattr(running, "step", running.step + 1)  # type: ignore[method-assign]
+    steps = [e.step for e in running.train() if isinstance(e, SnapshotDue)]
+    assert steps == [0, 10, 20, 50, 100, 200, 500, 600]
+
+
+def test_progress_tells_of_rates_prior_and_gradients() -> None:
+    settings = replace(SETTINGS, lr_schedule="cosine", learning_rate=0.5, num_steps=3)
+    settings = replace(settings, progress_every=1)
+    running = trainer(settings)
+    norms, told = [], []
+    for event in running.train():
+        if isinstance(event, Progress):
+            norms.append(float(running.svi.grad_norm))
+            told.append(event)
+    rates = [0.5 * learning_rate_factor("cosine", step, 3) for step in range(3)]
+    assert [event.learning_rate for event in told] == pytest.approx(rates)
+    assert [event.grad_norm for event in told] == pytest.approx(norms)
+    assert told[-1].z_pres_prior_p == pytest.approx(running.prior.probs.tolist())
+    assert told[0].z_pres_prior_p[0] > told[-1].z_pres_prior_p[0]
+    assert all(event.images_per_second == 4 * event.steps_per_second for event in told)
+
+
+def test_same_seed_same_run_and_evaluations_change_nothing() -> None:
+    def run(settings: TrainingSettings, seed: int) -> tuple[list[float], list[torch.Tensor]]:
+        running = trainer(settings, seed)
+        return [e.elbo for e in running.train() if isinstance(e, Progress)], weights(running)
+
+    elbos, final = run(SETTINGS, 0)
+    same_elbos, same_final = run(replace(SETTINGS, eval_every=1), 0)
+    assert elbos == same_elbos
+    assert all(torch.equal(x, y) for x, y in zip(final, same_final, strict=True))
+    assert elbos != run(SETTINGS, 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("stop", "captured", "estimator"),
+    [(1, False, "score"), (4, False, "marginal"), (5, True, "score"), (11, True, "marginal")],
+)
+def test_resumed_is_as_if_never_stopped(
+    stop: int, captured: bool, estimator: Estimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = partial(CompiledSVI, compiler=lambda graph: graph)
+    monkeypatch.setattr("air.training.trainer.CompiledSVI", compiled)
+    settings = replace(SETTINGS, compile=captured, estimator=estimator, lr_schedule="cosine")
+    whole = trainer(settings)
+    expected = [without_times(e) for e in whole.train() if e.step > stop]
+
+    stopped = trainer(settings)
+    for event in trainer_events_until(stopped, stop):
+        assert event.step <= stop
+    file = io.BytesIO()
+    torch.save(stopped.state_dict(), file)
+    file.seek(0)
+    resumed = trainer(settings, seed=7)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    found = [without_times(e) for e in resumed.train()]
+
+    assert found == expected
+    assert all(torch.equal(x, y) for x, y in zip(weights(whole), weights(resumed), strict=True))
+    assert whole.miscounted == resumed.miscounted
+
+
+@pytest.mark.parametrize("estimator", ["score", "marginal"])
+def test_a_learnt_count_prior_is_the_mean_of_q(
+    estimator: Estimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("air.training.trainer.LEARN_PRIOR_EVERY", 3)
+    settings = replace(SETTINGS, anneal_prior="none", learn_count_prior_from=5, estimator=estimator)
+    whole = trainer(settings)
+    told = [e for e in whole.train() if isinstance(e, Progress)]
+    before = geometric_count_prior(0.5, 3)
+    assert [e.z_pres_prior_p == before for e in told] == [True, False, False, False]
+    expected = infer(whole.air, whole.images).count_probs.mean(0).tolist()
+    assert whole.learnt_prior == pytest.approx(expected, rel=1e-5)
+    assert whole.prior.now == presence_probs(whole.learnt_prior or [])
+    assert whole.prior.probs.tolist() == pytest.approx(whole.prior.now)
+
+    stopped = trainer(settings)
+    list(trainer_events_until(stopped, 7))
+    state = stopped.state_dict()
+    resumed = trainer(settings, seed=7)
+    resumed.load_state_dict(state)
+    list(resumed.train())
+    assert resumed.learnt_prior == whole.learnt_prior
+    assert all(torch.equal(x, y) for x, y in zip(weights(whole), weights(resumed), strict=True))
+
+
+def test_annealing_goes_on_from_a_count_prior_that_was_given() -> None:
+    settings = replace(SETTINGS, count_prior=[4.0, 3.0, 2.0, 1.0])
+    whole, stopped = trainer(settings), trainer(settings)
+    list(whole.train())
+    list(trainer_events_until(stopped, 5))
+    resumed = trainer(settings)
+    resumed.load_state_dict(stopped.state_dict())
+    assert resumed.prior.now == stopped.prior.now != resumed.prior.initial
+    list(resumed.train())
+    assert resumed.prior.now == whole.prior.now == pytest.approx([1e-3] * 3)
+
+
+def test_a_prior_is_learnt_after_it_was_annealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("air.training.trainer.LEARN_PRIOR_EVERY", 3)
+    settings = replace(SETTINGS, learn_count_prior_from=10, num_steps=14, progress_every=1)
+    whole = trainer(settings)
+    told = [e.z_pres_prior_p for e in whole.train() if isinstance(e, Progress)]
+    assert told[10] == pytest.approx([1e-3] * 3)
+    assert told[11] == told[13] == presence_probs(whole.learnt_prior or [])
+    assert told[11] != told[10]
+
+
+def test_a_run_that_tells_nothing_ends_too() -> None:
+    rarely = replace(SETTINGS, num_steps=400, progress_every=0, eval_every=0, save_every=0)
+    running = trainer(rarely)
+    with torch.no_grad():
+        running.air.pixels.sd = 1e-30
+    with (
+        pyro.validation_enabled(False),
+        pytest.raises(FloatingPointError),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        list(running.train())
+    assert running.step <= MOST_SKIPPED + LOOK_EVERY
+
+
+def test_a_state_of_something_else_is_refused() -> None:
+    done = trainer()
+    list(done.train())
+    for changes, message in [
+        ({"step": -5}, "step is -5"),
+        ({"step": True}, "step is True"),
+        ({"seconds": "abc"}, "seconds are 'abc'"),
+        ({"seconds": math.nan}, "seconds are nan"),
+        ({"miscounted": [10**9]}, "not among those held out"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            trainer().load_state_dict({**done.state_dict(), **changes})
+    state = done.state_dict()
+    for moments in state["optimizer"]["state"].values():
+        moments["exp_avg"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="optimiser's exp_avg is not of the shape of its weight"):
+        trainer().load_state_dict(state)
+
+
+def test_a_state_of_a_gpu_is_taken_up_on_a_cpu() -> None:
+    done, other = trainer(), trainer(seed=3)
+    list(done.train())
+    other.load_state_dict({**done.state_dict(), "cuda_rng": torch.zeros(16, dtype=torch.uint8)})
+    assert all(torch.equal(x, y) for x, y in zip(weights(done), weights(other), strict=True))
+
+
+def test_a_resumed_run_knows_which_scenes_it_miscounted() -> None:
+    first, second = trainer(), trainer()
+    list(first.train())
+    assert first.miscounted
+    second.load_state_dict(first.state_dict())
+    assert second.miscounted == first.miscounted
+
+
+def trainer_events_until(running: Trainer, stop: int) -> list[Any]:
+    """Runs to the end of step `stop` as a signal would end it there."""
+    take_step = running._take_step
+
+    def step_and_stop() -> None:
+        take_step()
+        running.stop_requested = running.step == stop
+
+    running._take_step = step_and_stop  # type: ignore[method-assign]
+    return list(running.train())
+
+
+def test_a_run_that_is_done_only_evaluates_again() -> None:
+    done = trainer()
+    list(done.train())
+    before = weights(done)
+    assert [type(e) for e in done.train()] == [CheckpointDue, Evaluated, SnapshotDue]
+    assert all(torch.equal(x, y) for x, y in zip(before, weights(done), strict=True))
+
+
+def test_zero_steps_evaluate() -> None:
+    events = list(trainer(replace(SETTINGS, num_steps=0)).train())
+    assert [type(e) for e in events] == [CheckpointDue, Evaluated, SnapshotDue]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_jit_is_asked_for_and_not_traced_again_under_annealing() -> None:
+    jitted = trainer(replace(SETTINGS, jit=True, num_steps=5))
+    list(jitted.train())
+    assert isinstance(jitted.svi.loss, JitTraceGraph_ELBO)
+    assert len(jitted.svi.loss._jit_loss_and_surrogate_loss.compiled) == 1
+
+
+def test_a_collapse_is_an_alarm_from_the_given_step_on() -> None:
+    running = trainer(replace(SETTINGS, alarm_after=8, learning_rate=1e-9))
+    with torch.no_grad():
+        running.air.predict.mlp.seq[-1].bias[0] = -30.0
+    alarms = {e.step: e.alarm for e in running.train() if isinstance(e, Evaluated)}
+    assert alarms[4] is None
+    assert "leaving every canvas empty" in str(alarms[8])
+    assert "leaving every canvas empty" in str(alarms[12])
+
+
+def test_schedule_moves_both_rates() -> None:
+    settings = replace(SETTINGS, lr_schedule="cosine", learning_rate=0.5, num_steps=2)
+    running = trainer(settings)
+    list(running.train())
+    factor = learning_rate_factor("cosine", 1, 2)
+    rates = [group["lr"].item() for group in running.optimizer.param_groups]
+    assert rates == pytest.approx([0.5 * factor, 1e-2 * factor])
+
+
+def test_tally_leaves_out_what_was_skipped() -> None:
+    tally = Tally(torch.device("cpu"))
+    for elbo in (1.0, math.nan, -math.inf, 4.0):
+        tally.add(torch.tensor(elbo), torch.tensor(2 * elbo), torch.tensor(not math.isfinite(elbo)))
+    assert tally.read() == (2.5, 5.0, 2)
+    tally.add(torch.tensor(math.nan), torch.tensor(1.0), torch.tensor(True))
+    assert str(tally.read()) == "(nan, nan, 1)"
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
+def test_training_that_does_not_move_any_more_ends() -> None:
+    running = trainer(replace(SETTINGS, num_steps=100, progress_every=1))
+    running.air.pixels.sd = 1e-30
+    events: list[Any] = []
+
+    def collect() -> None:
+        for event in running.train():
+            events.append(event)
+
+    with (
+        pyro.validation_enabled(False),
+        pytest.raises(FloatingPointError, match=r"log_likelihood and .* for 20 steps in a row"),
+    ):
+        collect()
+    progress = [event for event in events if isinstance(event, Progress)]
+    assert [event.step for event in progress] == list(range(1, MOST_SKIPPED + 1))
+    assert all(event.skipped == 1 and math.isnan(event.elbo) for event in progress)

@@ -1,0 +1,74 @@
+"""Which points a curve has, and which span of them is shown."""
+
+import math
+
+import numpy as np
+import pytest
+from helpers import EVALUATION, PROGRESS
+
+from air.training.events import Evaluated
+from air.visualization import curves
+from air.visualization.curves import MOST_POINTS, PANELS, History
+
+
+def test_every_curve_finds_its_value_in_what_training_tells() -> None:
+    history = History([PROGRESS.record(), Evaluated(20, 3, EVALUATION, 480.0, None).record()])
+    values = {c.key: history.points(c.key) for panel in PANELS for c in panel.curves}
+    assert all(steps == [20] for steps, _ in values.values()), values
+    expected = {
+        "elbo": 601.2, "eval_elbo": 630.12, "accuracy_mode": 50.0, "accuracy_sample": 25.0,
+        "p_any": 1e-4, "learning_rate": 1e-3, "steps_per_second": 20.0, "kl_what": 20.0,
+        "grad_norm": 45.0, "baseline_error": 7.5, "empty_elbo": 480.0,
+    }  # fmt: skip
+    for key, value in expected.items():
+        assert values[key][1] == [pytest.approx(value)], key
+    assert history.latest["confusion"] == EVALUATION.confusion
+
+
+def test_many_points_are_thinned_evenly_and_the_last_one_is_there() -> None:
+    history = History()
+    for step in range(1, 12_346):
+        history.add({"step": step, "elbo": 2.0 * step})
+        if step in (5, 999, 1001, 5000):
+            steps, values = history.points("elbo")
+            assert steps[-1] == step
+            assert values == [2.0 * s for s in steps]
+    steps, _ = history.points("elbo")
+    assert MOST_POINTS / 2 <= len(steps) <= MOST_POINTS + 1
+    assert len(set(np.diff(steps[:-1]))) == 1
+    assert (steps[0], steps[-1]) == (1, 12_345)
+
+
+def test_a_step_that_comes_again_takes_the_place_of_the_first() -> None:
+    history = History([{"step": 3, "eval_elbo": 1.0}, {"step": 3, "eval_elbo": 2.0}])
+    assert history.points("eval_elbo") == ([3], [2.0])
+    history.add({"step": 4, "eval_elbo": None})
+    assert history.points("eval_elbo") == ([3], [2.0])
+
+
+def test_what_is_not_finite_is_a_gap() -> None:
+    records = [{"step": i, "elbo": v} for i, v in enumerate([1.0, math.nan, -math.inf, 2.0])]
+    assert History(records).points("elbo") == ([0, 1, 2, 3], [1.0, None, None, 2.0])
+
+
+def panel(name: str) -> curves.Panel:
+    return next(panel for panel in PANELS if panel.name == name)
+
+
+def test_the_first_steps_do_not_flatten_the_rest() -> None:
+    falling = [-1e6, *np.linspace(400, 640, 99)]
+    scale, limits = panel("elbo").y_axis([falling, [460.0]])
+    assert scale == "linear"
+    assert limits is not None
+    assert 300 < limits[0] < 420
+    assert 640 < limits[1] < 660
+    assert panel("elbo").y_axis([[None], []]) == ("linear", None)
+
+
+def test_axes_begin_at_zero_or_are_logarithmic() -> None:
+    assert panel("grad_norm").y_axis([[1.0, 100.0]]) == ("log", None)
+    assert panel("grad_norm").y_axis([[40.0, 100.0]]) == ("linear", (0.0, pytest.approx(110.0)))
+    assert panel("grad_norm").y_axis([[0.0, 100.0]])[0] == "linear"
+    scale, limits = panel("kl").y_axis([[-0.5, 8.0], [None, 20.0]])
+    assert (scale, limits) == ("linear", (pytest.approx(-0.55), pytest.approx(22.0)))
+    assert panel("speed").y_axis([[0.0]]) == ("linear", (0.0, 1e-3))

@@ -1,0 +1,128 @@
+"""Snapshots: that they show what the model infers, and come back from their files unchanged."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import count_on, make_snapshot, small_air
+
+from air import AIR
+from air.evaluation.metrics import HeldOut
+from air.inference import infer, sample_prior
+from air.spatial_transformer import image_to_window
+from air.visualization.snapshots import (
+    InferredScenes,
+    Snapshot,
+    SnapshotError,
+    as_bytes,
+    load_snapshot,
+    save_snapshot,
+    snapshot_files,
+    take_snapshot,
+)
+
+
+def held_out(number: int = 12) -> HeldOut:
+    """Every third scene is empty."""
+    images = torch.randint(1, 256, (number, 12, 12), dtype=torch.uint8)
+    images[::3] = 0
+    return HeldOut(images, torch.full((number,), 3))
+
+
+def equal(one: object, other: object) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return all(map(equal, one, other))
+    if one is None:
+        return other is None
+    return np.array_equal(one, other, equal_nan=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("guide_input", ["image", "difference"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_windows_are_what_the_encoder_is_given(guide_input: str, channels: int) -> None:
+    air = small_air(guide_input=guide_input, channels=channels)
+    images = torch.rand(9, channels, 12, 12).squeeze(1)
+    given: list[torch.Tensor] = []
+    hook = air.encode.register_forward_pre_hook(lambda net, inputs: given.append(inputs[0]))
+    infer(air, images)
+    hook.remove()
+    windows = take_snapshot(air, HeldOut(images), 0, seed=0).windows
+    for t, window in enumerate(given):
+        expected = window[:8].reshape(windows[:, t].shape)
+        np.testing.assert_allclose(windows[:, t], as_bytes(expected), atol=1)
+
+
+def test_a_snapshot_shows_what_is_inferred(air: AIR) -> None:
+    scenes = held_out()
+    state = torch.get_rng_state()
+    snapshot = take_snapshot(air, scenes, 40, seed=3, number=10)
+    assert torch.equal(state, torch.get_rng_state())
+    assert snapshot.step == 40
+    order = [1, 2, 4, 5, 7, 8, 0, 3, 6, 9]  # the empty ones last
+    np.testing.assert_array_equal(snapshot.scenes.images, scenes.images[order])
+    images = scenes.images[order] / 255
+    found = infer(air, images)
+    np.testing.assert_array_equal(snapshot.scenes.counts, found.counts)
+    np.testing.assert_array_equal(snapshot.scenes.boxes, found.boxes)
+    np.testing.assert_array_equal(snapshot.scenes.reconstructions, as_bytes(found.reconstructions))
+    np.testing.assert_array_equal(snapshot.objects, as_bytes(found.objects[:8]))
+    for i, t in ((0, 0), (5, 2), (7, 1)):
+        window = image_to_window(found.z_where[i, t][None], 7, 12, images[i][None])
+        np.testing.assert_array_equal(snapshot.windows[i, t], as_bytes(window.reshape(7, 7)))
+        probability = found.count_probs[i, t + 1 :].sum()
+        assert snapshot.presence[i, t] == pytest.approx(probability.item(), rel=1e-5)
+    canvas, boxes, counts = sample_prior(air, 10, 3)
+    np.testing.assert_array_equal(snapshot.samples.images, as_bytes(canvas))
+    np.testing.assert_array_equal(snapshot.samples.boxes, boxes)
+    np.testing.assert_array_equal(snapshot.samples.counts, counts)
+
+
+def test_only_what_is_still_counted_wrongly_is_an_error() -> None:
+    air, scenes = small_air(), held_out()
+    count_on(air, 0, 9.0)  # three everywhere
+    assert scenes.counts is not None
+    scenes.counts[7] = 1
+    snapshot = take_snapshot(air, scenes, 0, 0, miscounted=[2, 7], number=4)
+    np.testing.assert_array_equal(snapshot.errors.images, scenes.images[7:8])
+    np.testing.assert_array_equal(snapshot.errors.true_counts, [1])
+    assert len(snapshot.scenes.images) == 4
+    unknown = take_snapshot(air, HeldOut(scenes.images), 0, 0)
+    assert unknown.scenes.true_counts is None
+    assert len(unknown.errors.images) == 0
+
+
+def test_intensities_become_bytes() -> None:
+    given = torch.tensor([-3.0, 0.0, 0.5, 1.0, 1.7, float("nan"), float("inf"), -float("inf")])
+    assert as_bytes(given).tolist() == [0, 0, 128, 255, 255, 0, 255, 0]
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_files_hold_all_of_it(tmp_path: Path, wrong: int) -> None:
+    for step in (500, 20, 10_000_000_000):
+        save_snapshot(tmp_path / "made", make_snapshot(step, wrong=wrong))
+    files = snapshot_files(tmp_path / "made")
+    assert list(files) == [20, 500, 10_000_000_000]
+    for step, path in files.items():
+        assert equal(load_snapshot(path), make_snapshot(step, wrong=wrong))
+    blind = make_snapshot()._replace(scenes=make_snapshot().scenes._replace(true_counts=None))
+    save_snapshot(tmp_path, blind)
+    assert load_snapshot(tmp_path / "00000000.npz").scenes.true_counts is None
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    save_snapshot(tmp_path, make_snapshot(7))
+    whole = (tmp_path / "00000007.npz").read_bytes()
+    pickled = np.array([InferredScenes], dtype=object)
+    np.savez(tmp_path / "1.npz", **{"step.": pickled})
+    np.savez(tmp_path / "2.npz", x=np.zeros(3))
+    with np.load(tmp_path / "00000007.npz") as file:
+        np.savez(tmp_path / "6.npz", **{k: v for k, v in file.items() if k != "errors.boxes"})
+    (tmp_path / "3.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "4.npz").write_bytes(b"")
+    (tmp_path / "5.npz").write_bytes(whole[:900] + bytes(200) + whole[1100:])
+    for name in (1, 2, 3, 4, 5, 6, "none"):
+        with pytest.raises(SnapshotError, match=rf"{name}.npz is no readable snapshot"):
+            load_snapshot(tmp_path / f"{name}.npz")
+    assert isinstance(load_snapshot(tmp_path / "00000007.npz"), Snapshot)
