@@ -30,10 +30,10 @@ from air.cli import flag_values, flags
 from air.cli.config import AIR_ARGUMENTS, is_compiled, merge_new, merge_resumed, pick_device, plain
 from air.cli.config import DEFAULTS as OWN_DEFAULTS
 from air.cli.faults import exit_code, explain, stop_on_signals, terminate_like_interrupt
-from air.cli.recorder import Recorder, go_back, versions
+from air.cli.recorder import Recorder, restore_trainer, versions
 from air.data.shards import Shards, load_data
 from air.evaluation.metrics import HeldOut
-from air.storage.checkpoint import fit_weights, read_weights, refuse_bomb
+from air.storage.checkpoint import check_unpacked_size, load_weights_strict, read_weights
 from air.storage.run_folder import RunFolder
 from air.subsampling import StreamedImages
 from air.training.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
@@ -93,7 +93,7 @@ def lead(argv: Sequence[str] | None, ranks: Ranks) -> int:
                     code = train(session)
                     given = given if code is not None else with_next_seed(session)
             except KeyboardInterrupt as signaled:
-                how = run.how_to_go_on() if run else "Training had not begun"
+                how = run.resume_hint() if run else "Training had not begun"
                 parser.exit(exit_code(signaled), f"{parser.prog}: interrupted. {how}\n")
             except Exception as error:
                 ranks.end_by_error()
@@ -145,9 +145,9 @@ def prepare(
     config["compile"] = is_compiled(config)
     trainer, sha256 = assemble(config, ranks)
     if weights:
-        fit_weights(trainer.air, weights, run.source if run else Path(config["load"]))
+        load_weights_strict(trainer.air, weights, run.source if run else Path(config["load"]))
     if run and state:
-        go_back(trainer, state, run.source, sha256)
+        restore_trainer(trainer, state, run.source, sha256)
     if (taken := trainer.step) > (wanted := config["num_steps"]):
         raise ValueError(f"--num-steps must be at least the {taken} already taken, got {wanted}")
     if collapsed:  # its server may be away for a while
@@ -170,7 +170,7 @@ def begin(
     visdom: Any,  # noqa: ANN401
 ) -> Session:
     """Makes the run's folder ready, and its live page where `visdom` is a client."""
-    run.go_on(trainer.step, trainer.step == config["num_steps"])
+    run.truncate_after(trainer.step, trainer.step == config["num_steps"])
     run.write_json("config.json", config | {"data_sha256": data_sha256, "versions": versions()})
     if config["verbose"]:
         print(trainer.air, config, sep="\n")
@@ -215,7 +215,7 @@ def assemble(config: Mapping[str, Any], ranks: Ranks) -> tuple[Trainer, str]:
 def load_scenes(config: Mapping[str, Any]) -> multi_mnist.SceneSplits:
     """The scenes of --data, or those that the other data flags describe, made if need be."""
     if config["data"]:
-        refuse_bomb(path := Path(config["data"]))
+        check_unpacked_size(path := Path(config["data"]))
         return load_data(path, hold_out_all=config["num_steps"] == 0)
     try:
         settings = SceneSettings(**{name: config[flag] for name, flag in SCENE_FLAGS.items()})
@@ -237,7 +237,7 @@ def train(session: Session) -> int | None:
     bar = tqdm(total=total, initial=trainer.step, unit="step", disable=None, dynamic_ncols=True)
     with stop_on_signals(trainer) as received, bar:
         for event in events(session):
-            session.recorder.keep(event)
+            session.recorder.handle(event)
             if isinstance(event, Evaluated):
                 bar.write(str(event))
                 if event.alarm:
@@ -280,7 +280,7 @@ def finish(session: Session, received: Sequence[int]) -> int:
     trainer, run, total = session.trainer, session.run, session.config["num_steps"]
     if stopped := trainer.stopped or received:
         for event in (CheckpointDue(trainer.step), SnapshotDue(trainer.step)):
-            session.recorder.keep(event)
+            session.recorder.handle(event)
     viz.draw_run(run)
     if stopped:
         print(

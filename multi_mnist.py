@@ -36,8 +36,8 @@ from air.data.sprites import SHAPES, draw_sprite, tint
 
 __all__ = ["DataError", "SceneSettings", "SceneSplits", "Scenes", "load_file", "load_scenes"]
 
-TRIES = 5_000  # to place the objects of one scene
-BRIGHTEST_BACKGROUND = 96
+MAX_ATTEMPTS = 5_000  # to place the objects of one scene
+MAX_BACKGROUND = 96
 
 
 def _setting(default: Any, help: str, *allowed: Any) -> Any:  # noqa: ANN401
@@ -115,7 +115,7 @@ def _load_digits(settings: SceneSettings, folder: Path) -> list[Array]:
     return digits
 
 
-class _Thing(NamedTuple):
+class _Object(NamedTuple):
     """An object to be put into a scene."""
 
     label: int
@@ -123,7 +123,7 @@ class _Thing(NamedTuple):
     pixels: Array  # uint8 [C, side, side]
 
 
-class _Artist:
+class _SceneGenerator:
     """Draws scenes; for a pyro recipe random numbers come in the order of Pyro's `mk_dataset`."""
 
     def __init__(self, settings: SceneSettings, test: bool, images: Array, labels: Array) -> None:
@@ -149,7 +149,7 @@ class _Artist:
         most = self.settings.rotation
         return most * (2 * self.random.random() - 1) if most else 0.0
 
-    def draw_digit(self) -> _Thing:
+    def draw_digit(self) -> _Object:
         """One of the digits."""
         index = self.below(len(self.images))
         side, angle, digit = self.draw_side(), self.draw_angle(), self.images[index]
@@ -158,9 +158,9 @@ class _Artist:
         digit = resize_digit(digit, side, self.settings.recipe)
         if self.settings.binary:
             digit = np.where(digit >= digit.max() / 2, 255, 0).astype(np.uint8)
-        return _Thing(int(self.labels[index]), digit, digit[None])
+        return _Object(int(self.labels[index]), digit, digit[None])
 
-    def draw_sprite(self) -> _Thing:
+    def draw_sprite(self) -> _Object:
         """A coloured shape, of which at least one channel is at its brightest."""
         label, side = self.below(len(SHAPES)), self.draw_side()
         covered = draw_sprite(SHAPES[label], side, math.radians(self.draw_angle()))
@@ -168,9 +168,9 @@ class _Artist:
         color = np.floor(255 * color / color.max() + 0.5)
         if self.settings.binary:
             covered, color = (np.where(a >= 128, 255, 0) for a in (covered, color))
-        return _Thing(label, covered.astype(np.uint8), tint(covered, color.astype(np.uint8)))
+        return _Object(label, covered.astype(np.uint8), tint(covered, color.astype(np.uint8)))
 
-    def add(self, place: Array, thing: _Thing) -> None:
+    def add(self, place: Array, thing: _Object) -> None:
         """Puts an object into its place in a scene, uint16 [C, side, side]."""
         if self.channels > 1:  # before what is there
             place *= 255 - thing.covered
@@ -209,12 +209,12 @@ class _Artist:
             return np.zeros((self.channels, 1, 1), np.uint16)
         h = self.settings.x_size if self.settings.background == "noisy" else 1
         levels = self.random.random((self.channels, h, h))
-        return np.asarray(BRIGHTEST_BACKGROUND * levels, np.uint16)
+        return np.asarray(MAX_BACKGROUND * levels, np.uint16)
 
 
 def _draw(settings: SceneSettings, test: bool, images: Array, labels: Array) -> Scenes:
     """Draws the scenes of one split."""
-    artist = _Artist(settings, test, images, labels)
+    artist = _SceneGenerator(settings, test, images, labels)
     h, gap, slots = settings.x_size, settings.min_gap, max(settings.counts)
     size = settings.num_test_scenes if test else settings.num_scenes
     x = np.zeros((size, artist.channels, h, h), np.uint8)
@@ -222,7 +222,7 @@ def _draw(settings: SceneSettings, test: bool, images: Array, labels: Array) -> 
     names, boxes = np.full((size, slots), -1), np.full((size, slots, 4), np.nan, np.float32)
     for n in range(size):
         counts[n] = count = settings.counts[artist.below(len(settings.counts))]
-        for _ in range(TRIES):
+        for _ in range(MAX_ATTEMPTS):
             canvas, overlaps[n], names[n, :count], places = artist.draw_scene(count)
             pairs = combinations(places, 2)
             gaps = (max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3]) for a, b in pairs)

@@ -23,8 +23,8 @@ from air.storage.checkpoint import write_atomically
 from air.storage.run_folder import RunFolder
 from air.visualization.curves import PANELS, History, Panel
 from air.visualization.drawing import (
+    LABEL_COLOURS,
     STEP_COLOURS,
-    WRITTEN,
     Pictures,
     draw_boxes,
     enlarge,
@@ -183,7 +183,9 @@ def save_animation(path: Path, snapshots: Sequence[Snapshot]) -> None:
     colours = np.linspace(0, 255, 128).round()[:, None].repeat(3, 1)
     if snapshots[0].scenes.images.ndim == 4:
         colours = np.linspace(0, 255, 6)[np.indices((6, 6, 6)).reshape(3, -1).T]
-    palette.putpalette(np.concatenate((colours, STEP_COLOURS, WRITTEN)).astype(np.uint8).tobytes())
+    palette.putpalette(
+        np.concatenate((colours, STEP_COLOURS, LABEL_COLOURS)).astype(np.uint8).tobytes()
+    )
     frames = [
         Image.fromarray(_frame(snapshot)).quantize(palette=palette, dither=Image.Dither.NONE)
         for snapshot in snapshots

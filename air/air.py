@@ -14,11 +14,11 @@ import torch
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor, nn
 
-from air.likelihoods import Likelihood, make_pixels, to_intensities
+from air.likelihoods import Likelihood, make_likelihood, to_intensities
 from air.param_store import register_parameters
 from air.priors import DEFAULT_COUNT_RATIO, PresencePrior, geometric_count_prior
 from air.spatial_transformer import image_to_window, window_to_image
-from air.subsampling import choose
+from air.subsampling import subsample_indices
 from modules import MLP, Decoder, Encoder, ImageLSTMCell, Predict, Projection
 
 GuideInput = Literal["image", "difference"]
@@ -113,7 +113,7 @@ class AIR(nn.Module):
         self.use_masking, self.use_baselines = use_masking, use_baselines
         self.baseline_scalar = 1.0 if baseline_scalar is None else baseline_scalar
         self.guide_input, self.channels = guide_input, channels
-        self.pixels = make_pixels(likelihood, likelihood_sd, decoder_output_use_sigmoid)
+        self.likelihood = make_likelihood(likelihood, likelihood_sd, decoder_output_use_sigmoid)
         if guide_input not in get_args(GuideInput):
             raise ValueError(f"guide_input must be image or difference, got {guide_input!r}")
         self.default_presence = geometric_count_prior(DEFAULT_COUNT_RATIO, num_steps)
@@ -165,7 +165,7 @@ class AIR(nn.Module):
         with pyro.plate("data", num_images or len(data), device=str(data.device)) as ix:
             images = self.to_images(data[ix])
             _, canvas = self.prior(len(images), z_pres_prior_p)
-            pixels = self.pixels.distribution(canvas.flatten(1))
+            pixels = self.likelihood.distribution(canvas.flatten(1))
             pyro.sample("obs", pixels.to_event(1), obs=images.flatten(1))
 
     def prior(self, n: int, z_pres_prior_p: PresencePrior | None = None) -> tuple[Latents, Tensor]:
@@ -178,20 +178,20 @@ class AIR(nn.Module):
         objects, all_pres = [], []
         for t in range(self.num_steps):
             pres = dist.Bernoulli(presence_p(t) * z_pres)
-            z_pres = pyro.sample(f"z_pres_{t}", self._choice(pres, z_pres))
+            z_pres = pyro.sample(f"z_pres_{t}", self._masked(pres, z_pres))
             objects.append(self.sample_object(t, z_pres))
             all_pres.append(z_pres)
         all_where, all_what = map(list, zip(*objects, strict=True))
         painted = self.paint(all_where, all_what)
-        return (all_where, all_pres), self.pixels.compose(painted, torch.cat(all_pres, 1).t())
+        return (all_where, all_pres), self.likelihood.compose(painted, torch.cat(all_pres, 1).t())
 
     def sample_object(self, t: int, z_pres: Tensor) -> tuple[Tensor, Tensor]:
         """p(z_where_t) p(z_what_t): the t-th object's place, [n, 3], and code, [n, Z]."""
         n = len(z_pres)
         where = dist.Normal(self.z_where_loc_prior, self.z_where_scale_prior).expand([n, 3])
-        z_where = pyro.sample(f"z_where_{t}", self._choice(where, z_pres))
+        z_where = pyro.sample(f"z_where_{t}", self._masked(where, z_pres))
         code = dist.Normal(self.h_init.new_zeros(n, self.z_what_size), 1.0)
-        return z_where, pyro.sample(f"z_what_{t}", self._choice(code, z_pres))
+        return z_where, pyro.sample(f"z_what_{t}", self._masked(code, z_pres))
 
     def paint(self, z_where: Sequence[Tensor], z_what: Sequence[Tensor]) -> Tensor:
         """Each object on a black image of its own, [T, B, (C,) H, H]; in one pass, to be fast."""
@@ -220,11 +220,11 @@ class AIR(nn.Module):
             (z_where, z_pres): lists over steps of [B, 3] and [B, 1].
         """
         register_parameters(self)
-        size, chosen = num_images or len(data), choose(data, batch_size, num_images)
+        size, chosen = num_images or len(data), subsample_indices(data, batch_size, num_images)
         with pyro.plate("data", size, subsample=chosen, device=str(data.device)) as ix:
             images = self.to_images(data[ix])
             n, canvas = len(images), torch.zeros_like(images)
-            inputs = self._see(images, size / n)
+            inputs = self._embed_images(images, size / n)
             state = first = GuideState(
                 self.h_init.new_ones(n, Z_PRES_SIZE),
                 self.z_where_init.expand(n, -1),
@@ -236,15 +236,15 @@ class AIR(nn.Module):
             for t in range(self.num_steps):
                 if t > 0 and self.guide_input == "difference":
                     painted = self.paint([state.z_where], [state.z_what])
-                    present = self._plain(state.z_pres).t()
-                    canvas = self.pixels.add(canvas, self.pixels.compose(painted, present))
-                    inputs = self._see(images - canvas, size / n)
+                    present = self._detach_presence(state.z_pres).t()
+                    canvas = self.likelihood.add(canvas, self.likelihood.compose(painted, present))
+                    inputs = self._embed_images(images - canvas, size / n)
                     state = first._replace(z_pres=state.z_pres)
                 state = self._guide_step(t, state, inputs)
                 states.append(state)
             return [state.z_where for state in states], [state.z_pres for state in states]
 
-    def _see(self, images: Tensor, cost_scale: float) -> GuideInputs:
+    def _embed_images(self, images: Tensor, cost_scale: float) -> GuideInputs:
         """Takes in what a step of the guide is to see, [B, (C,) H, H]."""
         flat = images.flatten(1)
         # Detached: the baseline's regression must not train the inference network.
@@ -253,17 +253,17 @@ class AIR(nn.Module):
 
     def _guide_step(self, t: int, prev: GuideState, inputs: GuideInputs) -> GuideState:
         """q(z_pres_t, z_where_t, z_what_t | x, z_<t), and the baseline of z_pres_t."""
-        latents = (prev.z_where, prev.z_what, self._plain(prev.z_pres))
+        latents = (prev.z_where, prev.z_what, self._detach_presence(prev.z_pres))
         rnn = self.rnn(inputs.rnn, latents, prev.rnn)
         pres_p, loc, scale = self.predict(rnn[0])
         infer, bl_rnn = self._baseline_step(latents, prev, inputs)
         pres = dist.Bernoulli(pres_p * prev.z_pres)
-        z_pres = pyro.sample(f"z_pres_{t}", self._choice(pres, prev.z_pres), infer=infer)
+        z_pres = pyro.sample(f"z_pres_{t}", self._masked(pres, prev.z_pres), infer=infer)
         where = dist.Normal(loc + self.z_where_loc_prior, scale * self.z_where_scale_prior)
-        z_where = pyro.sample(f"z_where_{t}", self._choice(where, z_pres))
+        z_where = pyro.sample(f"z_where_{t}", self._masked(where, z_pres))
         window = image_to_window(z_where, self.window_size, self.x_size, inputs.images)
         code = dist.Normal(*self.encode(window))
-        z_what = pyro.sample(f"z_what_{t}", self._choice(code, z_pres))
+        z_what = pyro.sample(f"z_what_{t}", self._masked(code, z_pres))
         return GuideState(z_pres, z_where, z_what, rnn, bl_rnn)
 
     def _baseline_step(
@@ -285,16 +285,18 @@ class AIR(nn.Module):
         value = value * (inputs.cost_scale * self.baseline_scalar)
         return {"baseline": {"baseline_value": value.squeeze(-1)}}, state
 
-    def _plain(self, z_pres: Tensor) -> Tensor:
+    def _detach_presence(self, z_pres: Tensor) -> Tensor:
         """What the nets see of z_pres: a copy, where the masks show which costs depend on it."""
         # TraceGraph_ELBO would follow it through every operation, at several times its price.
         return detach_provenance(z_pres) if self.use_masking else z_pres
 
-    def _choice(self, distribution: dist.TorchDistribution, present: Tensor) -> Any:  # noqa: ANN401
+    def _masked(self, distribution: dist.TorchDistribution, present: Tensor) -> Any:  # noqa: ANN401
         """One choice for each image, at no cost in those where `present` is zero."""
         masked = distribution.mask(present > 0) if self.use_masking else distribution
         return masked.to_event(1)
 
     def to_images(self, batch: Tensor) -> Tensor:
         """Bytes or floats, [B, (C,) H, H], to floats in [0, 1], as the likelihood takes them."""
-        return self.pixels.prepare(to_intensities(batch, self.channels, self.x_size, self.h_init))
+        return self.likelihood.prepare(
+            to_intensities(batch, self.channels, self.x_size, self.h_init)
+        )

@@ -28,23 +28,23 @@ from air.cli.flags import Parser, build_parser
 from air.data.scenes import read_images
 from air.evaluation.boxes import tight_boxes
 from air.inference import infer
-from air.priors import reached_probs
+from air.priors import at_least_probs
 from air.storage.checkpoint import (
     CheckpointError,
-    fit_weights,
+    check_unpacked_size,
+    load_weights_strict,
     read_weights,
-    refuse_bomb,
     write_atomically,
 )
 from air.visualization.drawing import draw_boxes, tile
 
 MODES = {1: ("L", "1"), 3: ("RGB",)}  # of Pillow, by channels
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # some others run programs
-MOST_DRAWN = 64  # images in a figure
+MAX_DRAWN = 64  # images in a figure
 
 
 @dataclass(frozen=True)
-class Found:
+class DetectedObject:
     """An object in an image."""
 
     step: int  # that found it, from 1
@@ -59,7 +59,7 @@ class Detection:
 
     count: int  # the most probable
     probability: float  # of that count, q(count)
-    objects: list[Found]  # so many
+    objects: list[DetectedObject]  # so many
 
 
 def detect(air: AIR, images: Tensor) -> list[Detection]:
@@ -68,11 +68,13 @@ def detect(air: AIR, images: Tensor) -> list[Detection]:
     for batch in torch.split(images, 500):
         found = infer(air, batch.to(air.h_init.device))
         painted = found.objects.amax(-3) if air.channels > 1 else found.objects
-        reached = reached_probs(found.count_probs)
+        reached = at_least_probs(found.count_probs)
         per_step = [part.tolist() for part in (reached, tight_boxes(painted), found.boxes)]
         probs = found.count_probs.amax(1).tolist()
         for i, (count, prob) in enumerate(zip(found.counts.tolist(), probs, strict=True)):
-            objects = (Found(t + 1, *(part[i][t] for part in per_step)) for t in range(count))
+            objects = (
+                DetectedObject(t + 1, *(part[i][t] for part in per_step)) for t in range(count)
+            )
             detections.append(Detection(count, prob, list(objects)))
     return detections
 
@@ -91,7 +93,7 @@ def load_air(path: Path, device: str | torch.device = "cpu") -> AIR:
         air = AIR(**settings, **_image_form(weights, settings))
     except Exception as error:  # whatever a foreign file makes of it
         raise CheckpointError(f"{path} holds no AIR: {error!r}") from error
-    fit_weights(air, weights, path)
+    load_weights_strict(air, weights, path)
     return air.to(device).eval()
 
 
@@ -128,7 +130,7 @@ def read_all(paths: Sequence[Path], air: AIR) -> Iterator[tuple[str, Tensor]]:
     """A name and the pixels of each image in files, in their order."""
     for path in paths:
         if path.suffix == ".npz":
-            refuse_bomb(path)
+            check_unpacked_size(path)
             for i, image in enumerate(read_images(path, air.x_size, air.channels)):
                 yield f"{path}[{i}]", torch.from_numpy(image)
         else:
@@ -137,10 +139,10 @@ def read_all(paths: Sequence[Path], air: AIR) -> Iterator[tuple[str, Tensor]]:
 
 def draw(images: Tensor, detections: Sequence[Detection], path: Path) -> None:
     """Writes the first images, uint8 [N, (C,) H, H], with windows and counts, as PNG."""
-    shown = images[:MOST_DRAWN].numpy()
-    counts = np.array([each.count for each in detections[:MOST_DRAWN]])
+    shown = images[:MAX_DRAWN].numpy()
+    counts = np.array([each.count for each in detections[:MAX_DRAWN]])
     boxes = np.full((len(counts), max(counts.max(), 1), 4), np.nan)
-    for i, each in enumerate(detections[:MOST_DRAWN]):
+    for i, each in enumerate(detections[:MAX_DRAWN]):
         boxes[i, : each.count] = [found.window for found in each.objects] or 0
     zoom = max(1, 200 // shown.shape[-1])
     sheet = Image.fromarray(tile(draw_boxes(shown, boxes, counts, zoom), 8))

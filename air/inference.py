@@ -10,7 +10,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from air.air import AIR, Latents
-from air.priors import presence_probs
+from air.priors import continue_probs_from_counts
 from air.spatial_transformer import window_boxes
 
 RAREST = 1e-6  # probability of a count in a learnt prior: never so low that none can come back
@@ -58,10 +58,10 @@ def infer(air: AIR, images: Tensor) -> Inference:
     """
     trace: Any = poutine.trace(_MeanPath()(air.guide)).get_trace(images)
     steps = range(air.num_steps)
-    going_on = torch.cat([trace.nodes[f"z_pres_{t}"]["fn"].mean for t in steps], 1)  # [B, T]
-    none = torch.zeros_like(going_on[:, :1])
-    reached = torch.cat((1 - none, going_on.cumprod(1)), 1)  # q(n >= t)
-    count_probs = reached * torch.cat((1 - going_on, 1 - none), 1)
+    continue_probs = torch.cat([trace.nodes[f"z_pres_{t}"]["fn"].mean for t in steps], 1)  # [B, T]
+    none = torch.zeros_like(continue_probs[:, :1])
+    reached = torch.cat((1 - none, continue_probs.cumprod(1)), 1)  # q(n >= t)
+    count_probs = reached * torch.cat((1 - continue_probs, 1 - none), 1)
     counts = count_probs.argmax(1)
 
     z_where, z_what = (
@@ -69,7 +69,7 @@ def infer(air: AIR, images: Tensor) -> Inference:
     )
     objects = air.paint(z_where, z_what).transpose(0, 1)
     in_use = torch.arange(air.num_steps, device=counts.device) < counts[:, None]
-    canvas = air.pixels.compose(objects.transpose(0, 1), in_use.t())
+    canvas = air.likelihood.compose(objects.transpose(0, 1), in_use.t())
     where, what = torch.stack(z_where, 1), torch.stack(z_what, 1)
     boxes = window_boxes(where, air.x_size)
     return Inference(count_probs, counts, where, what, boxes, objects, canvas)
@@ -91,7 +91,7 @@ def sample_prior(
     Without a `count_prior`, p(n), all counts are equally likely: under that of training, before it
     is learnt, nearly all scenes would be empty.
     """
-    presence = presence_probs(count_prior or [1.0] * (air.num_steps + 1))
+    presence = continue_probs_from_counts(count_prior or [1.0] * (air.num_steps + 1))
     with forked_rng(seed, air.h_init.device):
         (z_where, z_pres), canvas = air.prior(number, presence.__getitem__)
     boxes = window_boxes(torch.stack(z_where, 1), air.x_size)

@@ -17,10 +17,10 @@ Likelihood = Literal["normal", "bernoulli"]
 
 # The probability that a pixel is not what the canvas says. It bounds what one pixel can cost, at
 # 6.9 nats, and the gradient where objects and image contradict each other.
-FLIPPED = 1e-3
+FLIP_PROB = 1e-3
 
 
-class Pixels(ABC):
+class PixelLikelihood(ABC):
     """A likelihood of images, [B, (C,) H, H], under canvases of the same shape."""
 
     @abstractmethod
@@ -45,7 +45,7 @@ class Pixels(ABC):
         return reduce(self.add, painted.unbind())
 
 
-class NormalPixels(Pixels):
+class NormalLikelihood(PixelLikelihood):
     """Intensities add up, and pixels are Normal around them, as in the paper."""
 
     def __init__(self, sd: float) -> None:
@@ -67,12 +67,13 @@ class NormalPixels(Pixels):
         return -squares / (2 * self.sd**2) - constant
 
 
-class BernoulliPixels(Pixels):
-    """Pixels are on or off. Each object turns them on with its intensities as probabilities.
+class BernoulliLikelihood(PixelLikelihood):
+    """Pixels are on or off; an object turns them on with its intensities as probabilities.
 
     A pixel stays off only if no object turns it on: 1 - c becomes (1 - c)(1 - o). So the canvas
     never leaves [0, 1], and unlike with a clamped sum every object keeps its gradient where they
-    overlap. In the end a pixel is flipped with probability `FLIPPED`. Images are binarised at 1/2.
+    overlap. Each pixel is finally flipped with probability `FLIP_PROB`. Images are binarised
+    at 1/2.
     """
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -89,10 +90,10 @@ class BernoulliPixels(Pixels):
         return torch.log(1 - on + images * (2 * on - 1)).flatten(1).sum(1)
 
     def _on(self, canvas: Tensor) -> Tensor:
-        return FLIPPED + (1 - 2 * FLIPPED) * canvas
+        return FLIP_PROB + (1 - 2 * FLIP_PROB) * canvas
 
 
-def make_pixels(likelihood: Likelihood, sd: float, bounded: bool = True) -> Pixels:
+def make_likelihood(likelihood: Likelihood, sd: float, bounded: bool = True) -> PixelLikelihood:
     """The likelihood of that name.
 
     Args:
@@ -104,12 +105,12 @@ def make_pixels(likelihood: Likelihood, sd: float, bounded: bool = True) -> Pixe
         ValueError: If there is none of that name, or it needs other intensities.
     """
     if likelihood == "normal":
-        return NormalPixels(sd)
+        return NormalLikelihood(sd)
     if likelihood != "bernoulli":
         raise ValueError(f"likelihood must be normal or bernoulli, got {likelihood!r}")
     if not bounded:
         raise ValueError("likelihood bernoulli needs decoder_output_use_sigmoid, for intensities")
-    return BernoulliPixels()
+    return BernoulliLikelihood()
 
 
 def to_intensities(batch: Tensor, channels: int, side: int, like: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from air.param_store import register_parameters
 from air.priors import PresencePrior, count_log_probs
 
 
-class EveryStep(Messenger):
+class AllStepsActive(Messenger):
     """Runs AIR's guide with every step active, and remembers the probabilities of z_pres.
 
     The sites of z_pres take no part in inference any more; those of z_where_t and z_what_t count
@@ -34,13 +34,13 @@ class EveryStep(Messenger):
 
     def __init__(self) -> None:
         super().__init__()
-        self.going_on: list[Tensor] = []  # q_t, T times [B, 1]
+        self.continue_probs: list[Tensor] = []  # q_t, T times [B, 1]
         self._reached: Any = 1.0  # q(n >= t), [B]
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"].startswith("z_pres"):
             q = msg["fn"].mean
-            self.going_on.append(q)
+            self.continue_probs.append(q)
             self._reached = self._reached * q[:, 0]
             msg["value"], msg["done"], msg["stop"] = torch.ones_like(q), True, True
         elif msg["name"].startswith("z_"):
@@ -70,10 +70,10 @@ class MarginalAIR:
         num_images: int | None = None,
     ) -> Latents:
         """q(z_where, z_what | x) for T objects, and the probabilities that they are there."""
-        with EveryStep() as path:
+        with AllStepsActive() as path:
             latents = self.air.guide(data, batch_size, num_images=num_images)
         # A point mass carries q_t over to the model, at no cost.
-        pyro.sample("going_on", dist.Delta(torch.cat(path.going_on, 1), event_dim=2))
+        pyro.sample("continue_probs", dist.Delta(torch.cat(path.continue_probs, 1), event_dim=2))
         return latents
 
     def model(
@@ -89,21 +89,21 @@ class MarginalAIR:
         n = min(batch_size or len(data), len(data))
         anything = dist.Normal(air.h_init.new_zeros(n, air.num_steps), 1.0).to_event(2)
         with poutine.mask(mask=False):  # free of cost: its value comes from the guide
-            going_on = pyro.sample("going_on", anything)
+            continue_probs = pyro.sample("continue_probs", anything)
         presence_p = z_pres_prior_p or air.default_presence.__getitem__
         # Not as_tensor: that would carry numbers over from the host.
-        steps = [going_on.new_ones(()) * presence_p(t) for t in range(air.num_steps)]
-        log_prior, log_q = count_log_probs(torch.stack(steps)), count_log_probs(going_on)
+        steps = [continue_probs.new_ones(()) * presence_p(t) for t in range(air.num_steps)]
+        log_prior, log_q = count_log_probs(torch.stack(steps)), count_log_probs(continue_probs)
         with pyro.plate("data", num_images or len(data), device=str(data.device)) as ix:
             images = air.to_images(data[ix])
             always, objects = images.new_ones(n, 1), []
-            tiny = torch.finfo(going_on.dtype).tiny  # a scale of zero is refused
+            tiny = torch.finfo(continue_probs.dtype).tiny  # a scale of zero is refused
             for t in range(air.num_steps):
-                with poutine.scale(scale=going_on[:, : t + 1].prod(1).clamp(min=tiny)):
+                with poutine.scale(scale=continue_probs[:, : t + 1].prod(1).clamp(min=tiny)):
                     objects.append(air.sample_object(t, always))
             painted = air.paint(*zip(*objects, strict=True))
             empty = torch.zeros_like(images)
-            canvases = accumulate(painted.unbind(), air.pixels.add, initial=empty)
-            log_likelihoods = [air.pixels.log_prob(images, canvas) for canvas in canvases]
+            canvases = accumulate(painted.unbind(), air.likelihood.add, initial=empty)
+            log_likelihoods = [air.likelihood.log_prob(images, canvas) for canvas in canvases]
             terms = torch.stack(log_likelihoods, 1) + log_prior - log_q
             pyro.factor("obs", (log_q.exp() * terms).sum(1))

@@ -39,7 +39,7 @@ def geometric_count_prior(ratio: float, num_steps: int) -> list[float]:
     return [ratio * after / here for here, after in pairwise(tails)]
 
 
-def presence_probs(count_probs: Sequence[float]) -> list[float]:
+def continue_probs_from_counts(count_probs: Sequence[float]) -> list[float]:
     """Per-step probabilities of any p(n), n = 0..T, up to a factor: S_{t+1} / S_t, T of them.
 
     Raises:
@@ -55,30 +55,30 @@ def presence_probs(count_probs: Sequence[float]) -> list[float]:
 
 
 def count_probs(presence: Sequence[float]) -> list[float]:
-    """The inverse of `presence_probs`: p(n), n = 0..T, of per-step probabilities, none zero."""
+    """p(n), n = 0..T, from per-step probabilities; the inverse of `continue_probs_from_counts`."""
     reached = accumulate(presence, operator.mul, initial=1.0)
     stops = [1 - p for p in presence] + [1.0]
     return [max(r * s, RAREST) for r, s in zip(reached, stops, strict=True)]
 
 
-def count_log_probs(going_on: Tensor) -> Tensor:
+def count_log_probs(continue_probs: Tensor) -> Tensor:
     """The distribution over counts that follows from per-step probabilities.
 
     Args:
-        going_on: q_t, the probability of a t-th object given t - 1 of them, [..., T].
+        continue_probs: q_t, the probability of a t-th object given t - 1 of them, [..., T].
 
     Returns:
         log q(n) = log(1 - q_{n+1}) + log q_1 + ... + log q_n for n = 0..T, [..., T + 1]. The q_t
         are kept off zero and one by their type's rounding, as ``Bernoulli`` does, so that no
         logarithm is infinite.
     """
-    on = clamp_probs(going_on)
+    on = clamp_probs(continue_probs)
     reached = torch.log(on).cumsum(-1)  # log q(n >= t)
     zero = torch.zeros_like(on[..., :1])
     return torch.cat((zero, reached), -1) + torch.cat((torch.log1p(-on), zero), -1)
 
 
-def reached_probs(count_probs: Tensor) -> Tensor:
+def at_least_probs(count_probs: Tensor) -> Tensor:
     """The probability that each object is there, q(n >= t) for t = 1..T, of q(n), [..., T + 1]."""
     return count_probs.flip(-1).cumsum(-1).flip(-1)[..., 1:]
 
@@ -129,7 +129,7 @@ class AnnealedPresencePrior:
         args = self.final, self.begin, self.duration, self.kind, step
         self._set([anneal(p, *args) for p in self.initial])
 
-    def keep(self, probs: Sequence[float]) -> None:
+    def set_probs(self, probs: Sequence[float]) -> None:
         """Makes these the probabilities from now on: annealing, if any, is over."""
         self.kind = "none"
         self._set(probs)

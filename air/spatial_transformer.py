@@ -37,8 +37,8 @@ def _sampling_weights(scale: Tensor, shift: Tensor, in_size: int, out_size: int)
     Args:
         scale: Output to input scale, [B, 1].
         shift: Output to input translation (x, y), [B, 2].
-        in_size: Pixels along a side of the input.
-        out_size: Pixels along a side of the output.
+        in_size: PixelLikelihood along a side of the input.
+        out_size: PixelLikelihood along a side of the output.
 
     Returns:
         [B, 2, out_size, in_size], for x and for y; rows near and past the border sum to less

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MOST_FRACTIONS = 1 << 24  # random positions within a stratum
+_MAX_FRACTIONS = 1 << 24  # random positions within a stratum
 
 
 def draw_indices(size: int, n: int, device: torch.device) -> Tensor:
@@ -25,14 +25,16 @@ def draw_indices(size: int, n: int, device: torch.device) -> Tensor:
         Rising indices, int64 [n]. Two neighbours are the same where n does not divide `size` and
         both come from the one index that two parts share, which is rare in large data sets.
     """
-    fractions = min(_MOST_FRACTIONS, (1 << 62) // (n * size))  # what 64 bits can hold
+    fractions = min(_MAX_FRACTIONS, (1 << 62) // (n * size))  # what 64 bits can hold
     parts = torch.arange(n, device=device) * fractions
     within = torch.randint(fractions, (n,), device=device)
     # In integers, so that nothing is rounded; but on Apple's GPUs some versions divide as floats.
     return ((parts + within) * size // (n * fractions)).clamp(max=size - 1)
 
 
-def choose(data: Tensor, batch_size: int | None, num_images: int | None) -> Tensor | None:
+def subsample_indices(
+    data: Tensor, batch_size: int | None, num_images: int | None
+) -> Tensor | None:
     """Which of `data` a step is to use, as `AIR.guide` takes these arguments; None for all."""
     if num_images is not None:
         return torch.arange(len(data), device=data.device)

@@ -17,7 +17,7 @@ from torch.distributions import Bernoulli, Normal
 from torch.nn.functional import affine_grid, grid_sample, softplus
 
 from air import AIR, latents_to_tensor
-from air.likelihoods import FLIPPED, BernoulliPixels
+from air.likelihoods import FLIP_PROB, BernoulliLikelihood
 from air.priors import AnnealedPresencePrior, geometric_count_prior
 from modules import ImageLSTMCell
 
@@ -97,7 +97,7 @@ def by_hand(
         painted = air.decode(z_what).view(*x.shape[:-2], window, window)
         painted = sample_grid(painted, z_where[:, :1], z_where[:, 1:], size)
         painted = painted * z_pres.view(n, *[1] * (x.dim() - 1))
-        if isinstance(air.pixels, BernoulliPixels):
+        if isinstance(air.likelihood, BernoulliLikelihood):
             canvas = 1 - (1 - canvas) * (1 - painted)
         else:
             canvas = canvas + painted
@@ -112,8 +112,8 @@ def by_hand(
         sampled.append(log_p - log_q + rest)
         scores.append(log_q)
     pixels: Any = Normal(canvas, 0.3)
-    if isinstance(air.pixels, BernoulliPixels):
-        pixels = Bernoulli(canvas * (1 - FLIPPED) + (1 - canvas) * FLIPPED)
+    if isinstance(air.likelihood, BernoulliLikelihood):
+        pixels = Bernoulli(canvas * (1 - FLIP_PROB) + (1 - canvas) * FLIP_PROB)
     likelihood = pixels.log_prob(x).flatten(1).sum(1)
     elbo = likelihood + sum(sampled)
     surrogate, regression = scale * (likelihood + pathwise).sum(), x.new_zeros(())
@@ -147,7 +147,7 @@ def test_elbo_and_every_gradient_equal_a_second_computation(
 ) -> None:
     air = small_air(num_steps=num_steps, **options).double()
     images = torch.rand(100, air.channels, air.x_size, air.x_size, dtype=torch.float64)
-    images = air.pixels.prepare(images[:, 0] if air.channels == 1 else images)
+    images = air.likelihood.prepare(images[:, 0] if air.channels == 1 else images)
     prior = geometric_count_prior(0.3, num_steps)
     drawn = RecordedChoices()
     arguments: dict[str, Any] = {"batch_size": 40, "z_pres_prior_p": prior.__getitem__}

@@ -93,7 +93,7 @@ def take_a_step(session: main.Session) -> int:
     """In place of training."""
     if session.trainer.step < session.config["num_steps"]:
         session.trainer._take_step()
-    session.recorder.keep(SnapshotDue(session.trainer.step))
+    session.recorder.handle(SnapshotDue(session.trainer.step))
     return 0
 
 
@@ -228,7 +228,7 @@ def checkpoint(scenes: Path, tmp_path: Path) -> Path:
     with contextlib.ExitStack() as held:
         session = main.prepare(asked, held, Ranks())
         for event in session.trainer.train():
-            session.recorder.keep(event)
+            session.recorder.handle(event)
     return session.run.checkpoint
 
 

@@ -5,13 +5,13 @@ import torch
 from torch.distributions import Bernoulli, Normal
 
 from air import AIR
-from air.likelihoods import FLIPPED, make_pixels, to_intensities
+from air.likelihoods import FLIP_PROB, make_likelihood, to_intensities
 
 
 @pytest.mark.parametrize("shape", [(5, 9, 9), (5, 3, 9, 9)])
 def test_normal_by_hand(shape: tuple[int, ...]) -> None:
     images, canvas = torch.rand(2, *shape, dtype=torch.float64)
-    pixels = make_pixels("normal", 0.3)
+    pixels = make_likelihood("normal", 0.3)
     expected = Normal(canvas, 0.3).log_prob(images).flatten(1).sum(1)
     assert torch.allclose(pixels.log_prob(images, canvas), expected)
     told = pixels.distribution(canvas).log_prob(images).flatten(1).sum(1)
@@ -22,10 +22,10 @@ def test_normal_by_hand(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(5, 9, 9), (5, 3, 9, 9)])
 def test_bernoulli_by_hand(shape: tuple[int, ...]) -> None:
     images, canvas = torch.rand(2, *shape, dtype=torch.float64)
-    pixels = make_pixels("bernoulli", 0.3)
+    pixels = make_likelihood("bernoulli", 0.3)
     bits = pixels.prepare(images)
     assert torch.equal(bits, (images >= 0.5).double())
-    on = canvas * (1 - FLIPPED) + (1 - canvas) * FLIPPED
+    on = canvas * (1 - FLIP_PROB) + (1 - canvas) * FLIP_PROB
     expected = Bernoulli(on).log_prob(bits).flatten(1).sum(1)
     assert torch.allclose(pixels.log_prob(bits, canvas), expected)
     told = pixels.distribution(canvas).log_prob(bits).flatten(1).sum(1)
@@ -35,18 +35,18 @@ def test_bernoulli_by_hand(shape: tuple[int, ...]) -> None:
 def test_objects_join_as_if_each_turned_pixels_on_by_itself() -> None:
     objects = torch.rand(4, 2, 5, 5, dtype=torch.float64)
     everything = torch.ones(4, 2, dtype=torch.float64)
-    canvas = make_pixels("bernoulli", 0.3).compose(objects, everything)
+    canvas = make_likelihood("bernoulli", 0.3).compose(objects, everything)
     assert torch.allclose(canvas, 1 - (1 - objects).prod(0))
     order = torch.tensor([2, 0, 3, 1])
-    again = make_pixels("bernoulli", 0.3).compose(objects[order], everything)
+    again = make_likelihood("bernoulli", 0.3).compose(objects[order], everything)
     assert torch.allclose(canvas, again)
-    total = make_pixels("normal", 0.3).compose(objects, everything)
+    total = make_likelihood("normal", 0.3).compose(objects, everything)
     assert torch.allclose(total, objects.sum(0))
 
 
 @pytest.mark.parametrize("likelihood", ["normal", "bernoulli"])
 def test_absent_objects_leave_no_trace(likelihood: str) -> None:
-    pixels = make_pixels(likelihood, 0.3)  # type: ignore[arg-type]
+    pixels = make_likelihood(likelihood, 0.3)  # type: ignore[arg-type]
     objects = torch.rand(3, 2, 5, 5)
     present = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
     canvas = pixels.compose(objects, present)
@@ -56,7 +56,7 @@ def test_absent_objects_leave_no_trace(likelihood: str) -> None:
 
 @pytest.mark.parametrize("on", [0.0, 1.0])
 def test_bernoulli_keeps_its_gradient_where_objects_overlap(on: float) -> None:
-    pixels = make_pixels("bernoulli", 0.3)
+    pixels = make_likelihood("bernoulli", 0.3)
     image = torch.full((1, 1, 1), on)
     objects = torch.full((3, 1, 1, 1), 0.999, requires_grad=True)  # a sum would be clamped at one
     canvas = pixels.compose(objects, torch.ones(3, 1))
@@ -70,7 +70,7 @@ def test_bernoulli_keeps_its_gradient_where_objects_overlap(on: float) -> None:
 def test_what_one_pixel_can_cost_is_bounded(canvas: float) -> None:
     painted = torch.full((1, 1, 1), canvas, requires_grad=True)
     for bit in (0.0, 1.0):
-        cost = make_pixels("bernoulli", 0.3).log_prob(torch.full((1, 1, 1), bit), painted)
+        cost = make_likelihood("bernoulli", 0.3).log_prob(torch.full((1, 1, 1), bit), painted)
         (gradient,) = torch.autograd.grad(cost.sum(), painted)
         assert -6.91 < cost.item() < 0
         assert gradient.isfinite().all()
@@ -97,4 +97,4 @@ def test_bernoulli_needs_intensities() -> None:
 
 def test_another_name_is_refused() -> None:
     with pytest.raises(ValueError, match="likelihood must be normal or bernoulli, got 'poisson'"):
-        make_pixels("poisson", 0.3)  # type: ignore[arg-type]
+        make_likelihood("poisson", 0.3)  # type: ignore[arg-type]

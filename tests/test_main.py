@@ -18,7 +18,7 @@ from helpers import NAMES, ROOT, SCENES, SMALL, panes, run, visdom_server
 
 import viz
 from air.evaluation.metrics import evaluate
-from air.priors import presence_probs
+from air.priors import continue_probs_from_counts
 from air.visualization.visdom_panes import ORDER
 from main import build_parser, main
 
@@ -222,7 +222,7 @@ def test_a_run_of_a_preset_goes_on_and_is_loaded(
     learnt = torch.load(tmp_path / "second" / "checkpoint.pt", weights_only=True)["learnt_prior"]
     assert learnt is None  # a hundred steps are not over
     expected = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["presence"]
-    assert presence_probs(config["count_prior"]) == pytest.approx(expected)
+    assert continue_probs_from_counts(config["count_prior"]) == pytest.approx(expected)
 
 
 def test_a_loaded_model_is_evaluated_as_it_was_trained_on_all_of_a_file(

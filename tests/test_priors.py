@@ -8,20 +8,20 @@ import torch
 from air.priors import (
     AnnealedPresencePrior,
     anneal,
+    continue_probs_from_counts,
     count_log_probs,
     count_probs,
     geometric_count_prior,
-    presence_probs,
 )
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7])
 @pytest.mark.parametrize("ratio", [1.0, 0.5, 0.01, 1e-9])
 def test_counts_are_geometric(num_steps: int, ratio: float) -> None:
-    going_on = geometric_count_prior(ratio, num_steps)
-    assert len(going_on) == num_steps
+    continue_probs = geometric_count_prior(ratio, num_steps)
+    assert len(continue_probs) == num_steps
     p, reached = [], 1.0
-    for q in going_on:
+    for q in continue_probs:
         p.append(reached * (1 - q))
         reached *= q
     p.append(reached)
@@ -75,15 +75,17 @@ def test_the_annealed_prior_is_one_tensor() -> None:
 
 def test_presence_of_any_count_prior() -> None:
     for probs in ([0.5, 0.3, 0.2], [1.0, 1.0, 1.0, 1.0], [2.0, 1e-6, 3.0]):
-        going_on = presence_probs(probs)
-        found = count_log_probs(torch.tensor(going_on, dtype=torch.float64)).exp()
+        continue_probs = continue_probs_from_counts(probs)
+        found = count_log_probs(torch.tensor(continue_probs, dtype=torch.float64)).exp()
         expected = torch.tensor(probs, dtype=torch.float64)
         assert torch.allclose(found, expected / expected.sum())
-    assert presence_probs([0.01**n for n in range(4)]) == pytest.approx(
+    assert continue_probs_from_counts([0.01**n for n in range(4)]) == pytest.approx(
         geometric_count_prior(0.01, 3)
     )
     for presence in ([0.9, 0.5, 0.1], [1e-4] * 3, [1.0, 1.0, 0.0]):
-        assert presence_probs(count_probs(presence)) == pytest.approx(presence, rel=1e-12)
+        assert continue_probs_from_counts(count_probs(presence)) == pytest.approx(
+            presence, rel=1e-12
+        )
     for wrong in ([], [1.0], [0.5, 0.0], [0.5, -1.0], [0.5, math.inf], [0.5, math.nan]):
         with pytest.raises(ValueError, match="the probabilities of the counts must be above zero"):
-            presence_probs(wrong)
+            continue_probs_from_counts(wrong)

@@ -79,7 +79,7 @@ def test_an_animation_shows_one_snapshot_after_another(tmp_path: Path) -> None:
     viz.draw_run(run, gif=True)
     with Image.open(run.figures / "learning.gif") as gif:
         found = {colour for _, colour in gif.convert("RGB").getcolors(1 << 20) or []}
-    assert {*drawing.STEP_COLOURS[:3], drawing.WRITTEN[1]} <= found
+    assert {*drawing.STEP_COLOURS[:3], drawing.LABEL_COLOURS[1]} <= found
     one = make_run(tmp_path / "one", 7)
     viz.draw_run(one, gif=True)
     with Image.open(one.figures / "learning.gif") as gif:

@@ -75,9 +75,9 @@ def one_step(estimator: str, captured: bool, ranks: Ranks) -> dict[str, Tensor]:
     guide = GivenNoise({name: ranks.part(values) for name, values in noise.items()})(program.guide)
     kind: Any = partial(CompiledSVI, compiler=lambda graph: graph) if captured else SVI
     optimizer = make_optimizer(air, 1e-3, 1e-2, clip_grad_norm=50.0)
-    svi = kind(program.model, guide, optimizer, TraceGraph_ELBO(), add_up=ranks.add_up)
+    svi = kind(program.model, guide, optimizer, TraceGraph_ELBO(), all_reduce=ranks.all_reduce)
     part = ranks.part(images)
-    loss = svi.advance(part, num_images=3 * len(part))  # as if drawn from three times as many
+    loss = svi.step_async(part, num_images=3 * len(part))  # as if drawn from three times as many
     gradients = {name: p.grad for name, p in air.named_parameters() if p.grad is not None}
     others = {"loss": loss, "number": torch.as_tensor(svi.number), "norm": svi.grad_norm}
     return {**gradients, **others, **air.state_dict(prefix="after ")}

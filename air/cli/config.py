@@ -70,7 +70,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embed_net": [200],
     },
 }  # fmt: skip
-COMPILING_PAYS = 5000  # steps; some 2,500 save the time that compiling takes (tests/benchmarks)
+COMPILE_MIN_STEPS = 5000  # steps; some 2,500 save the time that compiling takes (tests/benchmarks)
 # What may be given anew when a run goes on: it does not change what the run learns.
 RESUMABLE = {
     "num_steps", "progress_every", "eval_every", "eval_scenes", "save_every", "save", "restarts",
@@ -143,7 +143,7 @@ def merge_new(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
 def is_compiled(config: Mapping[str, Any]) -> bool:
     """Whether to compile the step: as asked for, or where the run is long enough to gain by it."""
     if config["compile"] is None:
-        return bool(config["num_steps"] >= COMPILING_PAYS and not config["jit"])
+        return bool(config["num_steps"] >= COMPILE_MIN_STEPS and not config["jit"])
     return bool(config["compile"])
 
 

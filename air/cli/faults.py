@@ -77,7 +77,7 @@ def explain(error: Exception, run: RunFolder | None) -> str | None:
         what = f"out of memory; lower {flags}"
     else:
         return None
-    return f"{what}. {run.how_to_go_on()}" if run else what
+    return f"{what}. {run.resume_hint()}" if run else what
 
 
 def _is_out_of_memory(error: Exception) -> bool:

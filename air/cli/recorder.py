@@ -40,7 +40,7 @@ class Recorder:
         self._config = dict(config)
         self._data_sha256 = data_sha256
 
-    def keep(self, event: Event) -> None:
+    def handle(self, event: Event) -> None:
         """Writes down what an event brings, and draws it where that is asked for."""
         if isinstance(event, CheckpointDue):
             self.save()
@@ -72,7 +72,9 @@ class Recorder:
         return take_snapshot(trainer.air, *what, number, trainer.learnt_prior)
 
 
-def go_back(trainer: Trainer, state: dict[str, Any], source: Path, data_sha256: str) -> None:
+def restore_trainer(
+    trainer: Trainer, state: dict[str, Any], source: Path, data_sha256: str
+) -> None:
     """Takes a trainer to where its run was saved.
 
     Raises:

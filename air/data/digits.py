@@ -22,7 +22,7 @@ MNIST_FILES = {  # SHA-256 of the .gz files on the mirrors
     "t10k-labels-idx1-ubyte": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
 }
 MNIST_SHA256 = "25c98f992c005963b7428e1f38418b233c9b286cc403519287eb8063f0bcfe07"  # by `sha256`
-MOST_BYTES = 1 << 30  # that a compressed file may unpack to
+MAX_BYTES = 1 << 30  # that a compressed file may unpack to
 # [side, 28]: by how much each pixel of a digit resized to that side overlaps each pixel it had
 _overlaps = cache(lambda n: np.eye(28, dtype="f").repeat(n, 0).reshape(n, 28, 28).sum(1))
 
@@ -51,7 +51,7 @@ def read_idx(folder: Path, name: str) -> Array:
     try:
         data = path.read_bytes()
         if data[:1] == b"\x1f":
-            data = zlib.decompressobj(31).decompress(data, MOST_BYTES)
+            data = zlib.decompressobj(31).decompress(data, MAX_BYTES)
         head = np.frombuffer(data, ">u4", 2 + len(shape)).tolist()
         if [head[0], *head[2:]] != [magic, *shape] or not head[1]:
             raise ValueError(f"header {head}")

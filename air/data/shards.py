@@ -12,7 +12,7 @@ import numpy as np
 from air.data.digits import Array, DataError, sha256
 from air.data.scenes import FORM, Scenes, SceneSplits, load_file, number_held_out, read_split
 
-SAMPLED = 1000  # scenes that go into the hash, evenly spread: to read all might take hours
+MAX_HASHED = 1000  # scenes that go into the hash, evenly spread: to read all might take hours
 _NAME = re.compile(rf"((?:test_)?(?:{'|'.join(FORM)}))(?:-.*)?\.npy")
 
 
@@ -93,7 +93,7 @@ def map_scenes(path: Path, *, hold_out_all: bool = False) -> SceneSplits:
             raise ValueError(f"x {x.shape}, test_x {test.x.shape}")
     except Exception as error:  # foreign bytes make NumPy raise anything
         raise DataError(f"{path}: expected scenes, got {error}") from error
-    some = np.asarray(x[:: max(len(x) // SAMPLED, 1)])
+    some = np.asarray(x[:: max(len(x) // MAX_HASHED, 1)])
     hashed = sha256([np.array(x.shape), some, *test])
     train: Any = x  # as good as an array, where batches are drawn
     return SceneSplits(Scenes(train, None, None, None, None), test, hashed)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GOOD_IOU = 0.5  # at least which a box counts as found
-VISIBLE = 0.1  # of an object's brightest pixel: darker ones do not belong to it
+IOU_THRESHOLD = 0.5  # at least which a box counts as found
+VISIBLE_FRACTION = 0.1  # of an object's brightest pixel: darker ones do not belong to it
 
 
 def tight_boxes(objects: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def tight_boxes(objects: Tensor) -> Tensor:
     with the tight boxes of digits. An object that is black everywhere has an empty box.
     """
     peak = objects.amax((-2, -1), keepdim=True)
-    visible = (objects > VISIBLE * peak) & (peak > 0)
+    visible = (objects > VISIBLE_FRACTION * peak) & (peak > 0)
     corners = []
     for used in (visible.any(-2), visible.any(-1)):  # columns, then rows, [..., H]
         index = torch.arange(used.size(-1), device=used.device).expand_as(used)
@@ -71,7 +71,7 @@ def score_boxes(
         matched += used[linear_sum_assignment(used, maximize=True)].tolist()
         ranked += _rank(ious, probs[scene])
     total, inferred = int(true_counts.sum()), int(counts.sum())
-    found = sum(iou >= GOOD_IOU for iou in matched)
+    found = sum(iou >= IOU_THRESHOLD for iou in matched)
     return BoxScores(
         sum(matched) / len(matched) if matched else float("nan"),
         2 * found / (total + inferred) if total + inferred else float("nan"),
@@ -84,7 +84,7 @@ def _rank(ious: Tensor, probs: Tensor) -> list[tuple[float, bool]]:
     free, hits = ious.clone(), []
     for box in probs.argsort(descending=True, stable=True).tolist():
         best = int(free[box].argmax()) if free.size(1) else 0
-        hit = bool(free.size(1)) and float(free[box, best]) >= GOOD_IOU
+        hit = bool(free.size(1)) and float(free[box, best]) >= IOU_THRESHOLD
         if hit:
             free[:, best] = -1
         hits.append((float(probs[box]), hit))

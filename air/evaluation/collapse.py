@@ -13,8 +13,8 @@ from air.inference import forked_rng
 from air.priors import PresencePrior
 
 EMPTY_MARGIN = 2.0  # nats above the empty canvas that still count as having learnt nothing
-ALMOST_ALL = 0.98  # of the scenes
-SOME = 500  # images that are looked at for what is not finite
+COLLAPSE_FRACTION = 0.98  # of the scenes
+MAX_CHECKED_IMAGES = 500  # images that are looked at for what is not finite
 
 
 def empty_canvas_elbo(air: AIR, images: Tensor) -> float:
@@ -25,7 +25,7 @@ def empty_canvas_elbo(air: AIR, images: Tensor) -> float:
     total = 0.0
     for part in torch.split(images, 1000):
         prepared = air.to_images(part.to(air.h_init.device))
-        total += float(air.pixels.log_prob(prepared, torch.zeros_like(prepared)).double().sum())
+        total += float(air.likelihood.log_prob(prepared, torch.zeros_like(prepared)).double().sum())
     return total / len(images)
 
 
@@ -44,12 +44,12 @@ def collapse_alarm(result: Evaluation, empty_elbo: float) -> str | None:
             f"empty, {empty_elbo:.1f}: nothing is explained; train longer, or try another --seed "
             f"or a higher --z-pres-prior"
         )
-    if histogram[0] >= ALMOST_ALL * scenes:
+    if histogram[0] >= COLLAPSE_FRACTION * scenes:
         return (
             f"{histogram[0]} of {scenes} scenes are counted as empty; if they are not, try another "
             f"--seed or a higher --z-pres-prior"
         )
-    if len(histogram) > 2 and every_step >= ALMOST_ALL * used:
+    if len(histogram) > 2 and every_step >= COLLAPSE_FRACTION * used:
         return (
             f"every one of the {len(histogram) - 1} steps is used on {every_step} of the {used} "
             f"scenes that are not counted as empty; if they hold fewer objects, try another "
@@ -72,7 +72,7 @@ def first_not_finite(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | N
         if not parameter.isfinite().all():
             return f"the weight {name}"
     with forked_rng(0, air.h_init.device):
-        terms = sample_elbo(air, air.to_images(images[:SOME]), z_pres_prior_p)
+        terms = sample_elbo(air, air.to_images(images[:MAX_CHECKED_IMAGES]), z_pres_prior_p)
     for name in ("kl_pres", "kl_where", "kl_what", "log_likelihood"):
         if not getattr(terms, name).isfinite().all():
             return name

@@ -12,10 +12,10 @@ from torch import Tensor
 from air.air import AIR
 from air.evaluation.boxes import score_boxes, tight_boxes
 from air.inference import forked_rng, infer
-from air.priors import PresencePrior, reached_probs
+from air.priors import PresencePrior, at_least_probs
 
-MOST_OBJECTS = 1000  # in one scene
-MISCOUNTED = 16  # wrongly counted scenes that an evaluation names
+MAX_OBJECTS = 1000  # in one scene
+MAX_MISCOUNTED = 16  # wrongly counted scenes that an evaluation names
 
 
 class ElboTerms(NamedTuple):
@@ -95,8 +95,8 @@ class HeldOut(NamedTuple):
             ValueError: If a count is beyond sense, or a box of a counted object not there.
         """
         _, counts, boxes, _ = (*arrays, None, None, None)[:4]
-        if counts is not None and (counts > MOST_OBJECTS).any():
-            raise ValueError(f"counts: expected at most {MOST_OBJECTS}, got {counts.max()}")
+        if counts is not None and (counts > MAX_OBJECTS).any():
+            raise ValueError(f"counts: expected at most {MAX_OBJECTS}, got {counts.max()}")
         if counts is not None and boxes is not None:
             used = np.arange(boxes.shape[1]) < counts[:, None]
             if (counts > boxes.shape[1]).any() or not np.isfinite(boxes[used]).all():
@@ -219,7 +219,7 @@ def _against_truth(
     true, mode = scenes.counts.cpu().long(), count_probs.argmax(1)
     right = (mode == true).double()
     measures: dict[str, Any] = {
-        "miscounted": (mode != true).nonzero()[:MISCOUNTED, 0].tolist(),
+        "miscounted": (mode != true).nonzero()[:MAX_MISCOUNTED, 0].tolist(),
         "accuracy_mode": float(right.mean()),
         "accuracy_sample": float((sampled_counts == true).double().mean()),
         "confusion": confusion_matrix(true, mode, count_probs.size(1) - 1).tolist(),
@@ -228,7 +228,7 @@ def _against_truth(
         apart = (true > 1) & (scenes.overlaps.cpu() == 0)
         measures["accuracy_apart"] = float(right[apart].mean())
     if scenes.boxes is not None:
-        reached = reached_probs(count_probs)
+        reached = at_least_probs(count_probs)
         scores = score_boxes(boxes, reached, mode, scenes.boxes.cpu(), true)
         measures |= {f"box_{name}": score for name, score in scores._asdict().items()}
     return measures

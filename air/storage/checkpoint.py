@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from air.priors import count_probs
 
 FORMAT = 3  # of checkpoint.pt; raise it when programs before and after cannot read each other's
-MOST_BYTES = 8 << 30  # in a file of weights or scenes, unpacked
+MAX_BYTES = 8 << 30  # in a file of weights or scenes, unpacked
 
 
 class CheckpointError(ValueError):
@@ -99,11 +99,11 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def refuse_bomb(path: Path) -> None:
+def check_unpacked_size(path: Path) -> None:
     """Looks at a file's table of contents before anything is unpacked.
 
     Raises:
-        CheckpointError: If it is a zip file that unpacks to more than `MOST_BYTES`.
+        CheckpointError: If it is a zip file that unpacks to more than `MAX_BYTES`.
     """
     if path.is_file() and zipfile.is_zipfile(path):
         try:
@@ -111,9 +111,9 @@ def refuse_bomb(path: Path) -> None:
                 size = sum(part.file_size for part in file.infolist())
         except Exception as error:  # foreign bytes make zipfile raise anything
             raise CheckpointError(f"{path} is damaged: {error}") from error
-        if size > MOST_BYTES:
+        if size > MAX_BYTES:
             raise CheckpointError(
-                f"{path} unpacks to {size:,} bytes, more than the {MOST_BYTES:,} of this program"
+                f"{path} unpacks to {size:,} bytes, more than the {MAX_BYTES:,} of this program"
             )
 
 
@@ -122,7 +122,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"there is no file {path}")
     if not path.is_file():
         raise CheckpointError(f"{path} is no file")
-    refuse_bomb(path)
+    check_unpacked_size(path)
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
@@ -187,10 +187,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def load_weights(module: nn.Module, path: Path) -> None:
     """Loads the weights that `read_weights` finds, strictly."""
-    fit_weights(module, read_weights(path)[0], path)
+    load_weights_strict(module, read_weights(path)[0], path)
 
 
-def fit_weights(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+def load_weights_strict(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Loads weights strictly, and says in one line which do not fit.
 
     Raises:

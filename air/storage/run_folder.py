@@ -83,7 +83,7 @@ class RunFolder:
         run._lock()
         return run
 
-    def go_on(self, step: int, finished: bool = False) -> None:
+    def truncate_after(self, step: int, finished: bool = False) -> None:
         """Makes ready what a run that goes on from `step` writes again, and drops it.
 
         Those are metrics and snapshots after that step and, of a run that has taken its last step,
@@ -169,7 +169,7 @@ class RunFolder:
                 raise CheckpointError(f"{self.metrics}: line {number} is no record")
             yield record
 
-    def how_to_go_on(self) -> str:
+    def resume_hint(self) -> str:
         """What to tell whose run ended badly."""
         if not self.checkpoint.exists():
             return "No checkpoint was written yet"

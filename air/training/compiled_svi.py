@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from air.training.svi import SVI, AddUp, Arguments, Keywords
+from air.training.svi import SVI, AllReduce, Arguments, Keywords
 
 LossAndGrads = Callable[[Tensor], tuple[Tensor, ...]]  # of data, a gradient for each parameter
 Compiler = Callable[[fx.GraphModule], LossAndGrads]
 
-UNRECORDED_STEPS = 3  # on a GPU: they build kernels and Adam's state, before a CUDA graph
+WARMUP_STEPS = 3  # on a GPU: they build kernels and Adam's state, before a CUDA graph
 
 
 class _Recorded(NamedTuple):
@@ -49,7 +49,7 @@ class CompiledSVI(SVI):
     Where a step cannot be captured or compiled, it runs uncompiled, after a warning.
 
     Args:
-        model, guide, optim, loss, add_up: As for `SVI`.
+        model, guide, optim, loss, all_reduce: As for `SVI`.
         compiler: From the captured graph to what runs in its place.
     """
 
@@ -60,25 +60,25 @@ class CompiledSVI(SVI):
         optim: torch.optim.Optimizer,
         loss: Any,  # noqa: ANN401
         compiler: Compiler = inductor,
-        add_up: AddUp | None = None,
+        all_reduce: AllReduce | None = None,
     ) -> None:
-        super().__init__(model, guide, optim, loss, add_up)
+        super().__init__(model, guide, optim, loss, all_reduce)
         self.compiler = compiler
         self._compiled: dict[Any, LossAndGrads | None] = {}
         self._taken: Counter[Any] = Counter()  # steps on a GPU, until they are recorded
         self._recorded: dict[Any, _Recorded] = {}
         optim.register_load_state_dict_post_hook(self._forget)
 
-    def advance(self, data: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+    def step_async(self, data: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         if not data.is_cuda:
-            return super().advance(data, *args, **kwargs)
+            return super().step_async(data, *args, **kwargs)
         key = data.data_ptr(), *_key(data, args, kwargs)
         if key in self._recorded:
             return self._replay(self._recorded[key])
-        loss = super().advance(data, *args, **kwargs)
+        loss = super().step_async(data, *args, **kwargs)
         self._taken[key] += 1
         compiled = self._compiled[_key(data, args, kwargs)] is not None
-        if compiled and self._taken[key] == UNRECORDED_STEPS:
+        if compiled and self._taken[key] == WARMUP_STEPS:
             self._recorded[key] = self._record(data, args, kwargs)
         return loss
 
@@ -128,9 +128,9 @@ class CompiledSVI(SVI):
             stream = torch.cuda.Stream(data.device)  # type: ignore[no-untyped-call]
             with torch.cuda.graph(finding, stream=stream):
                 found = self._find(data, args, kwargs)
-                if self.add_up is None:
+                if self.all_reduce is None:
                     loss = self._apply(found)
-            if self.add_up is not None:  # messages go out between two graphs
+            if self.all_reduce is not None:  # messages go out between two graphs
                 applying = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(applying, pool=finding.pool(), stream=stream):
                     loss = self._apply(found)
@@ -142,8 +142,8 @@ class CompiledSVI(SVI):
 
     def _replay(self, recorded: "_Recorded") -> Tensor:
         recorded.finding.replay()
-        if self.add_up is not None and recorded.applying is not None:
-            self.add_up(recorded.found)
+        if self.all_reduce is not None and recorded.applying is not None:
+            self.all_reduce(recorded.found)
             recorded.applying.replay()
         self.skipped, self.grad_norm, self.number = recorded.left
         return recorded.loss

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from air.cli.faults import explain, stop_on_signals, terminate_like_interrupt
-from air.cli.recorder import go_back
+from air.cli.recorder import restore_trainer
 from air.training.events import CheckpointDue
 from air.training.ranks import Assemble, Config, RankLostError, Ranks, Value
 
@@ -104,7 +104,7 @@ class TorchrunRanks(Ranks):
             try:
                 trainer, sha256 = assemble(told["config"], self)
                 state = {**told["state"], "data_sha256": told["data_sha256"]}
-                go_back(trainer, state, Path("rank 0"), sha256)
+                restore_trainer(trainer, state, Path("rank 0"), sha256)
             except (ValueError, OSError) as error:
                 problem = str(error)
             try:
@@ -140,7 +140,7 @@ class TorchrunRanks(Ranks):
         return own.copy() if isinstance(own, np.ndarray) else own  # so that the rest can go
 
     @property
-    def add_up(self) -> Callable[[Tensor], None] | None:
+    def all_reduce(self) -> Callable[[Tensor], None] | None:
         return self._add_up
 
     def _add_up(self, tensor: Tensor) -> None:

@@ -71,7 +71,7 @@ class Ranks:
         return True
 
     @property
-    def add_up(self) -> Callable[[Tensor], None] | None:
+    def all_reduce(self) -> Callable[[Tensor], None] | None:
         """Sums a tensor over all ranks, in place; None where there is nothing to add."""
         return None
 

@@ -9,8 +9,8 @@ from air.priors import (
     DEFAULT_COUNT_RATIO,
     AnnealedPresencePrior,
     Annealing,
+    continue_probs_from_counts,
     geometric_count_prior,
-    presence_probs,
 )
 from air.training.ranks import Ranks
 from air.training.schedules import Schedule
@@ -65,7 +65,7 @@ def make_presence_prior(settings: TrainingSettings, air: AIR) -> AnnealedPresenc
             raise ValueError(
                 f"--count-prior: expected {wanted} numbers, of 0 objects and more, got {given}"
             )
-        probs = presence_probs(settings.count_prior)
+        probs = continue_probs_from_counts(settings.count_prior)
     elif settings.z_pres_prior_raw:
         probs = [settings.z_pres_prior] * air.num_steps
     else:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Tally:
+class StepStats:
     """Counts what steps bring, on their device: to read a loss is to wait for its step."""
 
     def __init__(self, device: torch.device) -> None:

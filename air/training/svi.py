@@ -10,7 +10,7 @@ from air.air import AIR
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
-AddUp = Callable[[Tensor], None]
+AllReduce = Callable[[Tensor], None]
 
 
 def make_optimizer(
@@ -51,8 +51,8 @@ class SVI:
 
     Args:
         model, guide, optim, loss: As for Pyro's.
-        add_up: Where several processes train one model, each with images of its own, sums a tensor
-            over all of them, in place. All then take the step of all images; None for one process.
+        all_reduce: Where several processes train one model, each with images of its own, sums a
+            tensor over all of them, in place. All then take the step of all images; None for one process.
 
     Attributes:
         number: Of the images that went into the last loss.
@@ -67,12 +67,12 @@ class SVI:
         guide: Callable[..., Any],
         optim: torch.optim.Optimizer,
         loss: Any,  # noqa: ANN401  # of the ELBOs only those with loss_and_grads
-        add_up: AddUp | None = None,
+        all_reduce: AllReduce | None = None,
     ) -> None:
         self.model, self.guide = model, guide
         self.optim = optim
         self.loss = loss
-        self.add_up = add_up
+        self.all_reduce = all_reduce
         self.number: int | Tensor = 0
         self.skipped = torch.zeros((), dtype=torch.bool)
         self.grad_norm = torch.zeros(())
@@ -80,13 +80,13 @@ class SVI:
 
     def step(self, data: Tensor, *args: Any, **kwargs: Any) -> float:  # noqa: ANN401
         """Takes one gradient step and returns the loss, as Pyro does: -ELBO of all of `data`."""
-        return float(self.advance(data, *args, **kwargs))
+        return float(self.step_async(data, *args, **kwargs))
 
-    def advance(self, data: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+    def step_async(self, data: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         """`step` without waiting for the device: a tensor, which the next step may overwrite."""
         found = self._find(data, args, kwargs)
-        if self.add_up is not None:
-            self.add_up(found)
+        if self.all_reduce is not None:
+            self.all_reduce(found)
         return self._apply(found)
 
     def _find(self, data: Tensor, args: Arguments, kwargs: Keywords) -> Tensor:
@@ -94,7 +94,7 @@ class SVI:
         self.optim.zero_grad(set_to_none=True)
         loss = self._loss_and_grads(data, args, kwargs)
         self.number = kwargs.get("num_images") or len(data)
-        if self.add_up is None:
+        if self.all_reduce is None:
             return loss
         gradients = [p.grad.flatten() for p in self._parameters if p.grad is not None]
         return torch.cat([*gradients, loss.view(1), torch.full_like(loss.view(1), self.number)])
@@ -102,7 +102,7 @@ class SVI:
     def _apply(self, found: Tensor) -> Tensor:
         """Takes the step of what `_find` gave, added up; returns the loss."""
         loss = found
-        if self.add_up is not None:
+        if self.all_reduce is not None:
             with_grads = [p for p in self._parameters if p.grad is not None]
             gradients = torch.split(found[:-2], [p.numel() for p in with_grads])
             for parameter, gradient in zip(with_grads, gradients, strict=True):

@@ -10,22 +10,27 @@ from pyro.infer import JitTraceGraph_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
 from air.air import AIR
-from air.evaluation.collapse import SOME, collapse_alarm, empty_canvas_elbo, first_not_finite
+from air.evaluation.collapse import (
+    MAX_CHECKED_IMAGES,
+    collapse_alarm,
+    empty_canvas_elbo,
+    first_not_finite,
+)
 from air.evaluation.metrics import HeldOut, evaluate
 from air.inference import mean_count_probs
 from air.marginal import MarginalAIR
-from air.priors import presence_probs
+from air.priors import continue_probs_from_counts
 from air.subsampling import StreamedImages
 from air.training.compiled_svi import CompiledSVI
 from air.training.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
 from air.training.ranks import Ranks
 from air.training.schedules import due, is_early, learning_rate_factor
 from air.training.settings import TrainingSettings, make_presence_prior, share_of
-from air.training.step_stats import Tally
+from air.training.step_stats import StepStats
 from air.training.svi import SVI, make_optimizer
 
-MOST_SKIPPED = 20  # steps in a row whose loss or gradients are not finite end training
-LOOK_EVERY = 100  # steps, at the least, whether there are so many
+MAX_SKIPPED = 20  # steps in a row whose loss or gradients are not finite end training
+SYNC_EVERY = 100  # steps, at the least, whether there are so many
 LEARN_PRIOR_EVERY = 100  # steps
 LEARN_PRIOR_FROM = 1000  # training scenes
 ALONE = Ranks()
@@ -63,7 +68,9 @@ class Trainer:
         elbo = JitTraceGraph_ELBO(ignore_jit_warnings=True) if settings.jit else TraceGraph_ELBO()
         program = MarginalAIR(air) if settings.estimator == "marginal" else air
         kind = CompiledSVI if settings.compile else SVI
-        self.svi = kind(program.model, program.guide, self.optimizer, elbo, add_up=ranks.add_up)
+        self.svi = kind(
+            program.model, program.guide, self.optimizer, elbo, all_reduce=ranks.all_reduce
+        )
         self.prior = make_presence_prior(settings, air)
         self.learnt_prior: list[float] | None = None  # p(n)
         self.step = 0
@@ -74,7 +81,7 @@ class Trainer:
         self._streams: list[dict[str, Any]] = []  # the other processes' random states
         self._in_stream = ranks.size == 1  # whether this process draws its own random numbers
         self.miscounted: list[int] = []  # some scenes of the last evaluation
-        self.tally = Tally(images.device)
+        self.tally = StepStats(images.device)
 
     def train(self) -> Iterator[Event]:
         """Takes the steps that are left, or those until `stop_requested`, and yields events.
@@ -98,12 +105,12 @@ class Trainer:
             evaluation = not last and due(self.step, settings.eval_every)
             checkpoint = not last and due(self.step, settings.save_every)
             snapshot = evaluation or checkpoint or (not last and is_early(self.step))
-            look = progress or snapshot or due(self.step, LOOK_EVERY)
+            look = progress or snapshot or due(self.step, SYNC_EVERY)
             if look or self.ranks.size == 1:  # several must stop at the same step
                 self.stopped = self.ranks.any(self.stop_requested)
             if not (look or self.stopped):
                 continue
-            stuck = bool(self.tally.in_a_row >= MOST_SKIPPED)  # waits for the device
+            stuck = bool(self.tally.in_a_row >= MAX_SKIPPED)  # waits for the device
             self.seconds += time.perf_counter() - start
             if snapshot or last or stuck or self.stopped:  # the state may be asked for
                 self._streams = self.ranks.gather(self._stream())[1:]
@@ -137,7 +144,7 @@ class Trainer:
             data, number = self.images.draw(self.batch_size), {"num_images": len(self.images)}
         else:
             data, number = self.images, {"batch_size": self.batch_size}
-        loss = self.svi.advance(data, **number, z_pres_prior_p=self.prior)
+        loss = self.svi.step_async(data, **number, z_pres_prior_p=self.prior)
         self.tally.add(-loss / self.svi.number, self.svi.grad_norm, self.svi.skipped)
         self.step += 1
         begin = self.settings.learn_count_prior_from
@@ -145,7 +152,9 @@ class Trainer:
             self._learn_count_prior()
 
     def _what_is_stuck(self) -> FloatingPointError:
-        images = self.images if isinstance(self.images, Tensor) else self.images[:SOME]
+        images = (
+            self.images if isinstance(self.images, Tensor) else self.images[:MAX_CHECKED_IMAGES]
+        )
         what = first_not_finite(self.air, images, self.prior)
         return FloatingPointError(
             f"{what} and with it the loss or its gradients were not finite for "
@@ -161,7 +170,7 @@ class Trainer:
         scenes = self.images[:: -(-len(self.images) // number)]
         of_ranks = self.ranks.gather(mean_count_probs(self.air, scenes))
         self.learnt_prior = [sum(probs) / len(probs) for probs in zip(*of_ranks, strict=True)]
-        self.prior.keep(presence_probs(self.learnt_prior))
+        self.prior.set_probs(continue_probs_from_counts(self.learnt_prior))
 
     def _progress(self, steps: int, seconds: float) -> Progress:
         elbo, grad_norm, skipped = self.tally.read()
@@ -253,7 +262,7 @@ class Trainer:
         self.prior.set_step(self.step)
         if (learnt_prior := state.get("learnt_prior")) is not None:
             self.learnt_prior = list(learnt_prior)
-            self.prior.keep(presence_probs(self.learnt_prior))
+            self.prior.set_probs(continue_probs_from_counts(self.learnt_prior))
         streams = [state, *state.get("streams", [])]
         cuda = self.images.device.type == "cuda"
         whole = not cuda or all(stream["cuda_rng"] is not None for stream in streams)

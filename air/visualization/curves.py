@@ -9,7 +9,7 @@ import numpy as np
 Record = Mapping[str, Any]  # one line of metrics.jsonl
 Points = tuple[list[int], list[float | None]]  # steps and values; None is a gap in the curve
 
-MOST_POINTS = 1000  # of one curve: more cost a browser its ease, and none of them is seen
+MAX_POINTS = 1000  # of one curve: more cost a browser its ease, and none of them is seen
 
 
 class Curve(NamedTuple):
@@ -132,7 +132,7 @@ def value(record: Record, key: str) -> float | None:
 
 
 class History:
-    """The points of every curve up to now, evenly thinned: at most `MOST_POINTS` and the last."""
+    """The points of every curve up to now, evenly thinned: at most `MAX_POINTS` and the last."""
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self._series = {curve.key: _Series() for panel in PANELS for curve in panel.curves}
@@ -173,7 +173,7 @@ class _Series:
             self.steps.append(step)
             self.values.append(found)
         self.seen += 1
-        if len(self.steps) > MOST_POINTS:
+        if len(self.steps) > MAX_POINTS:
             self.stride *= 2
             self.steps, self.values = self.steps[::2], self.values[::2]
 

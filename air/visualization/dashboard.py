@@ -19,8 +19,8 @@ from air.visualization.curves import History, Record
 from air.visualization.snapshots import Snapshot
 from air.visualization.visdom_panes import ORDER, Pane, picture_panes, plot_panes, settings_pane
 
-PATIENCE = 10.0  # seconds to wait for visdom's answer; training does not wait
-RETRY = 10.0  # seconds from a failure to the next attempt
+TIMEOUT_SECONDS = 10.0  # seconds to wait for visdom's answer; training does not wait
+RETRY_SECONDS = 10.0  # seconds from a failure to the next attempt
 SHARE = 0.04  # of the time that drawing may take where nothing else is asked for
 
 
@@ -130,7 +130,7 @@ class Dashboard:
                 with self._wake:
                     if again and self._closing:
                         return
-                    self._wake.wait_for(lambda: self._closing, RETRY)
+                    self._wake.wait_for(lambda: self._closing, RETRY_SECONDS)
                     self._pending = self._pending or drawing  # a newer one took its place
 
     def _send_all(self, snapshot: Snapshot, plots: list[Pane]) -> None:
@@ -210,7 +210,7 @@ def _make_client(**options: Any) -> Any:  # noqa: ANN401
         def _handle_post(self, url: str, data: str | None = None) -> str:
             session = self.session
             try:
-                response = session.post(url, data=data, timeout=PATIENCE)
+                response = session.post(url, data=data, timeout=TIMEOUT_SECONDS)
                 response.raise_for_status()
             except requests.RequestException as error:
                 self.opened = None  # the next attempt logs in anew
@@ -229,7 +229,7 @@ def _reach(address: str, port: int) -> None:
     try:
         with requests.Session() as session:
             session.trust_env = not _is_local(address)
-            session.get(f"{address}:{port}", timeout=PATIENCE)
+            session.get(f"{address}:{port}", timeout=TIMEOUT_SECONDS)
     except (requests.RequestException, ValueError):
         what = f"no visdom server answers at {address}:{port}; start one with:"
         raise ConnectionError(f"{what} python -m visdom.server -port {port}") from None

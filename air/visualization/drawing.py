@@ -17,7 +17,7 @@ Pictures = NDArray[np.uint8]  # [N, height, width, 3], or one picture without th
 STEP_COLOURS = (  # of steps 1, 2, 3: red, green, blue as in Pyro's pictures, bright on black
     (255, 60, 60), (40, 220, 70), (80, 140, 255), (255, 215, 40), (235, 90, 235), (50, 220, 230)
 )  # fmt: skip
-WRITTEN = (170, 170, 170), (255, 190, 90)  # a count, a wrong one
+LABEL_COLOURS = (170, 170, 170), (255, 190, 90)  # a count, a wrong one
 _GAP, _GAP_COLOUR = 4, 235  # between tiled pictures
 _UNUSED = 0.35  # of its brightness is left of what a step sees and paints that is not in use
 
@@ -51,7 +51,7 @@ def draw_boxes(
         for step, box in enumerate(outlines[: max(int(count), 0)]):
             _outline(draw, picture.shape, box, step, zoom)
         text = f"{count}" if count == true else f"{count}, not {true}"
-        _write(canvas, text, WRITTEN[int(count != true)])
+        _write(canvas, text, LABEL_COLOURS[int(count != true)])
         picture[:] = np.asarray(canvas)
     return pictures
 
@@ -97,16 +97,16 @@ def sheets(
     columns: int,
     zoom: int,
     rows: int | None = None,
-    taken_apart: int | None = None,
+    decomposed_rows: int | None = None,
 ) -> dict[str, Pictures]:
     """The pictures of a snapshot, each as one sheet [height, width, 3], by name.
 
     Args:
         snapshot: What to draw.
         columns: Scenes side by side.
-        zoom: Pixels of a sheet for one of a scene.
+        zoom: PixelLikelihood of a sheet for one of a scene.
         rows: As for `tile`.
-        taken_apart: Rows of `object_sheet`; None for all.
+        decomposed_rows: Rows of `object_sheet`; None for all.
     """
 
     def inferred(scenes: InferredScenes) -> Pictures:
@@ -121,7 +121,7 @@ def sheets(
         "inputs": tile(enlarge(scenes.images, zoom), columns, rows),
         "inferred": inferred(scenes),
         "reconstructions": tile(enlarge(scenes.reconstructions, zoom), columns, rows),
-        "objects": object_sheet(snapshot, zoom, taken_apart),
+        "objects": object_sheet(snapshot, zoom, decomposed_rows),
         "prior_samples": inferred(samples),
         "errors": inferred(errors),
     }

@@ -18,13 +18,13 @@ from torch import Tensor
 from air.air import AIR
 from air.evaluation.metrics import HeldOut
 from air.inference import infer, sample_prior
-from air.priors import reached_probs
+from air.priors import at_least_probs
 from air.spatial_transformer import image_to_window
 from air.storage.checkpoint import write_atomically
 
 Array = NDArray[Any]
 
-SCENES, TAKEN_APART = 64, 8  # pictures in a snapshot
+SCENES, DECOMPOSED_SCENES = 64, 8  # pictures in a snapshot
 
 
 class SnapshotError(ValueError):
@@ -94,8 +94,8 @@ def take_snapshot(
     wrong[: len(fixed)] = False
     samples, boxes, counts = sample_prior(air, number, seed, count_prior)
     drawn = as_bytes(samples)
-    apart = min(TAKEN_APART, len(fixed))
-    reached = reached_probs(found.count_probs[:apart])
+    apart = min(DECOMPOSED_SCENES, len(fixed))
+    reached = at_least_probs(found.count_probs[:apart])
     return Snapshot(
         step,
         scenes.pick(slice(len(fixed))),
@@ -112,7 +112,7 @@ def _windows(air: AIR, images: Tensor, z_where: Tensor, objects: Tensor) -> Tens
     seen = images[:, None].expand_as(objects)
     if air.guide_input == "difference":  # less what the steps before have painted
         before = objects.unbind(1)[:-1]
-        painted = accumulate(before, air.pixels.add, initial=torch.zeros_like(images))
+        painted = accumulate(before, air.likelihood.add, initial=torch.zeros_like(images))
         seen = seen - torch.stack([*painted], 1)
     flat = seen.flatten(0, 1)
     windows = image_to_window(z_where.flatten(0, 1), air.window_size, air.x_size, flat)

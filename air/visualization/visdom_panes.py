@@ -26,7 +26,7 @@ ORDER = (  # on the page: four plots are as wide as two pictures
 _PLOT = 410, 280  # width and height of a plot
 _CELL, _ROWS, _COLUMNS = 100, 2, 8  # side of a scene in pixels, and their number in a picture
 ON_PAGE = _ROWS * _COLUMNS  # scenes that a picture shows
-_TAKEN_APART = 4  # rows in the picture of objects
+_DECOMPOSED_ROWS = 4  # rows in the picture of objects
 _TITLES = {
     "inferred": "Held-out scenes with what is found in them",
     "reconstructions": "The same, painted again",
@@ -58,7 +58,7 @@ def settings_pane(settings: Mapping[str, Any]) -> Pane:
 def picture_panes(snapshot: Snapshot) -> Iterator[Pane]:
     """Pictures of a snapshot, always of the same size: a page stretches what is not."""
     zoom = max(1, _CELL // snapshot.scenes.images.shape[-1])
-    drawn = sheets(snapshot, _COLUMNS, zoom, _ROWS, _TAKEN_APART)
+    drawn = sheets(snapshot, _COLUMNS, zoom, _ROWS, _DECOMPOSED_ROWS)
     for name, title in _TITLES.items():
         height, width, _ = drawn[name].shape
         png = io.BytesIO()

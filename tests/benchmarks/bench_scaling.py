@@ -69,8 +69,8 @@ def work(out: Path, batch_size: int, steps: int, device_name: str, compiled: boo
         for _ in range(20):
             ranks.any(False)  # all begin together
             begin = time.perf_counter()
-            if ranks.add_up is not None:
-                ranks.add_up(message)
+            if ranks.all_reduce is not None:
+                ranks.all_reduce(message)
             float(message[0])  # waits for the device
             taken.append(time.perf_counter() - begin)
         if ranks.rank == 0:

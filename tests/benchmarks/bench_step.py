@@ -148,7 +148,7 @@ def build(case: Case) -> Callable[[], Any]:
     trained = model if score else MarginalAIR(model)
     kind = {"eager": SVI, "compiled": CompiledSVI}[case.form]
     svi = kind(trained.model, trained.guide, optimizer, TraceGraph_ELBO())
-    return lambda: svi.advance(data, **arguments)
+    return lambda: svi.step_async(data, **arguments)
 
 
 def serve(case: Case, connection: Connection) -> None:

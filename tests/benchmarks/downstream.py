@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is n
 from air import AIR
 from air.detect import load_air
 from air.inference import infer
-from air.priors import reached_probs
+from air.priors import at_least_probs
 from air.storage.checkpoint import read_weights
 from multi_mnist import Scenes, SceneSettings, load_scenes
 
@@ -48,7 +48,7 @@ def read(air: AIR, x: Array, objects: int) -> Array:
     parts = []
     for batch in torch.split(torch.from_numpy(x), 500):
         found = infer(air, batch.to(air.h_init.device))
-        there = reached_probs(found.count_probs)[..., None]
+        there = at_least_probs(found.count_probs)[..., None]
         steps = torch.cat((there, found.z_where, found.z_what), 2)[:, :objects]
         left = (found.boxes[:, :objects, 0] + found.boxes[:, :objects, 2]).argsort(1)
         steps = steps.take_along_dim(left[..., None], 1)

@@ -25,7 +25,7 @@ import main as program
 from air import AIR
 from air.cli.config import merge_new
 from air.marginal import MarginalAIR
-from air.storage.checkpoint import fit_weights, read_weights
+from air.storage.checkpoint import load_weights_strict, read_weights
 from air.training.ranks import Ranks
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     config = {**program.DEFAULTS, **merge_new(saved, given), "estimator": "score"}
     trainer, _ = program.assemble(config, Ranks())
     if weights:
-        fit_weights(trainer.air, weights, Path(args.load))
+        load_weights_strict(trainer.air, weights, Path(args.load))
     air, images = trainer.air, trainer.held_out.images[: args.batch_size]
 
     air.use_baselines = False

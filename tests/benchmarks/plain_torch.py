@@ -18,7 +18,7 @@ from air.spatial_transformer import image_to_window
 class GuidePath(NamedTuple):
     """One run of the guide and what it paints."""
 
-    going_on: Tensor  # q_t, [B, T]
+    continue_probs: Tensor  # q_t, [B, T]
     present: Tensor  # z_pres_t, [B, T]
     kl: Tensor  # log q(z_t) - log p(z_t) of z_where and z_what, [B, T]
     log_likelihoods: Tensor  # of the first n objects, n = 0..T, [B, T + 1]
@@ -61,10 +61,10 @@ def run_guide(model: AIR, images: Tensor, sampled: bool) -> GuidePath:
         steps.append((q, pres, kl, baseline))
         all_where.append(where)
         all_what.append(what)
-    log_likelihoods = [Normal(canvas, model.pixels.sd).log_prob(images).sum((1, 2))]
+    log_likelihoods = [Normal(canvas, model.likelihood.sd).log_prob(images).sum((1, 2))]
     for painted, (_, pres, _, _) in zip(model.paint(all_where, all_what), steps, strict=True):
         canvas = canvas + painted * pres[:, :, None]
-        log_likelihoods.append(Normal(canvas, model.pixels.sd).log_prob(images).sum((1, 2)))
+        log_likelihoods.append(Normal(canvas, model.likelihood.sd).log_prob(images).sum((1, 2)))
     q, present, kl, baselines = (torch.cat(column, 1) for column in zip(*steps, strict=True))
     return GuidePath(q, present, kl, torch.stack(log_likelihoods, 1), baselines)
 
@@ -72,16 +72,16 @@ def run_guide(model: AIR, images: Tensor, sampled: bool) -> GuidePath:
 def marginal_loss(model: AIR, images: Tensor, presence: Tensor) -> Tensor:
     """Minus the ELBO per image with the count summed out; `presence` is the prior of z_pres_t."""
     path = run_guide(model, images, sampled=False)
-    log_p, log_q = count_log_probs(presence), count_log_probs(path.going_on)
+    log_p, log_q = count_log_probs(presence), count_log_probs(path.continue_probs)
     inner = (log_q.exp() * (path.log_likelihoods + log_p - log_q)).sum(1)
-    return ((path.kl * path.going_on.cumprod(1)).sum(1) - inner).mean()
+    return ((path.kl * path.continue_probs.cumprod(1)).sum(1) - inner).mean()
 
 
 def score_loss(model: AIR, images: Tensor, presence: Tensor) -> Tensor:
     """What has the gradient of minus the ELBO per image, and of the baseline's regression."""
     path = run_guide(model, images, sampled=True)
     reached = torch.cat((torch.ones_like(path.present[:, :1]), path.present[:, :-1]), 1)
-    score = Bernoulli(path.going_on).log_prob(path.present) * reached
+    score = Bernoulli(path.continue_probs).log_prob(path.present) * reached
     # Detached, for on average the gradient of a log-probability is zero.
     kl_pres = score.detach() - Bernoulli(presence).log_prob(path.present) * reached
     cost = kl_pres + path.kl * path.present

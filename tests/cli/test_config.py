@@ -78,9 +78,9 @@ def test_a_preset_stands_for_what_is_not_given(preset: str, saved: dict[str, Any
 
 
 def test_long_runs_are_compiled_unless_told_otherwise(saved: dict[str, Any]) -> None:
-    long = {**saved, "num_steps": config.COMPILING_PAYS}
+    long = {**saved, "num_steps": config.COMPILE_MIN_STEPS}
     assert config.is_compiled(long)
-    assert not config.is_compiled({**long, "num_steps": config.COMPILING_PAYS - 1})
+    assert not config.is_compiled({**long, "num_steps": config.COMPILE_MIN_STEPS - 1})
     assert not config.is_compiled({**long, "jit": True})
     assert not config.is_compiled({**long, "compile": False})
     assert config.is_compiled({**saved, "compile": True})

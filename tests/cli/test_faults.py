@@ -123,7 +123,7 @@ def test_a_read_only_folder_is_found_before_training(
     (disk / "new").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with pytest.raises(CheckpointError, match=r"cannot write into .*Read-only file system"):
-        run.go_on(1)
+        run.truncate_after(1)
     done = run_main(f"{SMALL} --output-dir disk/new", tmp_path, environment)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "cannot write" in done.stderr

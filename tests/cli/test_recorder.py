@@ -47,7 +47,7 @@ def test_every_event_is_kept(run: RunFolder, tmp_path: Path) -> None:
     running.step = 20
     evaluated = Evaluated(20, 3, EVALUATION, 480.0, None)
     for event in (PROGRESS, evaluated, SnapshotDue(20), CheckpointDue(20)):
-        recorder.keep(event)
+        recorder.handle(event)
     assert run.read_metrics() == page.records == [PROGRESS.record(), evaluated.record()]
     assert list(snapshot_files(run.snapshots)) == [20]
     assert [step for step, _ in page.drawn] == [20, 20]
@@ -56,12 +56,12 @@ def test_every_event_is_kept(run: RunFolder, tmp_path: Path) -> None:
     assert (state["step"], state["config"], state["data_sha256"]) == (20, config, "abc")
     weights, _ = read_weights(tmp_path / "weights.pt")
     assert all(torch.equal(weights[k], v) for k, v in running.air.state_dict().items())
-    recorder.keep(replace(PROGRESS, step=30))  # not due on the page
+    recorder.handle(replace(PROGRESS, step=30))  # not due on the page
     assert len(page.drawn) == 2
 
 
 def test_without_a_page(run: RunFolder) -> None:
     recorder = Recorder(run, trainer(), DEFAULTS, "", None)
-    recorder.keep(PROGRESS)
-    recorder.keep(SnapshotDue(0))
+    recorder.handle(PROGRESS)
+    recorder.handle(SnapshotDue(0))
     assert len(run.read_metrics()) == len(snapshot_files(run.snapshots)) == 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from air import AIR
 from air.evaluation.boxes import tight_boxes
 from air.evaluation.metrics import (
-    MISCOUNTED,
+    MAX_MISCOUNTED,
     HeldOut,
     confusion_matrix,
     evaluate,
@@ -184,7 +184,7 @@ def test_scenes_counted_wrongly_are_named(images: Tensor) -> None:
     assert evaluate(air, HeldOut(images, counts)).miscounted == [1, 4, 6]
     assert evaluate(air, HeldOut(images)).miscounted is None
     many = HeldOut(images.repeat(5, 1, 1), torch.zeros(50))
-    assert evaluate(air, many).miscounted == list(range(MISCOUNTED))
+    assert evaluate(air, many).miscounted == list(range(MAX_MISCOUNTED))
 
 
 def test_boxes_are_scored_against_the_objects_as_painted(images: Tensor) -> None:

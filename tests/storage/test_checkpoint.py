@@ -13,7 +13,7 @@ from helpers import small_air
 from air import AIR
 from air.storage.checkpoint import (
     FORMAT,
-    MOST_BYTES,
+    MAX_BYTES,
     CheckpointError,
     load_weights,
     read_state,
@@ -116,7 +116,7 @@ def test_a_file_that_unpacks_to_more_than_is_sane_is_refused(tmp_path: Path) -> 
     path = tmp_path / "bomb.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as bomb:
         zeros = bytes(1 << 26)
-        for part in range(MOST_BYTES // len(zeros) + 1):
+        for part in range(MAX_BYTES // len(zeros) + 1):
             if part < 2:
                 bomb.writestr(f"archive/data/{part}", zeros)
             else:  # the same bytes again, under another name

@@ -63,7 +63,7 @@ def test_metrics_are_lines_of_json(tmp_path: Path) -> None:
     for step in (0, 1, 2, 30):
         run.snapshots.mkdir(exist_ok=True)
         (run.snapshots / f"{step:08}.npz").write_text("")
-    run.go_on(1)
+    run.truncate_after(1)
     assert sorted(path.name for path in run.snapshots.iterdir()) == ["00000000.npz", "00000001.npz"]
     run.log({"step": 2, "elbo": 3.0})
     lines = run.metrics.read_text().splitlines()
@@ -102,7 +102,7 @@ def test_the_checkpoint_before_is_offered_where_the_last_is_damaged(
         RunFolder.open(path).load()
     run = RunFolder.open(previous)
     assert run.load()["step"] == 1000
-    run.go_on(1000)
+    run.truncate_after(1000)
     assert [read_state(file)["step"] for file in (checkpoint, previous)] == [1000, 1000]
     assert [record["step"] for record in run.read_metrics()] == [1000]
     del run
@@ -155,7 +155,7 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path: Path, air
         path.write_text("half")
     path = run.path
     del run
-    RunFolder.open(path).go_on(1)
+    RunFolder.open(path).truncate_after(1)
     assert not any(half.exists() for half in halves)
     assert (path / ".mine.tmp").exists()
 
@@ -183,6 +183,6 @@ def test_a_line_that_is_no_record_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"metrics\.jsonl: line 2 is no record"):
             run.read_metrics()
         with pytest.raises(CheckpointError, match=r"metrics\.jsonl: line 2 is no record"):
-            run.go_on(2)
-        run.go_on(1)  # writes it again
+            run.truncate_after(2)
+        run.truncate_after(1)  # writes it again
         assert run.read_metrics() == [{"step": 1}]

@@ -174,7 +174,7 @@ def test_the_program_stays_on_its_device(estimator: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("estimator", ["score", "marginal"])
 def test_a_cuda_graph_takes_the_steps_that_uncompiled_ones_take(estimator: str) -> None:
-    """Rates and prior change in place between replays, and random numbers advance."""
+    """Rates and prior change in place between replays, and random numbers step_async."""
     losses, finals = [], []
     data = torch.randint(256, (40, 12, 12), dtype=torch.uint8, device="cuda")
     for kind in (SVI, CompiledSVI):

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from air.training.step_stats import Tally
+from air.training.step_stats import StepStats
 
 
 def test_a_tally_by_hand() -> None:
-    tally = Tally(torch.device("cpu"))
+    tally = StepStats(torch.device("cpu"))
     for elbo, norm, skipped in [(1.0, 2.0, False), (math.nan, math.inf, True), (3.0, 6.0, False)]:
         tally.add(torch.tensor(elbo), torch.tensor(norm), torch.tensor(skipped))
     assert tally.read() == (2.0, 4.0, 1)
@@ -17,7 +17,7 @@ def test_a_tally_by_hand() -> None:
 
 
 def test_skipped_steps_in_a_row_outlast_a_reading() -> None:
-    tally = Tally(torch.device("cpu"))
+    tally = StepStats(torch.device("cpu"))
     rows = []
     for skipped in (True, True, False, True, True, True):
         tally.add(torch.tensor(math.nan), torch.tensor(math.nan), torch.tensor(skipped))
@@ -27,7 +27,7 @@ def test_skipped_steps_in_a_row_outlast_a_reading() -> None:
 
 
 def test_no_step_that_counted_has_no_mean() -> None:
-    tally = Tally(torch.device("cpu"))
+    tally = StepStats(torch.device("cpu"))
     tally.add(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(True))
     elbo, norm, skipped = tally.read()
     assert math.isnan(elbo)

@@ -14,13 +14,13 @@ from helpers import SETTINGS, trainer, weights
 from pyro.infer import JitTraceGraph_ELBO
 
 from air.inference import infer
-from air.priors import geometric_count_prior, presence_probs
+from air.priors import continue_probs_from_counts, geometric_count_prior
 from air.training.compiled_svi import CompiledSVI
 from air.training.events import CheckpointDue, Evaluated, Progress, SnapshotDue
 from air.training.schedules import learning_rate_factor
 from air.training.settings import Estimator, TrainingSettings
-from air.training.step_stats import Tally
-from air.training.trainer import LOOK_EVERY, MOST_SKIPPED, Trainer
+from air.training.step_stats import StepStats
+from air.training.trainer import MAX_SKIPPED, SYNC_EVERY, Trainer
 
 
 def without_times(event: Any) -> Any:  # noqa: ANN401
@@ -125,7 +125,7 @@ def test_a_learnt_count_prior_is_the_mean_of_q(
     assert [e.z_pres_prior_p == before for e in told] == [True, False, False, False]
     expected = infer(whole.air, whole.images).count_probs.mean(0).tolist()
     assert whole.learnt_prior == pytest.approx(expected, rel=1e-5)
-    assert whole.prior.now == presence_probs(whole.learnt_prior or [])
+    assert whole.prior.now == continue_probs_from_counts(whole.learnt_prior or [])
     assert whole.prior.probs.tolist() == pytest.approx(whole.prior.now)
 
     stopped = trainer(settings)
@@ -156,7 +156,7 @@ def test_a_prior_is_learnt_after_it_was_annealed(monkeypatch: pytest.MonkeyPatch
     whole = trainer(settings)
     told = [e.z_pres_prior_p for e in whole.train() if isinstance(e, Progress)]
     assert told[10] == pytest.approx([1e-3] * 3)
-    assert told[11] == told[13] == presence_probs(whole.learnt_prior or [])
+    assert told[11] == told[13] == continue_probs_from_counts(whole.learnt_prior or [])
     assert told[11] != told[10]
 
 
@@ -164,14 +164,14 @@ def test_a_run_that_tells_nothing_ends_too() -> None:
     rarely = replace(SETTINGS, num_steps=400, progress_every=0, eval_every=0, save_every=0)
     running = trainer(rarely)
     with torch.no_grad():
-        running.air.pixels.sd = 1e-30
+        running.air.likelihood.sd = 1e-30
     with (
         pyro.validation_enabled(False),
         pytest.raises(FloatingPointError),
         warnings.catch_warnings(action="ignore"),
     ):
         list(running.train())
-    assert running.step <= MOST_SKIPPED + LOOK_EVERY
+    assert running.step <= MAX_SKIPPED + SYNC_EVERY
 
 
 def test_a_state_of_something_else_is_refused() -> None:
@@ -261,7 +261,7 @@ def test_schedule_moves_both_rates() -> None:
 
 
 def test_tally_leaves_out_what_was_skipped() -> None:
-    tally = Tally(torch.device("cpu"))
+    tally = StepStats(torch.device("cpu"))
     for elbo in (1.0, math.nan, -math.inf, 4.0):
         tally.add(torch.tensor(elbo), torch.tensor(2 * elbo), torch.tensor(not math.isfinite(elbo)))
     assert tally.read() == (2.5, 5.0, 2)
@@ -272,7 +272,7 @@ def test_tally_leaves_out_what_was_skipped() -> None:
 @pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
 def test_training_that_does_not_move_any_more_ends() -> None:
     running = trainer(replace(SETTINGS, num_steps=100, progress_every=1))
-    running.air.pixels.sd = 1e-30
+    running.air.likelihood.sd = 1e-30
     events: list[Any] = []
 
     def collect() -> None:
@@ -285,5 +285,5 @@ def test_training_that_does_not_move_any_more_ends() -> None:
     ):
         collect()
     progress = [event for event in events if isinstance(event, Progress)]
-    assert [event.step for event in progress] == list(range(1, MOST_SKIPPED + 1))
+    assert [event.step for event in progress] == list(range(1, MAX_SKIPPED + 1))
     assert all(event.skipped == 1 and math.isnan(event.elbo) for event in progress)

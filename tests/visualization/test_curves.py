@@ -8,7 +8,7 @@ from helpers import EVALUATION, PROGRESS
 
 from air.training.events import Evaluated
 from air.visualization import curves
-from air.visualization.curves import MOST_POINTS, PANELS, History
+from air.visualization.curves import MAX_POINTS, PANELS, History
 
 
 def test_every_curve_finds_its_value_in_what_training_tells() -> None:
@@ -34,7 +34,7 @@ def test_many_points_are_thinned_evenly_and_the_last_one_is_there() -> None:
             assert steps[-1] == step
             assert values == [2.0 * s for s in steps]
     steps, _ = history.points("elbo")
-    assert MOST_POINTS / 2 <= len(steps) <= MOST_POINTS + 1
+    assert MAX_POINTS / 2 <= len(steps) <= MAX_POINTS + 1
     assert len(set(np.diff(steps[:-1]))) == 1
     assert (steps[0], steps[-1]) == (1, 12_345)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import visdom
-from helpers import ROOT, RECORDS, ask, make_snapshot, panes, visdom_server
+from helpers import RECORDS, ROOT, ask, make_snapshot, panes, visdom_server
 from PIL import Image
 
 from air.visualization import dashboard
@@ -29,8 +29,8 @@ EVERYTHING = sorted(ORDER)
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dashboard, "PATIENCE", 20.0)  # for a busy test machine
-    monkeypatch.setattr(dashboard, "RETRY", 0.3)
+    monkeypatch.setattr(dashboard, "TIMEOUT_SECONDS", 20.0)  # for a busy test machine
+    monkeypatch.setattr(dashboard, "RETRY_SECONDS", 0.3)
     for name in ("USERNAME", "PASSWORD"):
         monkeypatch.delenv(f"VISDOM_{name}", raising=False)
 
@@ -65,7 +65,7 @@ def test_without_a_server(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_on_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dashboard, "PATIENCE", 0.5)
+    monkeypatch.setattr(dashboard, "TIMEOUT_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         begin = time.monotonic()
         with pytest.raises(ConnectionError, match="no visdom server"):
@@ -113,7 +113,7 @@ def test_training_never_waits_for_a_frozen_server(
     board = Dashboard(connect(LOCAL, port), "frozen", {})
     board.draw(make_snapshot(0))
     wait_for_title(port, "frozen", 0)
-    monkeypatch.setattr(dashboard, "PATIENCE", 0.5)
+    monkeypatch.setattr(dashboard, "TIMEOUT_SECONDS", 0.5)
     server.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
     for record in RECORDS:
@@ -122,7 +122,7 @@ def test_training_never_waits_for_a_frozen_server(
     assert time.monotonic() - begin < 3
     time.sleep(2)
     server.send_signal(signal.SIGCONT)
-    monkeypatch.setattr(dashboard, "PATIENCE", 20.0)
+    monkeypatch.setattr(dashboard, "TIMEOUT_SECONDS", 20.0)
     found = wait_for_title(port, "frozen", 20)
     assert sorted(found) == EVERYTHING
     board.close()

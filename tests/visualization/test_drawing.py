@@ -106,7 +106,7 @@ def test_tiny_boxes_stay_tiny(side: int) -> None:
 def test_a_wrong_count_says_so() -> None:
     images, _, boxes, _, _ = make_scenes(2)
     pictures = draw_boxes(images, boxes, np.array([1, 1]), true_counts=np.array([1, 2]))
-    assert [mask(picture, drawing.WRITTEN[1]).any() for picture in pictures] == [False, True]
+    assert [mask(picture, drawing.LABEL_COLOURS[1]).any() for picture in pictures] == [False, True]
 
 
 def test_tile_pads_the_last_row_with_gaps() -> None:
@@ -141,8 +141,8 @@ def test_sheets_show_their_scenes() -> None:
     np.testing.assert_array_equal(found["reconstructions"], tile(enlarge(rebuilt, 3), 4))
     drawn = draw_boxes(images, boxes, counts, 3, true)
     np.testing.assert_array_equal(found["inferred"], tile(drawn, 4))
-    assert mask(found["errors"], drawing.WRITTEN[1]).any()
-    assert not mask(found["inferred"], drawing.WRITTEN[1]).any()
+    assert mask(found["errors"], drawing.LABEL_COLOURS[1]).any()
+    assert not mask(found["inferred"], drawing.LABEL_COLOURS[1]).any()
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
