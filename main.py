@@ -2,297 +2,365 @@
 
     python main.py                       the best recipe known: minutes on two CPU cores
     python main.py -n 3000 --seed 1      fewer steps, another seed
-    python main.py --resume runs/RUN     goes on with a run that was interrupted
+    python main.py --resume runs/RUN     resumes a run that was interrupted
 
-The model is in ``air/``, its nets in ``modules.py``, the scenes in ``multi_mnist.py``.
+The model is in ``air/``, its nets in ``modules.py``, the scenes in ``multi_mnist.py``. Under
+torchrun every rank runs this program; rank 0 alone writes, draws and prints.
 """
 
 import logging
 import os
 import signal
 import sys
-import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import fields
+from enum import Enum, auto
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pyro
 import torch
-from tqdm import tqdm
 
 import multi_mnist
 import viz
 from air import AIR
-from air.cli import flag_values, flags
-from air.cli.config import AIR_ARGUMENTS, is_compiled, merge_new, merge_resumed, pick_device, plain
-from air.cli.config import DEFAULTS as OWN_DEFAULTS
-from air.cli.faults import exit_code, explain, stop_on_signals, terminate_like_interrupt
-from air.cli.recorder import Recorder, restore_trainer, versions
-from air.data.shards import Shards, load_data
-from air.evaluation.metrics import HeldOut
-from air.storage.checkpoint import check_unpacked_size, load_weights_strict, read_weights
-from air.storage.run_folder import RunFolder
-from air.subsampling import StreamedImages
-from air.training.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
-from air.training.ranks import Ranks, join_ranks
-from air.training.settings import TrainingSettings
-from air.training.trainer import Trainer
-from air.visualization.dashboard import Dashboard, connect
-from multi_mnist import SceneSettings
-
-QUIET_SECONDS = 10.0  # between progress lines where there is no terminal for a progress bar
-Config = dict[str, Any]  # every flag's value by name
-# The settings of the scenes and their flags: --seed is that of training here.
-SCENE_FLAGS = {
-    field.name: "data_seed" if field.name == "seed" else field.name
-    for field in fields(SceneSettings)
-}
-DEFAULTS: Config = plain(
-    OWN_DEFAULTS
-    | {flag: getattr(SceneSettings(), name) for name, flag in SCENE_FLAGS.items()}
-    | dict.fromkeys(("cache_dir", "mnist_dir"))
+from air.cli.config import (
+    SCENE_KEYS,
+    check_config,
+    resolve_config,
+    to_json_types,
+    with_image_size,
 )
+from air.cli.device import pick_device
+from air.cli.errors import explain
+from air.cli.flags import DEFAULTS, Config, Parser, build_parser, settings_named_by_flag
+from air.cli.progress import ProgressBar
+from air.cli.recorder import Recorder, restore_trainer
+from air.cli.signals import exit_code, stop_on_signals, terminate_like_interrupt
+from air.data.shards import Shards, load_data
+from air.data.streaming import StreamedImages
+from air.evaluation import HeldOut
+from air.model_settings import ModelSettings, NetFactory
+from air.settings import from_config
+from air.storage.checkpoint import load_weights_strict, read_weights
+from air.storage.files import check_unpacked_size
+from air.storage.run_folder import RunFolder, versions
+from air.training import Trainer, TrainingSettings
+from air.training.compiled_svi import Compiler, inductor
+from air.training.events import CheckpointDue, Evaluated, Progress, SnapshotDue
+from air.training.parallel import ProcessGroup, RankLostError, process_group
+from air.visualization.dashboard import Dashboard, connect
+
+
+class Outcome(Enum):
+    """How training ended."""
+
+    FINISHED = auto()
+    INTERRUPTED = auto()  # by a signal; the run can be resumed
+    COLLAPSED = auto()  # and is to start over with the next seed
+
+
+class Context(NamedTuple):
+    """What a run is built with, besides its configuration."""
+
+    group: ProcessGroup
+    nets: NetFactory | None
+    compiler: Compiler
 
 
 class Session(NamedTuple):
-    """All that training needs."""
+    """A run that is ready to train. Rank 0 alone has a folder and a recorder."""
 
     config: Config
     trainer: Trainer
-    run: RunFolder
-    recorder: Recorder
+    recorder: Recorder | None
+
+    @property
+    def run(self) -> RunFolder | None:
+        """The run's folder."""
+        return self.recorder.run if self.recorder else None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; returns its exit code."""
-    warnings.filterwarnings("ignore", "Encountered NaN")  # Pyro's; such steps are skipped
-    with join_ranks() as ranks:
-        return ranks.follow(assemble) if ranks.rank > 0 else lead(argv, ranks)
+def main(
+    argv: Sequence[str] | None = None,
+    nets: NetFactory | None = None,
+    compiler: Compiler = inductor,
+) -> int:
+    """Runs the program; returns its exit code.
 
-
-def lead(argv: Sequence[str] | None, ranks: Ranks) -> int:
-    """What rank 0 does, in most cases the one process: from the flags to the exit code."""
+    Args:
+        argv: The words of the command line; None for those of the process.
+        nets: Makes nets of one's own from the settings of the model; see `AIR`.
+        compiler: Compiles the captured step.
+    """
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    ranks.others_wait()
-    parser = build_parser()
-    given = plain(vars(parser.parse_args(argv)))
-    session, code = None, None
-    with terminate_like_interrupt():
-        while code is None:
-            run = None
-            try:
-                with ExitStack() as held:
-                    session = prepare(given, held, ranks, session)
-                    run = session.run
-                    ranks.go()
-                    if session.recorder.dashboard:
-                        held.enter_context(session.recorder.dashboard)
-                    code = train(session)
-                    given = given if code is not None else with_next_seed(session)
-            except KeyboardInterrupt as signaled:
-                how = run.resume_hint() if run else "Training had not begun"
-                parser.exit(exit_code(signaled), f"{parser.prog}: interrupted. {how}\n")
-            except Exception as error:
-                ranks.end_by_error()
-                if run is None and isinstance(error, ValueError | OSError | ModuleNotFoundError):
-                    parser.error(str(error))  # the user can mend it
-                if (line := explain(error, run)) is None:
-                    raise
-                parser.exit(1, f"{parser.prog}: error: {line}\n")
-    return code
+    warnings.filterwarnings("ignore", "Encountered NaN")  # Pyro's; such steps are skipped
+    with process_group() as group, terminate_like_interrupt():
+        context = Context(group, nets, compiler)
+        parser = build_parser(__doc__ or "", quiet=not group.is_main)
+        cli_args = to_json_types(vars(parser.parse_args(argv)))
+        session: Session | None = None
+        try:
+            while True:
+                with ExitStack() as exit_stack:
+                    session = prepare(parser, cli_args, context, session, exit_stack)
+                    outcome, signaled = train(session)
+                    if outcome is not Outcome.COLLAPSED:
+                        return finish(session, signaled)
+                    leave_collapsed(session)
+        except KeyboardInterrupt as interrupt:
+            run = session and session.run
+            hint = run.resume_hint() if run else "Training had not begun"
+            parser.exit(exit_code(interrupt), f"{parser.prog}: interrupted. {hint}\n")
+        except Exception as error:
+            line = explain(error, session.run if session else None)
+            if line is None:
+                raise
+            end_by_error(parser, group, error, line)
 
 
-def build_parser() -> flags.Parser:
-    """A parser of all flags."""
-    parser = flags.build_parser(__doc__ or "")
-    multi_mnist.add_arguments(parser, seed_flag="--data-seed")
-    return parser
+def end_by_error(parser: Parser, group: ProcessGroup, error: Exception, line: str) -> NoReturn:
+    """Prints the line and exits. Other ranks are silent about errors that rank 0 reports."""
+    if group.world_size > 1:  # torchrun sends SIGTERM when one rank ends, too early for the line
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not group.is_main and not isinstance(error, RankLostError | FloatingPointError):
+        print(f"{parser.prog}: rank {group.rank}: {line}", file=sys.stderr)
+    parser.exit(1, f"{parser.prog}: error: {line}\n")
+
+
+# Preparing a run.
 
 
 def prepare(
-    given: Config, held: ExitStack, ranks: Ranks, collapsed: Session | None = None
+    parser: Parser,
+    cli_args: Config,
+    context: Context,
+    collapsed: Session | None,
+    exit_stack: ExitStack,
 ) -> Session:
-    """From the flags given to everything in place; writes nothing before all has been checked.
+    """Prepares the run of the command line or, after a collapse, the run that starts over.
 
-    Args:
-        given: The flags.
-        held: Lets go of the run's folder.
-        ranks: The processes that train together.
-        collapsed: The run in whose place this one begins.
-
-    Raises:
-        ValueError: If flags, data or files do not fit; the message is one line for the user.
-        ConnectionError: If visdom is asked for and no server answers.
+    Nothing is written before all ranks are ready. Input that one of them cannot use ends the
+    program with exit code 2.
     """
-    config, run, state, weights = merge_new({}, given), None, None, None
-    if given.get("resume"):
-        run = RunFolder.open(Path(given["resume"]))
-        held.callback(run.close)
+    session, problem = None, None
+    try:
+        if collapsed is None:
+            session = prepare_run(cli_args, context, exit_stack)
+        else:
+            session = start_over(collapsed, context, exit_stack)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        problem = str(error)
+    for rank, its_problem in enumerate(context.group.all_gather(problem)):
+        if its_problem is not None:
+            parser.error(its_problem if rank == 0 else f"rank {rank}: {its_problem}")
+    assert session is not None
+    return session
+
+
+def prepare_run(cli_args: Config, context: Context, exit_stack: ExitStack) -> Session:
+    """A new run, or the run that --resume names, restored from its checkpoint."""
+    run, state, weights, model = None, None, None, None
+    if "resume" in cli_args:
+        run = RunFolder.open(Path(cli_args["resume"]), lock=context.group.is_main)
+        exit_stack.callback(run.close)
         state = run.load()
-        flag_values.check_values(build_parser(), state["config"], DEFAULTS, run.source)
-        config = merge_resumed(state["config"], given)
+        check_config(state["config"], run.source)
         weights = state["model"]
-    elif given.get("load"):
-        weights, saved = read_weights(Path(given["load"]))
-        flag_values.check_values(build_parser(), saved, DEFAULTS, Path(given["load"]))
-        config = merge_new(saved, given)
-    config = {**DEFAULTS, **config}
-    before = state["config"] if state else collapsed.config if collapsed else {}
-    check_flags(config, given, before)
-    config["compile"] = is_compiled(config)
-    trainer, sha256 = assemble(config, ranks)
-    if weights:
+    elif "load" in cli_args:
+        weights, model = read_weights(Path(cli_args["load"]))
+        check_config(model, Path(cli_args["load"]))
+    config = resolve_config(cli_args, state and state["config"], model)
+    check_flags(config, cli_args, state["config"] if state else DEFAULTS)
+    trainer, config, data_sha256 = build_trainer(config, context)
+    if weights is not None:
         load_weights_strict(trainer.air, weights, run.source if run else Path(config["load"]))
     if run and state:
-        restore_trainer(trainer, state, run.source, sha256)
-    if (taken := trainer.step) > (wanted := config["num_steps"]):
-        raise ValueError(f"--num-steps must be at least the {taken} already taken, got {wanted}")
-    if collapsed:  # its server may be away for a while
-        visdom = collapsed.recorder.dashboard and collapsed.recorder.dashboard.client
-    else:
-        server = config["visdom_server"] if config["viz"] else None
-        visdom = connect(server, config["visdom_port"], config["viz_log"])
-    ranks.lead(config, sha256, trainer.state_dict())
-    if run is None:
-        run = RunFolder.create(config["output_dir"], config["seed"])
-        held.callback(run.close)
-    return begin(config, trainer, sha256, run, visdom)
+        restore_trainer(trainer, state, run.source, data_sha256)
+    if trainer.step > config["num_steps"]:
+        taken, given = trainer.step, config["num_steps"]
+        raise ValueError(f"--num-steps must be at least the {taken} already taken, got {given}")
+    if not context.group.is_main:
+        return Session(config, trainer, None)
+    server = config["visdom_server"] if config["viz"] else None
+    client = connect(server, config["visdom_port"], config["viz_log"])
+    return open_run(config, trainer, data_sha256, run, client, exit_stack)
 
 
-def begin(
-    config: Config,
-    trainer: Trainer,
-    data_sha256: str,
-    run: RunFolder,
-    visdom: Any,  # noqa: ANN401
-) -> Session:
-    """Makes the run's folder ready, and its live page where `visdom` is a client."""
-    run.truncate_after(trainer.step, trainer.step == config["num_steps"])
-    run.write_json("config.json", config | {"data_sha256": data_sha256, "versions": versions()})
-    if config["verbose"]:
-        print(trainer.air, config, sep="\n")
-    env = config["visdom_env"] or f"air_{run.path.resolve().name}"
-    dashboard = visdom and Dashboard(visdom, env, config, run.read_metrics(), config["viz_every"])
-    return Session(config, trainer, run, Recorder(run, trainer, config, data_sha256, dashboard))
+def start_over(collapsed: Session, context: Context, exit_stack: ExitStack) -> Session:
+    """A run with the next seed, in a folder beside that of the collapsed run, which is kept."""
+    config, recorder, seed = collapsed.config, collapsed.recorder, collapsed.config["seed"] + 1
+    changes = {"seed": seed, "restarts": config["restarts"] - 1, "resume": None}
+    client = None
+    if recorder is not None:
+        stem = str(recorder.run.path).removesuffix(f"-seed{config['seed']}")
+        changes["output_dir"] = f"{stem}-seed{seed}"
+        # Not a new client: the server may be away for a while.
+        client = recorder.dashboard.client if recorder.dashboard else None
+    trainer, config, data_sha256 = build_trainer({**config, **changes}, context)
+    if recorder is None:
+        return Session(config, trainer, None)
+    return open_run(config, trainer, data_sha256, None, client, exit_stack)
 
 
-def check_flags(config: Config, given: Config, saved: Config) -> None:
-    """Refuses flags that go nowhere, and files that would overwrite those of another run."""
-    for flag in SCENE_FLAGS.values():
-        if config["data"] and flag in given and given[flag] != saved.get(flag, DEFAULTS[flag]):
-            name = flag.replace("_", "-")
-            raise ValueError(f"--{name} is of scenes made here, but --data brings its own")
-    for name, flag in (("save", "--save"), ("viz_log", "--viz-log")):
-        path = config[name] and Path(config[name])
-        if path and path.exists() and config[name] != saved.get(name):
+def check_flags(config: Config, cli_args: Config, before: Config) -> None:
+    """Refuses flags without effect, and files that would overwrite those of another run."""
+    for key in SCENE_KEYS if config["data"] else []:
+        if key in cli_args and cli_args[key] != before.get(key, DEFAULTS[key]):
+            flag = "--" + key.replace("_", "-")
+            raise ValueError(f"{flag} is about scenes made here, but --data brings its own")
+    for key, flag in (("save", "--save"), ("viz_log", "--viz-log")):
+        path = config[key] and Path(config[key])
+        if path and path.exists() and config[key] != before.get(key):
             raise ValueError(f"{flag} never overwrites, and {path} exists; name another file")
         if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise ValueError(f"{flag}: there is no folder {path.parent} to write {path.name} into")
 
 
-def assemble(config: Mapping[str, Any], ranks: Ranks) -> tuple[Trainer, str]:
-    """The model, seeded, and what trains it, on the scenes of that SHA-256."""
-    device = pick_device(config["device"], ranks.local_rank)
-    scenes = load_scenes(config)
+def build_trainer(config: Config, context: Context) -> tuple[Trainer, Config, str]:
+    """The seeded model with its trainer, the configuration, and the SHA-256 of the scenes.
+
+    The configuration returned has the size of the images.
+    """
+    group = context.group
+    device = pick_device(config["device"], group.local_rank)
+    with group.main_first():  # which makes the scenes, where they are not cached yet
+        scenes = load_scenes(config)
+    x, test = group.shard(scenes.train.x), scenes.test
+    channels = x.shape[1] if x.ndim == 4 else 1
+    config = with_image_size(config, x.shape[-1], channels)
     torch.set_num_threads(config["threads"])
     pyro.enable_validation(False)  # its checks read from the device at every site of every step
     pyro.set_rng_seed(config["seed"])
-    arguments = {name: config[flag] for name, flag in AIR_ARGUMENTS.items()}
-    if config["estimator"] == "marginal":
-        arguments["use_baselines"] = False  # nothing is left for them to do
-    x, test = ranks.part(scenes.train.x), scenes.test
-    air = AIR(x_size=x.shape[-1], channels=x.shape[1] if x.ndim == 4 else 1, **arguments)
-    streamed = isinstance(x, Shards)
-    images = StreamedImages(x, device) if streamed else torch.from_numpy(x).to(device)
+    uses_baselines = config["use_baselines"] and config["estimator"] == "score"
+    with settings_named_by_flag(ModelSettings):
+        settings = from_config(ModelSettings, {**config, "use_baselines": uses_baselines})
+    air = AIR.from_settings(settings, context.nets)
+    images = StreamedImages(x, device) if isinstance(x, Shards) else torch.from_numpy(x).to(device)
     held_out = HeldOut.from_numpy(test.x, test.counts, test.boxes, test.overlaps)
-    settings = TrainingSettings(**{f.name: config[f.name] for f in fields(TrainingSettings)})
-    return Trainer(air.to(device), images, held_out, settings, ranks), scenes.sha256
+    with settings_named_by_flag(TrainingSettings):
+        training = from_config(TrainingSettings, config)
+        trainer = Trainer(air.to(device), images, held_out, training, group, context.compiler)
+    return trainer, config, scenes.sha256
 
 
-def load_scenes(config: Mapping[str, Any]) -> multi_mnist.SceneSplits:
-    """The scenes of --data, or those that the other data flags describe, made if need be."""
+def load_scenes(config: Config) -> multi_mnist.SceneSplits:
+    """The scenes of --data, or those that the flags describe, which are made if need be."""
     if config["data"]:
-        check_unpacked_size(path := Path(config["data"]))
+        path = Path(config["data"])
+        check_unpacked_size(path)
         return load_data(path, hold_out_all=config["num_steps"] == 0)
-    try:
-        settings = SceneSettings(**{name: config[flag] for name, flag in SCENE_FLAGS.items()})
-    except ValueError as error:  # begins with the name of the setting
-        name, problem = str(error).split(":", 1)
-        raise ValueError(f"--{SCENE_FLAGS[name].replace('_', '-')}:{problem}") from error
-    folders = {name: config[name] and Path(config[name]) for name in ("cache_dir", "mnist_dir")}
-    return multi_mnist.load_scenes(settings, **folders)
+    with settings_named_by_flag(multi_mnist.SceneSettings):
+        settings = from_config(multi_mnist.SceneSettings, config)
+    folders = from_config(multi_mnist.FolderSettings, config)
+    return multi_mnist.load_scenes(settings, **folders.paths())
 
 
-def train(session: Session) -> int | None:
-    """Trains to the end or a signal, and returns the exit code; None after a collapse."""
+def open_run(
+    config: Config,
+    trainer: Trainer,
+    data_sha256: str,
+    run: RunFolder | None,
+    client: Any,  # noqa: ANN401  # of visdom, or None
+    exit_stack: ExitStack,
+) -> Session:
+    """Creates the run's folder, or cleans that of a resumed run, and opens its live page."""
+    if run is None:
+        run = RunFolder.create(config["output_dir"], config["seed"])
+        exit_stack.callback(run.close)
+    run.truncate_after(trainer.step, trainer.step == config["num_steps"])
+    run.write_json("config.json", config | {"data_sha256": data_sha256, "versions": versions()})
+    dashboard = None
+    if client is not None:
+        env = config["visdom_env"] or f"air_{run.path.resolve().name}"
+        dashboard = Dashboard(client, env, config, run.read_metrics(), config["viz_every"])
+        exit_stack.enter_context(dashboard)
+    return Session(config, trainer, Recorder(run, trainer, config, data_sha256, dashboard))
+
+
+# Training and finishing a run.
+
+
+def train(session: Session) -> tuple[Outcome, int | None]:
+    """Trains to the last step, a signal, or a collapse that allows another start.
+
+    Returns:
+        How training ended, and the number of the signal that interrupted it.
+    """
+    config, trainer, group = session.config, session.trainer, session.trainer.group
+    announce(session)
+    collapsed = False
+    bar = ProgressBar(config["num_steps"], trainer.step, silent=not group.is_main)
+    under_torchrun = group.local_rank is not None
+    with stop_on_signals(trainer.request_stop, ignore_second=under_torchrun) as signals, bar:
+        try:
+            for event in trainer.train():
+                if session.recorder:
+                    session.recorder.handle(event)
+                if isinstance(event, Progress):
+                    bar.show(event)
+                elif isinstance(event, Evaluated):
+                    bar.write(str(event))
+                    if event.alarm:
+                        bar.write(f"WARNING: {event.alarm}")
+                    if event.alarm and config["restarts"] > 0:
+                        collapsed = True
+                        trainer.request_stop()
+        except FloatingPointError:
+            if session.recorder:
+                session.recorder.save()
+            raise
+    signals_of_ranks = group.all_gather(list(signals))
+    if any(signals_of_ranks):
+        return Outcome.INTERRUPTED, next(number for number, *_ in filter(None, signals_of_ranks))
+    return (Outcome.COLLAPSED if group.any(collapsed) else Outcome.FINISHED), None
+
+
+def announce(session: Session) -> None:
+    """Says what is about to happen."""
+    if session.recorder is None:
+        return
+    if session.config["verbose"]:
+        print(session.trainer.air, session.config, sep="\n")
     if session.config["compile"] and session.trainer.step < session.config["num_steps"]:
         print("Compiling the step, a minute or two; --no-compile starts at once.", flush=True)
     if session.recorder.dashboard:
         print(session.recorder.dashboard, flush=True)
-    trainer, collapsed = session.trainer, False
-    total, shown_at = trainer.settings.num_steps, -QUIET_SECONDS
-    bar = tqdm(total=total, initial=trainer.step, unit="step", disable=None, dynamic_ncols=True)
-    with stop_on_signals(trainer) as received, bar:
-        for event in events(session):
-            session.recorder.handle(event)
-            if isinstance(event, Evaluated):
-                bar.write(str(event))
-                if event.alarm:
-                    bar.write(f"WARNING: {event.alarm}")
-                collapsed = event.alarm is not None and session.config["restarts"] > 0
-                trainer.stop_requested |= collapsed
-            elif isinstance(event, Progress):
-                bar.set_postfix_str(str(event), refresh=False)
-                bar.update(event.step - bar.n)
-                if bar.disable and time.monotonic() - shown_at > QUIET_SECONDS:
-                    shown_at = time.monotonic()
-                    print(f"step {event.step:,} of {total:,}: {event}", flush=True)
-    trainer.ranks.others_wait()
-    return None if collapsed and not received else finish(session, received)
 
 
-def events(session: Session) -> Iterator[Event]:
-    """What training tells; where it cannot go on, the run is saved as it is."""
-    try:
-        yield from session.trainer.train()
-    except FloatingPointError:
+def leave_collapsed(session: Session) -> None:
+    """Saves and draws a collapsed run, which is then left as it is."""
+    if session.recorder is not None:
         session.recorder.save()
-        session.trainer.ranks.others_wait()
-        raise
+        viz.draw_run(session.recorder.run)
+        seed, path = session.config["seed"] + 1, session.recorder.run.path
+        print(f"Starting over with --seed {seed}; {path} is left as it is.", flush=True)
 
 
-def with_next_seed(session: Session) -> Config:
-    """The flags of a run that starts over, in a folder beside that of the collapsed one."""
-    config, seed = session.config, session.config["seed"] + 1
-    session.recorder.save()
-    viz.draw_run(session.run)
-    print(f"Starting over with --seed {seed}; {session.run.path} is left as it is.", flush=True)
-    folder = str(session.run.path).removesuffix(f"-seed{config['seed']}") + f"-seed{seed}"
-    anew = {"seed": seed, "output_dir": folder, "resume": None}
-    return {**config, **anew, "restarts": config["restarts"] - 1}
-
-
-def finish(session: Session, received: Sequence[int]) -> int:
-    """Draws, saves where there is a need to, and says how the run ended."""
-    trainer, run, total = session.trainer, session.run, session.config["num_steps"]
-    if stopped := trainer.stopped or received:
-        for event in (CheckpointDue(trainer.step), SnapshotDue(trainer.step)):
-            session.recorder.handle(event)
-    viz.draw_run(run)
-    if stopped:
-        print(
-            f"Interrupted, and saved at step {trainer.step:,} of {total:,}. "
-            f"Go on with: python main.py --resume {run.path}"
-        )
-        return 128 + (received[0] if received else signal.SIGTERM)  # else another rank's
-    if session.config["evaluate"]:
-        iwae = {name: session.config[name] for name in ("iwae_samples", "iwae_scenes")}
-        found = trainer.evaluate(len(trainer.held_out.images), **iwae)
-        run.write_json("evaluation.json", found.record())
-        print(f"log p(x) is at least {found.result.bound:.1f} ± {found.result.bound_se:.1f} nats.")
+def finish(session: Session, signaled: int | None) -> int:
+    """Draws the run, evaluates it if asked to, says how it ended, and returns the exit code."""
+    config, trainer, run = session.config, session.trainer, session.run
+    if session.recorder and signaled is not None:
+        session.recorder.handle(CheckpointDue(trainer.step))
+        session.recorder.handle(SnapshotDue(trainer.step))
+    if run is not None:
+        viz.draw_run(run)
+    if signaled is not None:
+        if run is not None:
+            print(
+                f"Interrupted, and saved at step {trainer.step:,} of {config['num_steps']:,}. "
+                f"Resume with: {run.resume_command()}"
+            )
+        return 128 + signaled
+    if run is None:
+        return 0
+    if config["evaluate"]:
+        iwae = {name: config[name] for name in ("iwae_samples", "iwae_scenes")}
+        evaluated = trainer.evaluate(len(trainer.held_out.images), **iwae)
+        run.write_json("evaluation.json", evaluated.record())
+        result = evaluated.result
+        print(f"log p(x) is at least {result.bound:.1f} ± {result.bound_se:.1f} nats.")
     print(f"Done. Pictures and curves are in {run.figures}, all else in {run.path}.")
     return 0
 

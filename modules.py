@@ -1,7 +1,7 @@
-"""The neural nets of AIR: torch only, nothing of Pyro.
+"""The neural nets of AIR, in plain torch.
 
-Each says which conditional distribution it parameterizes. Names of parameters are those of Pyro's
-example, so that weights trained there load here.
+Each docstring says which conditional distribution the net parameterizes. The parameters have the
+names of Pyro's AIR example, so that weights trained there load here.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ MIN_SD = 1e-6
 
 
 class MLP(nn.Module):
-    """Linear layers with a non-linearity between them, and after the last if asked.
+    """Linear layers with a non-linearity between them, and optionally after the last layer.
 
-    With no layers at all it is the identity.
+    Without layers it is the identity.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The mean of p(window | z_what): [B, Z] to pixel intensities, [B, C * W * W].
 
-    A negative `bias` in front of the sigmoid makes the first windows nearly black. Without it
-    every early window worsens the likelihood, and the guide learns to use none.
+    A negative `bias` before the sigmoid makes windows nearly black at the start of training.
+    Without the bias every early window worsens the likelihood, and the guide learns to use none.
     """
 
     def __init__(
@@ -107,17 +107,17 @@ class Predict(nn.Module):
 
 
 class Projection(NamedTuple):
-    """What an `ImageLSTMCell` needs of one batch at every step."""
+    """The inputs of an `ImageLSTMCell` that are the same at every step of a batch."""
 
-    gates: Tensor  # the image's and the biases' part of the gates, [B, 4 * hidden]
-    weight: Tensor  # the latents' and the hidden state's weights, [4 * hidden, latents + hidden]
+    gates: Tensor  # contribution of the image and the biases to the gates, [B, 4 * hidden]
+    weight: Tensor  # weights of the latents and the hidden state, [4 * hidden, latents + hidden]
 
 
 class ImageLSTMCell(nn.RNNCellBase):
-    """The LSTM cell of ``nn.LSTMCell`` on the input (image, latents), for a fixed image.
+    """An ``nn.LSTMCell`` on the input (image, latents), for an image that is the same at all steps.
 
-    The image makes up 2,500 of some 2,550 inputs and is the same at every step, so `project`
-    multiplies it once per batch. Parameters are those of an ``nn.LSTMCell`` on the joined input.
+    The image makes up 2,500 of some 2,550 inputs, so `project` multiplies it by its weights once
+    per batch. The parameters are those of an ``nn.LSTMCell`` on the concatenated input.
     """
 
     def __init__(self, image_size: int, latent_size: int, hidden_size: int) -> None:
@@ -125,10 +125,10 @@ class ImageLSTMCell(nn.RNNCellBase):
         self.split_sizes = [image_size, latent_size]
 
     def project(self, image: Tensor) -> Projection:
-        """Does once what is the same at every step, for flat (embedded) images, [B, pixels]."""
-        # One split, so that the gradient of weight_ih is one concatenation; and the weight as the
-        # left factor, so that its gradient has rows in one piece, which concatenate ten times as
-        # fast as the columns that `linear` would leave.
+        """Multiplies flat or embedded images, [B, pixels], by their weights, once for all steps."""
+        # One split, so that the gradient of weight_ih is one concatenation. The weight is the left
+        # factor, so that the rows of its gradient are contiguous; they concatenate ten times as
+        # fast as the contiguous columns that `linear` would give.
         image_weight, latent_weight = torch.split(self.weight_ih, self.split_sizes, 1)
         gates = (image_weight @ image.t()).t() + (self.bias_ih + self.bias_hh)
         return Projection(gates, torch.cat((latent_weight, self.weight_hh), 1))
@@ -136,7 +136,7 @@ class ImageLSTMCell(nn.RNNCellBase):
     def forward(
         self, projection: Projection, latents: Sequence[Tensor], state: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """One step: latents [B, ...] each and the state (h, c), [B, hidden], to the next state."""
+        """One step: latents, [B, ...] each, and state (h, c), [B, hidden], to the next state."""
         h, c = state
         inputs = torch.cat((*latents, h), 1)
         gates = torch.addmm(projection.gates, inputs, projection.weight.t())

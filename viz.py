@@ -1,15 +1,17 @@
-"""Draws a run: pictures of what AIR infers, curves, and an animation of how it learns.
+"""Draws the figures of a run from its folder alone: inferred scenes, curves, an animation.
 
-    python viz.py runs/RUN          draws the figures of a run again, from its folder alone
-    python viz.py runs/RUN --gif    and learning.gif: the same scenes as they are understood better
+    python viz.py runs/RUN          draws the figures again
+    python viz.py runs/RUN --gif    also draws learning.gif: the same scenes during training
 
-Draws the snapshots and metrics of a run's folder; the live page is
-`air.visualization.dashboard`.
+The live page is in `air.visualization.dashboard`.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +21,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from air.storage.checkpoint import write_atomically
+from air.storage.files import write_atomically
 from air.storage.run_folder import RunFolder
 from air.visualization.curves import PANELS, History, Panel
 from air.visualization.drawing import (
     LABEL_COLOURS,
     STEP_COLOURS,
     Pictures,
-    draw_boxes,
+    draw_scenes,
     enlarge,
     sheets,
     tile,
@@ -39,20 +41,21 @@ from air.visualization.snapshots import (
     snapshot_files,
 )
 
-DPI = 300  # of what is printed
-FRAMES, FRAME_MS, LAST_MS = 40, 250, 3000  # the most frames of an animation, and how long they stay
+DPI = 300  # for printing
+FRAMES = 40  # of an animation, at most
+FRAME_MS, LAST_MS = 250, 3000  # how long a frame and the last frame are shown
 
 
 def draw_run(run: RunFolder, gif: bool = False) -> None:
-    """Draws all figures of a run, each replaced as a whole or not at all.
+    """Draws all figures of a run; each file is replaced as a whole or not at all.
 
-    `inputs`, `inferred`, `reconstructions` and `prior_samples` show up to 64 pictures, `errors`
-    scenes counted wrongly, `objects` scenes taken apart step by step; `scenes` sets eight beside
-    what is inferred in them; `curves` is of the whole run.
+    `inputs`, `inferred`, `reconstructions` and `prior_samples` show up to 64 scenes, `errors` the
+    scenes counted wrongly, `objects` what each step sees and paints, `scenes` eight scenes with
+    their reconstructions, and `curves` the metrics.
 
     Args:
-        run: The run's folder.
-        gif: Draw ``learning.gif`` too.
+        run: The folder of the run.
+        gif: Whether to draw ``learning.gif`` too.
 
     Raises:
         SnapshotError: If the run has no snapshot yet, or one cannot be read.
@@ -60,7 +63,8 @@ def draw_run(run: RunFolder, gif: bool = False) -> None:
     files = snapshot_files(run.snapshots)
     if not files:
         raise SnapshotError(f"{run.path} holds no snapshots; is it the folder of a run?")
-    snapshot = load_snapshot([*files.values()][-1])
+    paths = list(files.values())
+    snapshot = load_snapshot(paths[-1])
     run.figures.mkdir(exist_ok=True)
     zoom = max(1, 200 // snapshot.scenes.images.shape[-1])
     for name, sheet in sheets(snapshot, 8, zoom).items():
@@ -69,30 +73,31 @@ def draw_run(run: RunFolder, gif: bool = False) -> None:
     with rc_context({"font.size": 6.5}):
         save_figure(run.figures / "curves.png", curves(History(run.read_metrics())), dpi=DPI)
     if gif:
-        chosen = np.unique(np.linspace(0, len(files) - 1, FRAMES).round().astype(int))
-        paths = [[*files.values()][i] for i in chosen]
-        save_animation(run.figures / "learning.gif", [load_snapshot(path) for path in paths])
+        chosen = np.unique(np.linspace(0, len(paths) - 1, FRAMES).round().astype(int))
+        save_animation(run.figures / "learning.gif", [load_snapshot(paths[i]) for i in chosen])
 
 
 def save_picture(path: Path, picture: Pictures) -> None:
-    """Writes an RGB picture [height, width, 3] as PNG, to be printed at `DPI`."""
+    """Writes an RGB picture [height, width, 3] as PNG, for printing at `DPI`."""
     image = Image.fromarray(picture)
     write_atomically(path, lambda file: image.save(file, "PNG", dpi=(DPI, DPI), compress_level=3))
 
 
 def save_figure(path: Path, figure: Figure, dpi: int) -> None:
-    """Writes a figure as PNG, whatever matplotlibrc says."""
+    """Writes a figure as PNG; the settings of matplotlibrc for saving have no effect."""
     figure.set_dpi(dpi)
     write_atomically(path, FigureCanvasAgg(figure).print_png)
 
 
 def overview(scenes: InferredScenes) -> Figure:
-    """Rows of inputs, boxes and reconstructions, meant to be shown at half its size."""
-    images, reconstructions, boxes, counts, true_counts = scenes
-    zoom = max(1, 200 // images.shape[-1])
-    inferred = draw_boxes(images, boxes, counts, zoom, true_counts)
-    rows = [enlarge(images, zoom), inferred, enlarge(reconstructions, zoom)]
-    sheet = tile(np.concatenate(rows), len(images))
+    """Draws rows of inputs, boxes and reconstructions, for display at half the size."""
+    zoom = max(1, 200 // scenes.images.shape[-1])
+    rows = [
+        enlarge(scenes.images, zoom),
+        draw_scenes(scenes, zoom),
+        enlarge(scenes.reconstructions, zoom),
+    ]
+    sheet = tile(np.concatenate(rows), len(scenes.images))
     width, height = max(sheet.shape[1], 1000) + 62, sheet.shape[0] + 92
     figure = Figure((width / 100, height / 100), dpi=100)
     figure.figimage(sheet, 54, 8, origin="upper")
@@ -101,7 +106,7 @@ def overview(scenes: InferredScenes) -> Figure:
         figure.text(*centre, name, size=17, rotation=90, va="center", ha="center")
     top = 1 - 42 / height
     figure.text(54 / width, top, "Attend, Infer, Repeat", size=22, weight="bold", va="center")
-    used = STEP_COLOURS[: boxes.shape[1]]
+    used = STEP_COLOURS[: scenes.boxes.shape[1]]
     for t, colour in enumerate(used):
         x, name = 1 - (8 + 130 * (len(used) - 1 - t)) / width, f"\u25a0 step {t + 1}"
         figure.text(x, top, name, color=np.divide(colour, 255), size=17, va="center", ha="right")
@@ -109,28 +114,26 @@ def overview(scenes: InferredScenes) -> Figure:
 
 
 def curves(history: History) -> Figure:
-    """All curves of a run that have points, its counts and its confusion matrix; 180 mm wide."""
+    """Draws all curves that have points, the counts and the confusion matrix; 180 mm wide."""
     panels = [p for p in PANELS if any(history.points(c.key)[0] for c in p.curves)]
     latest = history.latest
-    draw: list[Callable[[Axes], None]] = [_panel_drawer(panel, history) for panel in panels]
+    plots: list[Callable[[Axes], None]] = [
+        partial(_draw_panel, panel=panel, history=history) for panel in panels
+    ]
     if "confusion" in latest:
-        draw.append(lambda axes: _draw_confusion(axes, latest["confusion"]))
+        plots.append(partial(_draw_confusion, matrix=latest["confusion"]))
     if "count_histogram" in latest:
-        draw.append(lambda axes: _draw_histogram(axes, latest["count_histogram"]))
+        plots.append(partial(_draw_histogram, histogram=latest["count_histogram"]))
     columns = 3
-    rows = max(1, -(-len(draw) // columns))
+    rows = max(1, math.ceil(len(plots) / columns))
     figure = Figure((7.1, 2 * rows))
     figure.subplots_adjust(0.07, 0.18 / rows, 0.99, 1 - 0.1 / rows, wspace=0.3, hspace=0.42)
-    for axes in np.ravel(figure.subplots(rows, columns)):
-        if draw:
-            draw.pop(0)(axes)
+    for axes, plot in zip_longest(np.ravel(figure.subplots(rows, columns)), plots):
+        if plot:
+            plot(axes)
         else:
             axes.set_visible(False)
     return figure
-
-
-def _panel_drawer(panel: Panel, history: History) -> Callable[[Axes], None]:
-    return lambda axes: _draw_panel(axes, panel, history)
 
 
 def _draw_panel(axes: Axes, panel: Panel, history: History) -> None:
@@ -141,8 +144,9 @@ def _draw_panel(axes: Axes, panel: Panel, history: History) -> None:
         if not finite:
             continue
         shown.append(values)
-        few = curve.style == "points" or len(values) == 1
-        line = {"line": "-", "points": "-", "dotted": ":"}[curve.style] + ("o" if few else "")
+        line = ":" if curve.style == "dotted" else "-"
+        if curve.style == "points" or len(values) == 1:
+            line += "o"
         label = f"{curve.label}: {finite[-1]:.4g}"
         axes.plot(
             steps, np.array(values, float), line, color=curve.colour, label=label, ms=1.8, lw=0.7
@@ -178,8 +182,8 @@ def _draw_histogram(axes: Axes, histogram: Sequence[int]) -> None:
 
 
 def save_animation(path: Path, snapshots: Sequence[Snapshot]) -> None:
-    """Writes a GIF of the first eight scenes at one snapshot after another."""
-    palette = Image.new("P", (1, 1))  # the same for all, and with every colour that is drawn
+    """Writes a GIF of the first eight scenes, with one frame per snapshot."""
+    palette = Image.new("P", (1, 1))  # of all frames, with every colour of a box or label
     colours = np.linspace(0, 255, 128).round()[:, None].repeat(3, 1)
     if snapshots[0].scenes.images.ndim == 4:
         colours = np.linspace(0, 255, 6)[np.indices((6, 6, 6)).reshape(3, -1).T]
@@ -190,22 +194,21 @@ def save_animation(path: Path, snapshots: Sequence[Snapshot]) -> None:
         Image.fromarray(_frame(snapshot)).quantize(palette=palette, dither=Image.Dither.NONE)
         for snapshot in snapshots
     ]
-    stay = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
+    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
     write_atomically(
         path,
         lambda file: frames[0].save(
-            file, "GIF", save_all=True, append_images=frames[1:], duration=stay, loop=0
+            file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
         ),
     )
 
 
 def _frame(snapshot: Snapshot) -> Pictures:
-    """Scenes with boxes over their reconstructions, under the number of the step."""
+    """Draws the number of the step, and below it scenes with boxes and their reconstructions."""
     scenes = snapshot.scenes.pick(slice(8))
-    images, reconstructions, boxes, counts, true_counts = scenes
-    zoom = max(1, 100 // images.shape[-1])
-    inferred = draw_boxes(images, boxes, counts, zoom, true_counts)
-    sheet = tile(np.concatenate((inferred, enlarge(reconstructions, zoom))), len(images))
+    zoom = max(1, 100 // scenes.images.shape[-1])
+    rows = [draw_scenes(scenes, zoom), enlarge(scenes.reconstructions, zoom)]
+    sheet = tile(np.concatenate(rows), len(scenes.images))
     canvas = Image.new("RGB", (sheet.shape[1], sheet.shape[0] + 24), "white")
     canvas.paste(Image.fromarray(sheet), (0, 24))
     font = ImageFont.load_default(16)

@@ -17,6 +17,20 @@ Glossary of shapes, used throughout:
     canvas  [B, (C,) H, H]  the scene as painted from the latents
 
 ELBOs are in nats per image; higher is better.
+
+The paper is at the top of this package, some 1,200 lines. Read it in this order:
+
+    modules.py                  the nets
+    air/spatial_transformer.py  the geometry of z_where
+    air/air.py                  the generative model, the guide and its baseline
+    air/likelihoods.py          from objects to pixels
+    air/priors.py               the prior over the count
+    air/marginal.py             the exact expectation over the count
+    air/inference.py            the objects in an image; samples of the prior
+
+Then, for training, air/training/trainer.py, air/training/svi.py and main.py. Below the paper:
+`data` (scenes, files), `evaluation`, `storage` (checkpoints, runs), `training`, `visualization`
+and `cli` (flags, errors). Imports run downwards only.
 """
 
 from importlib import import_module
@@ -28,14 +42,17 @@ if TYPE_CHECKING:
     from air.spatial_transformer import image_to_window, window_boxes, window_to_image
 
 __all__ = ["AIR", "image_to_window", "latents_to_tensor", "window_boxes", "window_to_image"]
-_HOMES = {"AIR": "air.air", "latents_to_tensor": "air.inference"}  # others: spatial_transformer
+_MODULES = {
+    "AIR": "air.air",
+    "latents_to_tensor": "air.inference",
+    "image_to_window": "air.spatial_transformer",
+    "window_boxes": "air.spatial_transformer",
+    "window_to_image": "air.spatial_transformer",
+}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
-    """Imports a public name when it is asked for.
-
-    Torch and Pyro take seconds to import, and who makes scenes needs neither.
-    """
-    if name not in __all__:
+    """Imports a public name on first use: torch takes seconds, and making scenes needs no torch."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES.get(name, "air.spatial_transformer")), name)
+    return getattr(import_module(_MODULES[name]), name)

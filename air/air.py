@@ -5,8 +5,9 @@ Understanding with Generative Models", NIPS 2016, arXiv:1603.08575. Section numb
 paper's. Shapes are those of the glossary in ``air/__init__.py``.
 """
 
+import copy
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -14,30 +15,30 @@ import torch
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor, nn
 
-from air.likelihoods import Likelihood, make_likelihood, to_intensities
-from air.param_store import register_parameters
+from air.likelihoods import Likelihood, make_likelihood
+from air.model_settings import GuideInput, ModelSettings, NetFactory
 from air.priors import DEFAULT_COUNT_RATIO, PresencePrior, geometric_count_prior
+from air.settings import as_arguments
 from air.spatial_transformer import image_to_window, window_to_image
 from air.subsampling import subsample_indices
 from modules import MLP, Decoder, Encoder, ImageLSTMCell, Predict, Projection
 
-GuideInput = Literal["image", "difference"]
 Latents = tuple[list[Tensor], list[Tensor]]  # z_where, T times [B, 3]; z_pres, T times [B, 1]
 
 Z_PRES_SIZE, Z_WHERE_SIZE = 1, 3
 
 
 class GuideInputs(NamedTuple):
-    """What a step of the guide sees of the images."""
+    """The images, and their part in the inputs of both LSTMs."""
 
     images: Tensor  # [B, (C,) H, H]
-    rnn: Projection  # the images as the inference LSTM takes them
-    bl_rnn: Projection | None  # the same for the baseline's; None without baselines
+    rnn: Projection  # for the inference LSTM
+    bl_rnn: Projection | None  # for the baseline's LSTM; None without baselines
     cost_scale: float  # the plate's N / B, which multiplies every cost
 
 
 class GuideState(NamedTuple):
-    """What one step of the guide hands to the next."""
+    """The state of the guide after a step."""
 
     z_pres: Tensor  # [B, 1]
     z_where: Tensor  # [B, 3]
@@ -46,34 +47,39 @@ class GuideState(NamedTuple):
     bl_rnn: tuple[Tensor, Tensor]
 
 
+def output_sizes(net: nn.Module, in_size: int) -> list[int]:
+    """The number of columns of each output of a net, for inputs [B, in_size].
+
+    Raises:
+        ValueError: If an output is not [B, columns].
+    """
+    parameter = next(net.parameters(), torch.zeros(0))
+    with torch.no_grad():  # a copy, so that running means and modes stay as they are
+        found = copy.deepcopy(net).eval()(parameter.new_zeros(2, in_size))
+    outputs = [found] if isinstance(found, Tensor) else list(found)
+    for output in outputs:
+        if output.dim() != 2 or len(output) != 2:
+            raise ValueError(f"expected outputs [2, columns] of a net, got {list(output.shape)}")
+    return [output.size(1) for output in outputs]
+
+
 class AIR(nn.Module):
     """Attend, Infer, Repeat: `model` and `guide` for ``pyro.infer.SVI``.
 
-    Args:
-        num_steps: The most objects a scene can have, T.
-        x_size: Side of the images in pixels, H.
-        window_size: Side of the attention window in pixels, W.
-        z_what_size: Dimensions of an object's code, Z.
-        rnn_hidden_size: Size of both LSTMs' states.
-        encoder_net: Hidden layer sizes of q(z_what | window).
-        decoder_net: Hidden layer sizes of p(window | z_what).
-        predict_net: Hidden layer sizes of q(z_pres, z_where | h).
-        embed_net: Layer sizes of a net between the image and the LSTMs; None for no net.
-        bl_predict_net: Hidden layer sizes between the baseline's LSTM and its value.
-        non_linearity: Name of the ``torch.nn`` class used throughout.
-        decoder_output_bias: Added to the decoder's output before its sigmoid; None for zero.
-        decoder_output_use_sigmoid: Keep the decoder's intensities within (0, 1).
-        use_masking: Let finished steps cost nothing.
-        use_baselines: Reduce the variance of the score-function gradient by a baseline.
-        baseline_scalar: Multiplies the baseline; None for one.
-        scale_prior_mean, scale_prior_sd: The prior of s in z_where; 3 shrinks threefold.
-        pos_prior_mean, pos_prior_sd: The prior of x and of y in z_where.
-        likelihood: "normal", or "bernoulli" for pixels that are on or off; see `likelihoods`.
-        likelihood_sd: Standard deviation of a pixel around the canvas (normal).
-        guide_input: "image": every step of the guide sees the image and remembers the steps before.
-            "difference" (DAIR): it sees the image minus what those have painted, and nothing else.
-        channels: Of the images, C.
-        use_cuda: Start on the GPU, as ``AIR(...).cuda()``.
+    The arguments up to `channels` are explained in `ModelSettings`, ``use_cuda=True`` is
+    ``AIR(...).cuda()``. Pixels have intensities in [0, 1].
+
+    Nets of one's own. Any ``nn.Module`` with the right inputs and outputs can stand in for a net:
+
+        encode   q(z_what | window): windows, [B, C * W * W], to mean and sd > 0, [B, Z] each
+        decode   p(window | z_what): codes, [B, Z], to intensities, [B, C * W * W]
+        predict  q(z_pres, z_where | h): hidden states, [B, rnn_hidden_size], to the probability of
+                 z_pres, [B, 1], and mean and sd > 0 of z_where relative to its prior, [B, 3] each
+        embed    images, [B, C * H * H], to the LSTM's input, [B, any size]; the baseline takes a
+                 copy of it
+
+    Raises:
+        ValueError: If a name is unknown, or a net has outputs of other shapes.
     """
 
     z_where_loc_prior: Tensor
@@ -81,42 +87,51 @@ class AIR(nn.Module):
 
     def __init__(
         self,
-        num_steps: int = 3,
-        x_size: int = 50,
-        window_size: int = 28,
-        z_what_size: int = 50,
-        rnn_hidden_size: int = 256,
-        encoder_net: Sequence[int] = (200,),
-        decoder_net: Sequence[int] = (200,),
-        predict_net: Sequence[int] = (200,),
-        embed_net: Sequence[int] | None = None,
-        bl_predict_net: Sequence[int] = (200,),
-        non_linearity: str = "ReLU",
-        decoder_output_bias: float | None = -2.0,
-        decoder_output_use_sigmoid: bool = True,
-        use_masking: bool = True,
-        use_baselines: bool = True,
-        baseline_scalar: float | None = None,
-        scale_prior_mean: float = 3.0,
-        scale_prior_sd: float = 0.2,
-        pos_prior_mean: float = 0.0,
-        pos_prior_sd: float = 1.0,
-        likelihood: Likelihood = "normal",
-        likelihood_sd: float = 0.3,
-        guide_input: GuideInput = "image",
-        channels: int = 1,
+        num_steps: int = ModelSettings.num_steps,
+        x_size: int = ModelSettings.x_size,
+        window_size: int = ModelSettings.window_size,
+        z_what_size: int = ModelSettings.z_what_size,
+        rnn_hidden_size: int = ModelSettings.rnn_hidden_size,
+        encoder_net: Sequence[int] = ModelSettings.encoder_net,
+        decoder_net: Sequence[int] = ModelSettings.decoder_net,
+        predict_net: Sequence[int] = ModelSettings.predict_net,
+        embed_net: Sequence[int] | None = ModelSettings.embed_net,
+        bl_predict_net: Sequence[int] = ModelSettings.bl_predict_net,
+        non_linearity: str = ModelSettings.non_linearity,
+        decoder_output_bias: float | None = ModelSettings.decoder_output_bias,
+        decoder_output_use_sigmoid: bool = ModelSettings.decoder_output_use_sigmoid,
+        use_masking: bool = ModelSettings.use_masking,
+        use_baselines: bool = ModelSettings.use_baselines,
+        baseline_scalar: float | None = ModelSettings.baseline_scalar,
+        scale_prior_mean: float = ModelSettings.scale_prior_mean,
+        scale_prior_sd: float = ModelSettings.scale_prior_sd,
+        pos_prior_mean: float = ModelSettings.pos_prior_mean,
+        pos_prior_sd: float = ModelSettings.pos_prior_sd,
+        likelihood: Likelihood = ModelSettings.likelihood,
+        likelihood_sd: float = ModelSettings.likelihood_sd,
+        guide_input: GuideInput = ModelSettings.guide_input,
+        channels: int = ModelSettings.channels,
         use_cuda: bool = False,
+        *,
+        encode: nn.Module | None = None,
+        decode: nn.Module | None = None,
+        predict: nn.Module | None = None,
+        embed: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.num_steps, self.z_what_size = num_steps, z_what_size
-        self.x_size, self.window_size = x_size, window_size
-        self.use_masking, self.use_baselines = use_masking, use_baselines
+        self.num_steps = num_steps
+        self.z_what_size = z_what_size
+        self.x_size = x_size
+        self.window_size = window_size
+        self.channels = channels
+        self.use_masking = use_masking
+        self.use_baselines = use_baselines
         self.baseline_scalar = 1.0 if baseline_scalar is None else baseline_scalar
-        self.guide_input, self.channels = guide_input, channels
-        self.likelihood = make_likelihood(likelihood, likelihood_sd, decoder_output_use_sigmoid)
+        self.guide_input = guide_input
         if guide_input not in get_args(GuideInput):
             raise ValueError(f"guide_input must be image or difference, got {guide_input!r}")
-        self.default_presence = geometric_count_prior(DEFAULT_COUNT_RATIO, num_steps)
+        self.likelihood = make_likelihood(likelihood, likelihood_sd, decoder_output_use_sigmoid)
+        self.default_continue_probs = geometric_count_prior(DEFAULT_COUNT_RATIO, num_steps)
 
         # Constants of the model, kept with the weights as Pyro's example does.
         where_loc = torch.tensor([scale_prior_mean, pos_prior_mean, pos_prior_mean])
@@ -124,32 +139,64 @@ class AIR(nn.Module):
         self.register_buffer("z_where_loc_prior", where_loc)
         self.register_buffer("z_where_scale_prior", where_scale)
         nl: type[nn.Module] = getattr(nn, non_linearity)
-        pixels, image_pixels = channels * window_size**2, channels * x_size**2
+        window_pixels, image_pixels = channels * window_size**2, channels * x_size**2
         embed_sizes = embed_net or ()
         embedded_size = [image_pixels, *embed_sizes][-1]
+        if embed is not None:
+            (embedded_size,) = output_sizes(embed, image_pixels)
         latent_size = Z_WHERE_SIZE + z_what_size + Z_PRES_SIZE
 
         # The generative model.
-        self.decode = Decoder(
-            pixels, decoder_net, z_what_size, decoder_output_bias, decoder_output_use_sigmoid, nl
+        self.decode: nn.Module = Decoder(
+            window_pixels,
+            decoder_net,
+            z_what_size,
+            decoder_output_bias,
+            decoder_output_use_sigmoid,
+            nl,
         )
         # The inference network.
-        self.embed = MLP(image_pixels, embed_sizes, nl, output_non_linearity=True)
+        self.embed: nn.Module = MLP(image_pixels, embed_sizes, nl, output_non_linearity=True)
         self.rnn = ImageLSTMCell(embedded_size, latent_size, rnn_hidden_size)
-        self.predict = Predict(rnn_hidden_size, predict_net, Z_PRES_SIZE, Z_WHERE_SIZE, nl)
-        self.encode = Encoder(pixels, encoder_net, z_what_size, nl)
+        self.predict: nn.Module = Predict(
+            rnn_hidden_size, predict_net, Z_PRES_SIZE, Z_WHERE_SIZE, nl
+        )
+        self.encode: nn.Module = Encoder(window_pixels, encoder_net, z_what_size, nl)
         self.h_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
         self.c_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
         self.z_where_init = nn.Parameter(torch.zeros(1, Z_WHERE_SIZE))
         self.z_what_init = nn.Parameter(torch.zeros(1, z_what_size))
         # The baseline.
-        self.bl_embed = MLP(image_pixels, embed_sizes, nl, output_non_linearity=True)
+        self.bl_embed: nn.Module = MLP(image_pixels, embed_sizes, nl, output_non_linearity=True)
         self.bl_rnn = ImageLSTMCell(embedded_size, latent_size, rnn_hidden_size)
         self.bl_predict = MLP(rnn_hidden_size, [*bl_predict_net, 1], nl)
         self.bl_h_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
         self.bl_c_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
+        # Nets of one's own, which take the places of those above.
+        for name, net, in_size, out_sizes in (
+            ("encode", encode, window_pixels, [z_what_size, z_what_size]),
+            ("decode", decode, z_what_size, [window_pixels]),
+            ("predict", predict, rnn_hidden_size, [Z_PRES_SIZE, Z_WHERE_SIZE, Z_WHERE_SIZE]),
+            ("embed", embed, image_pixels, [embedded_size]),
+        ):
+            if net is None:
+                continue
+            if (found := output_sizes(net, in_size)) != out_sizes:
+                raise ValueError(
+                    f"{name}: expected outputs of {out_sizes} columns for inputs of {in_size}, "
+                    f"got {found}"
+                )
+            setattr(self, name, net)
+        if embed is not None:
+            self.bl_embed = copy.deepcopy(embed)
         if use_cuda:
             self.cuda()
+
+    @classmethod
+    def from_settings(cls, settings: ModelSettings, nets: NetFactory | None = None) -> "AIR":
+        """An AIR with these settings, and with the nets that `nets` makes for them."""
+        own_nets: dict[str, Any] = dict(nets(settings)) if nets else {}
+        return cls(**as_arguments(settings), **own_nets)
 
     # The generative model, section 2.
 
@@ -165,19 +212,19 @@ class AIR(nn.Module):
         with pyro.plate("data", num_images or len(data), device=str(data.device)) as ix:
             images = self.to_images(data[ix])
             _, canvas = self.prior(len(images), z_pres_prior_p)
-            pixels = self.likelihood.distribution(canvas.flatten(1))
-            pyro.sample("obs", pixels.to_event(1), obs=images.flatten(1))
+            pixel_dist = self.likelihood.distribution(canvas.flatten(1))
+            pyro.sample("obs", pixel_dist.to_event(1), obs=images.flatten(1))
 
     def prior(self, n: int, z_pres_prior_p: PresencePrior | None = None) -> tuple[Latents, Tensor]:
         """Draws n scenes: the latents (z_where, z_pres) and the canvases, [n, (C,) H, H].
 
         With Normal pixels intensities add where objects overlap, so that a canvas can exceed one.
         """
-        presence_p = z_pres_prior_p or self.default_presence.__getitem__
+        continue_p = z_pres_prior_p or self.default_continue_probs.__getitem__
         z_pres = self.h_init.new_ones(n, Z_PRES_SIZE)
         objects, all_pres = [], []
         for t in range(self.num_steps):
-            pres = dist.Bernoulli(presence_p(t) * z_pres)
+            pres = dist.Bernoulli(continue_p(t) * z_pres)
             z_pres = pyro.sample(f"z_pres_{t}", self._masked(pres, z_pres))
             objects.append(self.sample_object(t, z_pres))
             all_pres.append(z_pres)
@@ -212,26 +259,30 @@ class AIR(nn.Module):
 
         Args:
             data: Images, [N, (C,) H, H]: floats in [0, 1], or uint8 in [0, 255].
-            batch_size: Use this many of them, drawn anew for the plate "data"; None for all.
-            z_pres_prior_p: Step t -> p(z_pres_t = 1 | z_pres_{t-1} = 1); None: `default_presence`.
-            num_images: How many there are, where `data` is but a batch of them; None for len(data).
+            batch_size: Size of the batch that the plate "data" draws; None for all of `data`.
+            z_pres_prior_p: Step t -> p(z_pres_t = 1 | z_pres_{t-1} = 1); None for
+                `default_continue_probs`.
+            num_images: Size of the whole data set if `data` is one batch of it; None for len(data).
 
         Returns:
             (z_where, z_pres): lists over steps of [B, 3] and [B, 1].
         """
         register_parameters(self)
-        size, chosen = num_images or len(data), subsample_indices(data, batch_size, num_images)
-        with pyro.plate("data", size, subsample=chosen, device=str(data.device)) as ix:
+        size = num_images or len(data)
+        indices = subsample_indices(data, batch_size, num_images)
+        with pyro.plate("data", size, subsample=indices, device=str(data.device)) as ix:
             images = self.to_images(data[ix])
-            n, canvas = len(images), torch.zeros_like(images)
+            n = len(images)
+            canvas = torch.zeros_like(images)
             inputs = self._embed_images(images, size / n)
-            state = first = GuideState(
+            initial_state = GuideState(
                 self.h_init.new_ones(n, Z_PRES_SIZE),
                 self.z_where_init.expand(n, -1),
                 self.z_what_init.expand(n, -1),
                 (self.h_init.expand(n, -1), self.c_init.expand(n, -1)),
                 (self.bl_h_init.expand(n, -1), self.bl_c_init.expand(n, -1)),
             )
+            state = initial_state
             states = []
             for t in range(self.num_steps):
                 if t > 0 and self.guide_input == "difference":
@@ -239,13 +290,13 @@ class AIR(nn.Module):
                     present = self._detach_presence(state.z_pres).t()
                     canvas = self.likelihood.add(canvas, self.likelihood.compose(painted, present))
                     inputs = self._embed_images(images - canvas, size / n)
-                    state = first._replace(z_pres=state.z_pres)
+                    state = initial_state._replace(z_pres=state.z_pres)
                 state = self._guide_step(t, state, inputs)
                 states.append(state)
             return [state.z_where for state in states], [state.z_pres for state in states]
 
     def _embed_images(self, images: Tensor, cost_scale: float) -> GuideInputs:
-        """Takes in what a step of the guide is to see, [B, (C,) H, H]."""
+        """Multiplies the images, [B, (C,) H, H], by the LSTMs' weights, once for all steps."""
         flat = images.flatten(1)
         # Detached: the baseline's regression must not train the inference network.
         bl_rnn = self.bl_rnn.project(self.bl_embed(flat.detach())) if self.use_baselines else None
@@ -269,7 +320,7 @@ class AIR(nn.Module):
     def _baseline_step(
         self, latents: tuple[Tensor, ...], prev: GuideState, inputs: GuideInputs
     ) -> tuple[Any, tuple[Tensor, Tensor]]:
-        """The expected cost of z_pres_t and all after it, given what the guide has seen so far.
+        """The expected cost of z_pres_t and all later choices, given the guide's past.
 
         Subtracting it leaves the score-function gradient unbiased and lowers its variance
         (Mnih and Gregor 2014, arXiv:1402.0030).
@@ -280,23 +331,53 @@ class AIR(nn.Module):
         value = self.bl_predict(state[0])
         if self.use_masking:  # nothing is left to predict once an image is finished
             value = value * latents[-1]
-        # The plate multiplies each cost by N / B. Scaling the output alike lets the net predict
-        # nats per image, so that one learning rate suits every size of data set and batch.
+        # The plate multiplies each cost by N / B. With its output multiplied by N / B too, the net
+        # predicts nats per image, and one learning rate suits every size of data set and batch.
         value = value * (inputs.cost_scale * self.baseline_scalar)
         return {"baseline": {"baseline_value": value.squeeze(-1)}}, state
 
     def _detach_presence(self, z_pres: Tensor) -> Tensor:
-        """What the nets see of z_pres: a copy, where the masks show which costs depend on it."""
-        # TraceGraph_ELBO would follow it through every operation, at several times its price.
+        """z_pres as input of the nets, without provenance.
+
+        With masking, the masks already tell TraceGraph_ELBO which costs depend on z_pres. Tracking
+        it through every operation besides would take several times as long.
+        """
         return detach_provenance(z_pres) if self.use_masking else z_pres
 
     def _masked(self, distribution: dist.TorchDistribution, present: Tensor) -> Any:  # noqa: ANN401
-        """One choice for each image, at no cost in those where `present` is zero."""
+        """One draw for each image, at no cost for images whose `present` is zero."""
         masked = distribution.mask(present > 0) if self.use_masking else distribution
         return masked.to_event(1)
 
+    def baseline_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the baseline, which have a learning rate of their own."""
+        return [p for name, p in self.named_parameters() if name.startswith("bl_")]
+
     def to_images(self, batch: Tensor) -> Tensor:
-        """Bytes or floats, [B, (C,) H, H], to floats in [0, 1], as the likelihood takes them."""
-        return self.likelihood.prepare(
-            to_intensities(batch, self.channels, self.x_size, self.h_init)
-        )
+        """Bytes or floats, [B, (C,) H, H], to floats in [0, 1], as the likelihood takes them.
+
+        Raises:
+            ValueError: If the images have another shape.
+        """
+        shape = [self.x_size, self.x_size]
+        if self.channels > 1:
+            shape = [self.channels, *shape]
+        if list(batch.shape[1:]) == [1, *shape]:
+            batch = batch[:, 0]
+        if list(batch.shape[1:]) != shape:
+            raise ValueError(f"images must be {['B', *shape]}, got {list(batch.shape)}")
+        images = batch.to(self.h_init.dtype)
+        return self.likelihood.prepare(images if batch.is_floating_point() else images / 255)
+
+
+def register_parameters(module: nn.Module) -> None:
+    """Registers a module's parameters with Pyro, under the names they have in the module.
+
+    Pyro's store is global. A name that belongs to another module there is taken over: otherwise
+    Pyro would go on training the other module without a warning.
+    """
+    store = pyro.get_param_store()
+    for name, parameter in module.named_parameters():
+        if name in store and store[name] is not parameter:
+            del store[name]
+        pyro.param(name, parameter)

@@ -1,4 +1,4 @@
-"""What the guide finds in a picture, and scenes drawn from the prior; neither trains anything."""
+"""Use of a trained model: inference on images, and scenes sampled from the prior."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,66 +6,56 @@ from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from air.air import AIR, Latents
-from air.priors import continue_probs_from_counts
+from air.marginal import AllStepsActive
+from air.priors import continue_probs_from_counts, count_probs_from_continue
 from air.spatial_transformer import window_boxes
 
-RAREST = 1e-6  # probability of a count in a learnt prior: never so low that none can come back
+# The least probability of a count in a learnt prior. A count of probability zero could not recover.
+MIN_LEARNT_PROB = 1e-6
 
 
 @contextmanager
 def forked_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's generators for the block, and puts them back as they were after it."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    """Seeds torch's generators for the block, and restores those of the CPU and the device."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
         torch.manual_seed(seed)
         yield
 
 
-class _MeanPath(Messenger):
-    """Runs the guide with every step active and z_where and z_what at their means.
+class Inference(NamedTuple):
+    """What the guide infers from a batch of images, without sampling.
 
-    The guide depends on z_pres only through stopping, so this one path gives every q(n).
+    Objects of steps >= `counts` are in `z_where`, `z_what`, `boxes` and `objects` too.
     """
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"].startswith("z_"):
-            mean = msg["fn"].mean
-            msg["value"] = torch.ones_like(mean) if msg["name"].startswith("z_pres") else mean
-            msg["done"] = True
-
-
-class Inference(NamedTuple):
-    """What the guide finds in a batch of images, without sampling."""
-
     count_probs: Tensor  # q(n) for n = 0..T, [B, T + 1]
-    counts: Tensor  # its mode, [B]
-    z_where: Tensor  # means, [B, T, 3]; those of steps >= count are not in use
-    z_what: Tensor  # alike, [B, T, Z]
+    counts: Tensor  # the mode of q(n), [B]
+    z_where: Tensor  # means, [B, T, 3]
+    z_what: Tensor  # means, [B, T, Z]
     boxes: Tensor  # (x0, y0, x1, y1) of the windows in pixels, [B, T, 4]
-    objects: Tensor  # each painted alone, [B, T, (C,) H, H]
-    reconstructions: Tensor  # the canvas of the first `counts` of them, [B, (C,) H, H]
+    objects: Tensor  # each object painted alone, [B, T, (C,) H, H]
+    reconstructions: Tensor  # the canvas of the first `counts` objects, [B, (C,) H, H]
 
 
 @torch.no_grad()
 def infer(air: AIR, images: Tensor) -> Inference:
     """Infers counts, windows and reconstructions for images, [B, (C,) H, H].
 
-    q(n) = (1 - q_{n+1}) * q_1 * ... * q_n, where q_t = q(z_pres_t = 1 | z_pres_{t-1} = 1, x)
-    along the path on which z_where and z_what are at their means.
+    The guide depends on z_pres only through stopping. So one run with every step active, and with
+    z_where and z_what at their means, gives all q_t = q(z_pres_t = 1 | z_pres_{t-1} = 1, x).
     """
-    trace: Any = poutine.trace(_MeanPath()(air.guide)).get_trace(images)
-    steps = range(air.num_steps)
-    continue_probs = torch.cat([trace.nodes[f"z_pres_{t}"]["fn"].mean for t in steps], 1)  # [B, T]
-    none = torch.zeros_like(continue_probs[:, :1])
-    reached = torch.cat((1 - none, continue_probs.cumprod(1)), 1)  # q(n >= t)
-    count_probs = reached * torch.cat((1 - continue_probs, 1 - none), 1)
+    steps = AllStepsActive(use_means=True)
+    trace: Any = poutine.trace(steps(air.guide)).get_trace(images)
+    count_probs = count_probs_from_continue(torch.cat(steps.continue_probs, 1))
     counts = count_probs.argmax(1)
 
     z_where, z_what = (
-        [trace.nodes[f"{kind}_{t}"]["value"] for t in steps] for kind in ("z_where", "z_what")
+        [trace.nodes[f"{kind}_{t}"]["value"] for t in range(air.num_steps)]
+        for kind in ("z_where", "z_what")
     )
     objects = air.paint(z_where, z_what).transpose(0, 1)
     in_use = torch.arange(air.num_steps, device=counts.device) < counts[:, None]
@@ -76,9 +66,9 @@ def infer(air: AIR, images: Tensor) -> Inference:
 
 
 def mean_count_probs(air: AIR, images: Tensor) -> list[float]:
-    """The mean of q(n) over images, [N, (C,) H, H], for n = 0..T; none of them quite zero."""
-    parts = [infer(air, part).count_probs for part in torch.split(images, 500)]
-    mean = torch.cat(parts).double().mean(0).clamp(min=RAREST)
+    """The mean of q(n) over images, [N, (C,) H, H], for n = 0..T; every probability is above 0."""
+    parts = [infer(air, part).count_probs.cpu() for part in torch.split(images, 500)]
+    mean = torch.cat(parts).double().mean(0).clamp(min=MIN_LEARNT_PROB)
     return [float(p) for p in mean / mean.sum()]
 
 
@@ -86,10 +76,17 @@ def mean_count_probs(air: AIR, images: Tensor) -> list[float]:
 def sample_prior(
     air: AIR, number: int, seed: int, count_prior: Sequence[float] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws scenes from the prior: [N, (C,) H, H], boxes as in `Inference`, and counts.
+    """Samples scenes from the prior.
 
-    Without a `count_prior`, p(n), all counts are equally likely: under that of training, before it
-    is learnt, nearly all scenes would be empty.
+    Args:
+        air: The model.
+        number: Number N of scenes.
+        seed: Seed of the samples; the global generators are restored afterwards.
+        count_prior: p(n), n = 0..T. None makes all counts equally likely, because nearly all
+            scenes would be empty under the default prior of training.
+
+    Returns:
+        Canvases, [N, (C,) H, H], boxes as in `Inference`, [N, T, 4], and counts, [N].
     """
     presence = continue_probs_from_counts(count_prior or [1.0] * (air.num_steps + 1))
     with forked_rng(seed, air.h_init.device):

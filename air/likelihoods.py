@@ -1,7 +1,7 @@
-"""From objects to a canvas, and from a canvas to pixels: p(x | z) given what each object paints.
+"""The likelihood p(x | z): from painted objects to a canvas, and from a canvas to pixels.
 
-A likelihood says how an object joins those painted before it, how far its canvas can go, and how
-probable an image is under a canvas.
+A likelihood defines how an object is added to a canvas, and the probability of an image given a
+canvas.
 """
 
 import math
@@ -15,38 +15,38 @@ from torch import Tensor
 
 Likelihood = Literal["normal", "bernoulli"]
 
-# The probability that a pixel is not what the canvas says. It bounds what one pixel can cost, at
-# 6.9 nats, and the gradient where objects and image contradict each other.
+# The probability that a pixel differs from the canvas. It bounds the cost of a pixel, to 6.9 nats,
+# and the gradient where the canvas contradicts the image.
 FLIP_PROB = 1e-3
 
 
 class PixelLikelihood(ABC):
-    """A likelihood of images, [B, (C,) H, H], under canvases of the same shape."""
+    """A likelihood of images, [B, (C,) H, H], given canvases of the same shape."""
 
     @abstractmethod
     def prepare(self, images: Tensor) -> Tensor:
-        """Images as the likelihood takes them, from intensities in [0, 1]."""
+        """Turns intensities in [0, 1] into the images that `log_prob` expects."""
 
     @abstractmethod
     def add(self, canvas: Tensor, painted: Tensor) -> Tensor:
-        """The canvas with one more object."""
+        """Adds one painted object to the canvas."""
 
     @abstractmethod
     def distribution(self, canvas: Tensor) -> dist.TorchDistribution:
-        """Of each pixel."""
+        """The distribution of each pixel."""
 
     @abstractmethod
     def log_prob(self, images: Tensor, canvas: Tensor) -> Tensor:
-        """That of whole images, [B]: the sum over `distribution`, but faster."""
+        """The log probability of each image, [B]; faster than the sum over `distribution`."""
 
     def compose(self, painted: Tensor, present: Tensor) -> Tensor:
-        """The canvas of objects [T, B, (C,) H, H], of which those are there whose [T, B] is one."""
+        """The canvas of painted objects, [T, B, (C,) H, H], whose `present`, [T, B], is one."""
         painted = painted * present.view(*present.shape, *[1] * (painted.dim() - 2))
         return reduce(self.add, painted.unbind())
 
 
 class NormalLikelihood(PixelLikelihood):
-    """Intensities add up, and pixels are Normal around them, as in the paper."""
+    """Intensities add up, and each pixel is Normal around the sum, as in the paper."""
 
     def __init__(self, sd: float) -> None:
         self.sd = sd
@@ -61,19 +61,19 @@ class NormalLikelihood(PixelLikelihood):
         return dist.Normal(canvas, self.sd)
 
     def log_prob(self, images: Tensor, canvas: Tensor) -> Tensor:
-        # Of ``dist.Normal``, which takes the logarithm of the same sd for every pixel.
+        # ``dist.Normal`` would take the logarithm of the same sd for every pixel.
         squares = (images - canvas).flatten(1).square().sum(1)
         constant = images[0].numel() * math.log(self.sd * math.sqrt(2 * math.pi))
         return -squares / (2 * self.sd**2) - constant
 
 
 class BernoulliLikelihood(PixelLikelihood):
-    """Pixels are on or off; an object turns them on with its intensities as probabilities.
+    """Pixels are on or off; an object's intensity is the probability that it turns a pixel on.
 
-    A pixel stays off only if no object turns it on: 1 - c becomes (1 - c)(1 - o). So the canvas
-    never leaves [0, 1], and unlike with a clamped sum every object keeps its gradient where they
-    overlap. Each pixel is finally flipped with probability `FLIP_PROB`. Images are binarised
-    at 1/2.
+    A pixel is off only if no object turns it on: 1 - canvas becomes (1 - canvas)(1 - painted). So
+    the canvas stays in [0, 1], and every object has a gradient where objects overlap; a clamped
+    sum would have none. Each pixel is finally flipped with probability `FLIP_PROB`. Images are
+    binarised at 1/2.
     """
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -86,43 +86,30 @@ class BernoulliLikelihood(PixelLikelihood):
         return dist.Bernoulli(self._on(canvas))
 
     def log_prob(self, images: Tensor, canvas: Tensor) -> Tensor:
-        on = self._on(canvas)  # one logarithm a pixel, since they are all on or off
+        on = self._on(canvas)  # images are 0 or 1, so one logarithm per pixel is enough
         return torch.log(1 - on + images * (2 * on - 1)).flatten(1).sum(1)
 
     def _on(self, canvas: Tensor) -> Tensor:
         return FLIP_PROB + (1 - 2 * FLIP_PROB) * canvas
 
 
-def make_likelihood(likelihood: Likelihood, sd: float, bounded: bool = True) -> PixelLikelihood:
-    """The likelihood of that name.
+def make_likelihood(name: Likelihood, sd: float, bounded: bool = True) -> PixelLikelihood:
+    """Makes a likelihood by its name.
 
     Args:
-        likelihood: Its name.
-        sd: Of the Normal one.
-        bounded: Whether objects are painted with intensities in [0, 1].
+        name: "normal" or "bernoulli".
+        sd: Standard deviation of each Normal pixel.
+        bounded: Whether the intensities of painted objects are in [0, 1].
 
     Raises:
-        ValueError: If there is none of that name, or it needs other intensities.
+        ValueError: If the name is unknown, or the likelihood needs bounded intensities.
     """
-    if likelihood == "normal":
+    if name == "normal":
         return NormalLikelihood(sd)
-    if likelihood != "bernoulli":
-        raise ValueError(f"likelihood must be normal or bernoulli, got {likelihood!r}")
+    if name != "bernoulli":
+        raise ValueError(f"likelihood must be normal or bernoulli, got {name!r}")
     if not bounded:
-        raise ValueError("likelihood bernoulli needs decoder_output_use_sigmoid, for intensities")
+        raise ValueError(
+            "likelihood bernoulli needs decoder_output_use_sigmoid, for intensities in [0, 1]"
+        )
     return BernoulliLikelihood()
-
-
-def to_intensities(batch: Tensor, channels: int, side: int, like: Tensor) -> Tensor:
-    """Bytes to floats in [0, 1], floats to the precision of `like`; [B, 1, H, H] to [B, H, H].
-
-    Raises:
-        ValueError: If the images are not [B, (C,) H, H].
-    """
-    form = [side, side] if channels == 1 else [channels, side, side]
-    if list(batch.shape[1:]) == [1, *form]:
-        batch = batch[:, 0]
-    if list(batch.shape[1:]) != form:
-        raise ValueError(f"images must be {['B', *form]}, got {list(batch.shape)}")
-    images = batch.to(like.dtype)
-    return images if batch.is_floating_point() else images / 255

@@ -1,13 +1,14 @@
 """The exact expectation over the count: AIR with z_pres summed out.
 
-The guide depends on z_pres only through stopping. So it runs once along the path on which every
-step is active, and with q(n) = (1 - q_{n+1}) q_1 ... q_n the ELBO of that path is
+The guide depends on z_pres only through stopping. So one run of the guide with every step active
+is enough, and with q(n) = (1 - q_{n+1}) q_1 ... q_n the ELBO of the run is
 
     sum_n q(n) [log p(x | z_1..n) + log p(n) - log q(n)] + sum_t q(n >= t) [log p(z_t) - log q(z_t)]
 
-where z_t is (z_where_t, z_what_t). Its expectation is AIR's own ELBO, and no z_pres is left to be
-sampled: no score-function gradient, no baseline. It costs T + 1 sums over pixels, no pass through a
-net. In Pyro: `poutine.scale` weighs each object by q(n >= t), a `pyro.factor` is the first sum.
+where z_t is (z_where_t, z_what_t). Its expectation is AIR's own ELBO. No z_pres is sampled, so no
+score-function gradient and no baseline are needed. The first sum costs T + 1 sums over pixels and
+no further pass through a net. In Pyro, `poutine.scale` weights each object by q(n >= t), and a
+`pyro.factor` adds the first sum.
 """
 
 from itertools import accumulate
@@ -20,45 +21,53 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from air.air import AIR, Latents
-from air.param_store import register_parameters
+from air.air import AIR, Latents, register_parameters
 from air.priors import PresencePrior, count_log_probs
 
 
 class AllStepsActive(Messenger):
-    """Runs AIR's guide with every step active, and remembers the probabilities of z_pres.
+    """Runs AIR's guide with every step active, and records q(z_pres_t = 1 | z_pres_{t-1} = 1).
 
-    The sites of z_pres take no part in inference any more; those of z_where_t and z_what_t count
-    with weight q(n >= t).
+    The sites of z_pres are hidden from outer handlers; the costs of z_where_t and z_what_t are
+    multiplied by q(n >= t).
+
+    Args:
+        use_means: Whether z_where and z_what are their means instead of samples.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, use_means: bool = False) -> None:
         super().__init__()
+        self.use_means = use_means
         self.continue_probs: list[Tensor] = []  # q_t, T times [B, 1]
-        self._reached: Any = 1.0  # q(n >= t), [B]
+        self._at_least: Any = 1.0  # q(n >= t), [B]
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"].startswith("z_pres"):
             q = msg["fn"].mean
             self.continue_probs.append(q)
-            self._reached = self._reached * q[:, 0]
+            self._at_least = self._at_least * q[:, 0]
             msg["value"], msg["done"], msg["stop"] = torch.ones_like(q), True, True
         elif msg["name"].startswith("z_"):
-            msg["scale"] = msg["scale"] * self._reached
+            msg["scale"] = msg["scale"] * self._at_least
+            if self.use_means:
+                msg["value"], msg["done"] = msg["fn"].mean, True
 
 
 class MarginalAIR:
-    """`model` and `guide` for SVI that train the given AIR with its count summed out.
+    """`model` and `guide` for SVI, which train an AIR with its count summed out.
 
-    They take the arguments of `AIR.model` and `AIR.guide`. An AIR made with
-    ``use_baselines=False`` saves the work of the baselines, which are not used here.
+    They take the arguments of `AIR.model` and `AIR.guide`. They never use the baseline, so an AIR
+    with ``use_baselines=False`` is faster.
+
+    Raises:
+        ValueError: If the AIR does not use masking.
     """
 
     def __init__(self, air: AIR) -> None:
         if not air.use_masking:
             raise ValueError(
-                "the exact expectation over the count needs masking: finished steps cost nothing; "
-                "use the score function (--estimator score) where they do"
+                "the exact expectation over the count needs masking, because finished steps must "
+                "cost nothing; without masking, use the score function (--estimator score)"
             )
         self.air = air
 
@@ -69,11 +78,11 @@ class MarginalAIR:
         z_pres_prior_p: PresencePrior | None = None,
         num_images: int | None = None,
     ) -> Latents:
-        """q(z_where, z_what | x) for T objects, and the probabilities that they are there."""
-        with AllStepsActive() as path:
+        """q(z_where, z_what | x) for T objects, and the probability of each object."""
+        with AllStepsActive() as steps:
             latents = self.air.guide(data, batch_size, num_images=num_images)
-        # A point mass carries q_t over to the model, at no cost.
-        pyro.sample("continue_probs", dist.Delta(torch.cat(path.continue_probs, 1), event_dim=2))
+        # A point mass hands q_t to the model; its log probability is zero.
+        pyro.sample("continue_probs", dist.Delta(torch.cat(steps.continue_probs, 1), event_dim=2))
         return latents
 
     def model(
@@ -88,16 +97,16 @@ class MarginalAIR:
         register_parameters(air)
         n = min(batch_size or len(data), len(data))
         anything = dist.Normal(air.h_init.new_zeros(n, air.num_steps), 1.0).to_event(2)
-        with poutine.mask(mask=False):  # free of cost: its value comes from the guide
+        with poutine.mask(mask=False):  # costs nothing, since the value comes from the guide
             continue_probs = pyro.sample("continue_probs", anything)
-        presence_p = z_pres_prior_p or air.default_presence.__getitem__
-        # Not as_tensor: that would carry numbers over from the host.
+        presence_p = z_pres_prior_p or air.default_continue_probs.__getitem__
+        # Not as_tensor, which would copy each number from the host to the device.
         steps = [continue_probs.new_ones(()) * presence_p(t) for t in range(air.num_steps)]
         log_prior, log_q = count_log_probs(torch.stack(steps)), count_log_probs(continue_probs)
         with pyro.plate("data", num_images or len(data), device=str(data.device)) as ix:
             images = air.to_images(data[ix])
             always, objects = images.new_ones(n, 1), []
-            tiny = torch.finfo(continue_probs.dtype).tiny  # a scale of zero is refused
+            tiny = torch.finfo(continue_probs.dtype).tiny  # Pyro does not accept a scale of zero
             for t in range(air.num_steps):
                 with poutine.scale(scale=continue_probs[:, : t + 1].prod(1).clamp(min=tiny)):
                     objects.append(air.sample_object(t, always))

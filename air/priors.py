@@ -1,7 +1,10 @@
-"""The prior over the number of objects, as probabilities of going on for one more step."""
+"""The prior over the number of objects n, and its form as one probability per step.
+
+A distribution over n = 0..T and the T probabilities of one more object, p(n > t | n >= t), contain
+the same information. The functions below convert one into the other.
+"""
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -13,25 +16,26 @@ from torch.distributions.utils import clamp_probs
 Annealing = Literal["none", "lin", "exp"]
 PresencePrior = Callable[[int], float | Tensor]  # step t -> p(z_pres_t = 1 | z_pres_{t-1} = 1)
 
-# Each further object is 10,000 times less likely a priori, 9.2 nats, which is little beside the
-# some 200 that a digit explains. At 0.01, the ratio of Pyro's tutorial, one of six seeds learnt
-# to begin with a blank object; 0.5 for each step, Pyro's default, ends with every step used.
+# Each further object is 10,000 times less likely a priori. This costs 9.2 nats, far fewer than the
+# 200 nats or so that a digit explains. With 0.01, the ratio of Pyro's tutorial, one of six seeds
+# learnt to begin every scene with a blank object. With a probability of 0.5 per step, Pyro's
+# default, the model ends up using every step.
 DEFAULT_COUNT_RATIO = 1e-4
-RAREST = 1e-30  # that a count can be: never impossible
+MIN_COUNT_PROB = 1e-30  # no count is impossible
 
 
 def geometric_count_prior(ratio: float, num_steps: int) -> list[float]:
     """Per-step probabilities of the truncated geometric p(n) ∝ ratio^n, n = 0..num_steps.
 
-    With tail sums S_t = sum of ratio^j over j = t..num_steps these are S_{t+1} / S_t. A ratio of
-    one gives the uniform distribution.
+    They are S_{t+1} / S_t, where S_t is the sum of ratio^j over j = t..num_steps. A ratio of one
+    gives the uniform distribution.
 
     Raises:
         ValueError: If the ratio is not in (0, 1].
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"the ratio of the count prior must be in (0, 1], got {ratio}")
-    # From the last step backwards, S_t divided by ratio^t, so that nothing underflows.
+    # S_t / ratio^t, computed from the last step backwards, does not underflow.
     tails = [1.0]
     for _ in range(num_steps):
         tails.append(1.0 + ratio * tails[-1])
@@ -40,14 +44,16 @@ def geometric_count_prior(ratio: float, num_steps: int) -> list[float]:
 
 
 def continue_probs_from_counts(count_probs: Sequence[float]) -> list[float]:
-    """Per-step probabilities of any p(n), n = 0..T, up to a factor: S_{t+1} / S_t, T of them.
+    """Per-step probabilities of a given p(n), n = 0..T, which need not be normalised.
+
+    They are S_{t+1} / S_t, where S_t is the sum of p(n) over n = t..T.
 
     Raises:
-        ValueError: If one is not above zero, or there is none but p(0).
+        ValueError: If a probability is not above zero and finite, or there are fewer than two.
     """
     if len(count_probs) < 2 or not all(0 < p < math.inf for p in count_probs):
         raise ValueError(
-            f"the probabilities of the counts must be above zero, of 0 and more objects, "
+            f"the probabilities of the counts must be above zero, and two or more of them, "
             f"got {list(count_probs)}"
         )
     tails = [*accumulate(reversed(count_probs))][::-1]
@@ -56,30 +62,38 @@ def continue_probs_from_counts(count_probs: Sequence[float]) -> list[float]:
 
 def count_probs(presence: Sequence[float]) -> list[float]:
     """p(n), n = 0..T, from per-step probabilities; the inverse of `continue_probs_from_counts`."""
-    reached = accumulate(presence, operator.mul, initial=1.0)
-    stops = [1 - p for p in presence] + [1.0]
-    return [max(r * s, RAREST) for r, s in zip(reached, stops, strict=True)]
+    continue_probs = torch.tensor([float(p) for p in presence], dtype=torch.float64)
+    return [max(float(p), MIN_COUNT_PROB) for p in count_probs_from_continue(continue_probs)]
 
 
-def count_log_probs(continue_probs: Tensor) -> Tensor:
+def count_probs_from_continue(continue_probs: Tensor) -> Tensor:
     """The distribution over counts that follows from per-step probabilities.
 
     Args:
-        continue_probs: q_t, the probability of a t-th object given t - 1 of them, [..., T].
+        continue_probs: q_t, the probability of a t-th object given t - 1 objects, [..., T].
 
     Returns:
-        log q(n) = log(1 - q_{n+1}) + log q_1 + ... + log q_n for n = 0..T, [..., T + 1]. The q_t
-        are kept off zero and one by their type's rounding, as ``Bernoulli`` does, so that no
-        logarithm is infinite.
+        q(n) = (1 - q_{n+1}) q_1 ... q_n for n = 0..T, [..., T + 1].
     """
-    on = clamp_probs(continue_probs)
-    reached = torch.log(on).cumsum(-1)  # log q(n >= t)
-    zero = torch.zeros_like(on[..., :1])
-    return torch.cat((zero, reached), -1) + torch.cat((torch.log1p(-on), zero), -1)
+    one = continue_probs.new_ones(*continue_probs.shape[:-1], 1)
+    at_least = torch.cat((one, continue_probs.cumprod(-1)), -1)  # q(n >= t)
+    return at_least * torch.cat((1 - continue_probs, one), -1)
+
+
+def count_log_probs(continue_probs: Tensor) -> Tensor:
+    """The logarithm of `count_probs_from_continue`, for the ELBO.
+
+    The q_t are clamped away from zero and one, as ``Bernoulli`` does, so that every logarithm is
+    finite.
+    """
+    clamped = clamp_probs(continue_probs)
+    at_least = torch.log(clamped).cumsum(-1)  # log q(n >= t)
+    zero = torch.zeros_like(clamped[..., :1])
+    return torch.cat((zero, at_least), -1) + torch.cat((torch.log1p(-clamped), zero), -1)
 
 
 def at_least_probs(count_probs: Tensor) -> Tensor:
-    """The probability that each object is there, q(n >= t) for t = 1..T, of q(n), [..., T + 1]."""
+    """q(n >= t), the probability of a t-th object, t = 1..T, [..., T], from q(n), [..., T + 1]."""
     return count_probs.flip(-1).cumsum(-1).flip(-1)[..., 1:]
 
 
@@ -88,8 +102,8 @@ def anneal(
 ) -> float:
     """The annealed value at an optimisation step.
 
-    `initial` up to step `begin`, then linearly ("lin") or at a constant rate ("exp") to `final`,
-    reached `duration` steps later and kept.
+    It is `initial` up to step `begin`, then moves linearly ("lin") or exponentially ("exp") to
+    `final` within `duration` steps, and stays there.
     """
     if kind == "none":
         return initial
@@ -102,9 +116,9 @@ def anneal(
 class AnnealedPresencePrior:
     """The presence prior during training: a callable from step t to a probability.
 
-    Its probabilities are one tensor which `set_step` overwrites in place. So the model is handed
-    the same object at every optimisation step, and a traced model (``--jit``) sees new values
-    without being traced again.
+    `set_step` overwrites the tensor of probabilities in place. The model therefore gets the same
+    object at every optimisation step, and a traced model (``--jit``) sees the new values without
+    being traced again.
     """
 
     def __init__(
@@ -123,19 +137,19 @@ class AnnealedPresencePrior:
         self.now = list(self.initial)
 
     def set_step(self, step: int) -> None:
-        """Moves on to the given optimisation step, counted from one."""
+        """Sets the probabilities of an optimisation step, counted from one."""
         if self.kind == "none":
             return
         args = self.final, self.begin, self.duration, self.kind, step
         self._set([anneal(p, *args) for p in self.initial])
 
     def set_probs(self, probs: Sequence[float]) -> None:
-        """Makes these the probabilities from now on: annealing, if any, is over."""
+        """Sets the probabilities for the rest of training, and ends annealing."""
         self.kind = "none"
         self._set(probs)
 
     def _set(self, now: Sequence[float]) -> None:
-        if now != self.now:  # writing to the device has its price
+        if now != self.now:  # a write to the device takes time
             for prob, value in zip(self.probs, now, strict=True):
                 prob.fill_(value)
         self.now = list(now)

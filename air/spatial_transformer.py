@@ -16,16 +16,16 @@ padding, is faster, and is deterministic on every device.
 import torch
 from torch import Tensor
 
-# Below this scale (a window ten times as wide as the image) 1 / s goes on along its tangent.
+# Below this scale (a window ten times as wide as the image), 1 / s is replaced by its tangent.
 MIN_SCALE = 0.1
 
 
 def positive_scale(scale: Tensor) -> Tensor:
     """Maps any scale to one above zero, with finite values and gradients.
 
-    The identity for ``scale >= MIN_SCALE``; below, MIN_SCALE^2 / (2 * MIN_SCALE - scale), which
-    continues it smoothly, so that its inverse grows linearly. z_where is Normal, so a scale of
-    zero or less can be drawn, where a bare 1 / s is infinite or turns the window over.
+    It is the identity for ``scale >= MIN_SCALE`` and MIN_SCALE^2 / (2 * MIN_SCALE - scale) below,
+    a smooth continuation whose inverse is linear. z_where is Normal, so a scale of zero or less
+    can be sampled, for which 1 / s is infinite or turns the window over.
     """
     below = scale.clamp(max=MIN_SCALE)
     return torch.where(scale > MIN_SCALE, scale, MIN_SCALE**2 / (2 * MIN_SCALE - below))
@@ -37,12 +37,12 @@ def _sampling_weights(scale: Tensor, shift: Tensor, in_size: int, out_size: int)
     Args:
         scale: Output to input scale, [B, 1].
         shift: Output to input translation (x, y), [B, 2].
-        in_size: PixelLikelihood along a side of the input.
-        out_size: PixelLikelihood along a side of the output.
+        in_size: Pixels along a side of the input.
+        out_size: Pixels along a side of the output.
 
     Returns:
-        [B, 2, out_size, in_size], for x and for y; rows near and past the border sum to less
-        than one, as if the input were surrounded by zeros.
+        Weights for x and for y, [B, 2, out_size, in_size]; rows near and past the border sum to
+        less than one, as if the input were surrounded by zeros.
     """
     out_index = torch.arange(out_size, dtype=scale.dtype, device=scale.device)
     in_index = torch.arange(in_size, dtype=scale.dtype, device=scale.device)
@@ -56,7 +56,7 @@ def _sampling_weights(scale: Tensor, shift: Tensor, in_size: int, out_size: int)
 def _resample(weights: Tensor, pictures: Tensor) -> Tensor:
     """Pictures [B, (C,) in, in] to [B, (C,) out, out]."""
     rows, columns = weights[:, 1], weights[:, 0].transpose(1, 2)
-    if pictures.dim() == 4:  # all channels alike
+    if pictures.dim() == 4:  # the same weights for all channels
         rows, columns = rows[:, None], columns[:, None]
     return rows @ pictures @ columns
 
@@ -125,8 +125,8 @@ def window_boxes(z_where: Tensor, image_size: int) -> Tensor:
         image_size: Side of the images, in pixels.
 
     Returns:
-        (x0, y0, x1, y1), [..., 4], x to the right and y downwards, the outer edges of the border
-        pixels at 0 and `image_size`; may reach past the image.
+        (x0, y0, x1, y1), [..., 4], x to the right and y downwards. The image spans 0 to
+        `image_size`; a box may reach past it.
     """
     inverse = 1 / positive_scale(z_where[..., :1])
     centre = -z_where[..., 1:] * inverse

@@ -19,13 +19,14 @@ from unittest import mock
 import numpy as np
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from air import AIR
-from air.data.digits import MNIST_FILES, Array
+from air.data.arrays import Array
+from air.data.digits import MNIST_FILES
 from air.evaluation.metrics import Evaluation, HeldOut
 from air.training.events import Progress
-from air.training.ranks import Ranks
+from air.training.parallel import ProcessGroup
 from air.training.settings import TrainingSettings
 from air.training.trainer import Trainer
 from air.visualization.snapshots import InferredScenes, Snapshot
@@ -56,7 +57,12 @@ def count_on(air: AIR, t: int, logit: float) -> None:
         air.predict.mlp.seq[-1].bias[0] = logit
 
 
-def run(line: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def run(
+    line: str,
+    folder: Path,
+    environment: dict[str, str],
+    **options: Any,  # noqa: ANN401  # of main
+) -> subprocess.CompletedProcess[str]:
     """The program from flags to exit code, in this process: to start one costs five seconds."""
     from main import main  # here, for most tests do without
 
@@ -68,7 +74,7 @@ def run(line: str, folder: Path, environment: dict[str, str]) -> subprocess.Comp
         contextlib.redirect_stderr(complained),
     ):
         try:
-            code = main(line.split())
+            code = main(line.split(), **options)
         except SystemExit as ended:
             code = int(ended.code or 0)
     return subprocess.CompletedProcess(line, code, said.getvalue(), complained.getvalue())
@@ -195,11 +201,16 @@ SETTINGS = TrainingSettings(
 )  # fmt: skip
 
 
-def trainer(settings: TrainingSettings = SETTINGS, seed: int = 0) -> Trainer:
+def capture_only(graph: fx.GraphModule) -> Any:  # noqa: ANN401
+    """A compiler that runs the captured graph as it is: Inductor would take a minute."""
+    return graph
+
+
+def trainer(settings: TrainingSettings = SETTINGS, seed: int = 0, **options: Any) -> Trainer:  # noqa: ANN401
     torch.manual_seed(99)
     images, held_out, counts = torch.rand(20, 12, 12), torch.rand(7, 12, 12), torch.arange(7) % 3
     pyro.set_rng_seed(seed)
-    return Trainer(small_air(), images, HeldOut(held_out, counts), settings)
+    return Trainer(small_air(), images, HeldOut(held_out, counts), settings, **options)
 
 
 def weights(done: Trainer) -> list[torch.Tensor]:
@@ -213,10 +224,7 @@ def gradients(air: AIR) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in found.items()}
 
 
-class Second(Ranks):
-    """The second of two, without the first."""
-
-    rank, size, local_rank = 1, 2, 1
+SECOND_OF_TWO = ProcessGroup(rank=1, world_size=2, local_rank=1)  # without the first
 
 
 NAMES = {

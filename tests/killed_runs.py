@@ -13,7 +13,6 @@ import shutil
 import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 # What torch and the program import when they first need it: each life would spend a second on it.
@@ -21,20 +20,17 @@ import scipy.optimize  # noqa: F401
 import torch._dynamo  # noqa: F401
 import visdom  # noqa: F401
 
-import air.training.trainer
 import main
-from air.training.compiled_svi import CompiledSVI
-
-CAPTURED = partial(CompiledSVI, compiler=lambda graph: graph)  # Inductor compiles for a minute
+from air.training.compiled_svi import Compiler, inductor
 
 
-def live(arguments: list[str]) -> int:
+def live(arguments: list[str], compiler: Compiler) -> int:
     """Starts a life; returns its process."""
     process = os.fork()
     if process == 0:
         code = 1
         try:
-            code = main.main(arguments)
+            code = main.main(arguments, compiler=compiler)
         except SystemExit as ended:
             code = int(ended.code or 0)
         finally:
@@ -83,7 +79,7 @@ def kill(process: int, folder: Path, in_writing: bool) -> bool | None:
     return is_writing(folder)
 
 
-def run(folder: Path, kills: int, flags: list[str]) -> None:
+def run(folder: Path, kills: int, flags: list[str], compiler: Compiler) -> None:
     """Kills so often, unless the run is done before, and lets the last life end."""
     random.seed(0)
     page = flags[flags.index("--viz") :] if "--viz" in flags else []
@@ -94,7 +90,7 @@ def run(folder: Path, kills: int, flags: list[str]) -> None:
         else:
             shutil.rmtree(folder, ignore_errors=True)
             arguments = [*flags, "--output-dir", str(folder)]
-        process = live(arguments)
+        process = live(arguments, compiler)
         if killed >= kills:
             code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
             break
@@ -109,7 +105,7 @@ def run(folder: Path, kills: int, flags: list[str]) -> None:
 
 if __name__ == "__main__":
     target, number, *given = sys.argv[1:]
-    if "--captured" in given:
+    captured = "--captured" in given
+    if captured:  # Inductor compiles for a minute
         given.remove("--captured")
-        air.training.trainer.CompiledSVI = CAPTURED  # type: ignore[attr-defined]
-    run(Path(target), int(number), given[1:])
+    run(Path(target), int(number), given[1:], (lambda graph: graph) if captured else inductor)

@@ -12,11 +12,12 @@ from pyro import poutine
 from pyro.infer import SVI, JitTraceGraph_ELBO, TraceGraph_ELBO
 from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Bernoulli, Normal
 from torch.nn.functional import affine_grid, grid_sample, softplus
 
 from air import AIR, latents_to_tensor
+from air.air import register_parameters
 from air.likelihoods import FLIP_PROB, BernoulliLikelihood
 from air.priors import AnnealedPresencePrior, geometric_count_prior
 from modules import ImageLSTMCell
@@ -364,3 +365,12 @@ def test_jit_traces_once_and_sees_an_annealed_prior(air: AIR, images: Tensor) ->
     fresh = JitTraceGraph_ELBO(ignore_jit_warnings=True)
     loss(fresh, final)
     assert after == pytest.approx(loss(fresh, final), rel=1e-6)
+
+
+def test_names_in_pyros_store_go_to_the_module_that_runs() -> None:
+    one, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    for module in (one, one, other, one):
+        register_parameters(module)
+        store = pyro.get_param_store()
+        assert store["weight"] is module.weight
+        assert store["bias"] is module.bias

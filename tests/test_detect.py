@@ -1,4 +1,4 @@
-"""Objects in files of images: what is found is what the model infers, and bad files are named."""
+"""Detections in files of images are the model's inferences; files that do not fit are named."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,10 @@ from helpers import count_on, small_air
 from PIL import Image
 
 from air import AIR
-from air.detect import detect, load_air, main, read_image
+from air.detect import detect, load_air, main
 from air.evaluation.boxes import tight_boxes
 from air.inference import infer
+from air.model_settings import ModelSettings
 from air.storage.checkpoint import save_weights, write_state
 
 FLAGS = {  # of `small_air`
@@ -22,7 +23,7 @@ FLAGS = {  # of `small_air`
 
 
 def save(air: AIR, path: Path, **config: object) -> Path:
-    """A checkpoint, as far as a model that is loaded needs one."""
+    """A checkpoint with the parts that `load_air` needs."""
     state = {"format": 3, "model": air.state_dict(), "optimizer": {}, "step": 1}
     write_state(path, state | {"config": {**FLAGS, **config}})
     return path
@@ -36,7 +37,7 @@ def write_png(path: Path, channels: int = 1, side: int = 12) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_detections_are_what_is_inferred(channels: int) -> None:
+def test_detections_are_the_models_inferences(channels: int) -> None:
     air = small_air(channels=channels)
     images = torch.rand(7, 12, 12) if channels == 1 else torch.rand(7, channels, 12, 12)
     found, detections = infer(air, images), detect(air, images)
@@ -62,7 +63,9 @@ def test_detections_are_what_is_inferred(channels: int) -> None:
     ],
     ids=str,
 )
-def test_a_checkpoint_says_what_the_images_are(settings: dict[str, object], tmp_path: Path) -> None:
+def test_a_checkpoint_knows_the_size_of_its_images(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
     air = small_air(**settings)
     flags = {name: value for name, value in settings.items() if name != "channels"}
     if "guide_input" in flags:
@@ -73,7 +76,7 @@ def test_a_checkpoint_says_what_the_images_are(settings: dict[str, object], tmp_
     assert torch.equal(infer(loaded, images).count_probs, infer(air, images).count_probs)
 
 
-def test_weights_of_the_default_model_load_alone(tmp_path: Path) -> None:
+def test_weights_of_the_default_model_load_without_a_checkpoint(tmp_path: Path) -> None:
     air = AIR()
     save_weights(air, tmp_path / "weights.pt")
     assert load_air(tmp_path / "weights.pt").x_size == 50
@@ -102,7 +105,33 @@ def test_the_command_prints_json_and_draws(
         assert drawn.width > 3 * 192
 
 
-def test_what_does_not_fit_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_takes_nets_of_ones_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nets(settings: ModelSettings) -> dict[str, torch.nn.Module]:
+        pixels = settings.channels * settings.window_size**2
+        linear = torch.nn.Linear(settings.z_what_size, pixels)
+        return {"decode": torch.nn.Sequential(linear, torch.nn.Sigmoid())}
+
+    settings = ModelSettings(
+        num_steps=3, x_size=12, window_size=7, z_what_size=5, rnn_hidden_size=11,
+        encoder_net=[9], decoder_net=[8], predict_net=[6], bl_predict_net=[4],
+    )  # fmt: skip
+    air = AIR.from_settings(settings, nets)
+    count_on(air, 2, 9.0)
+    path = save(air, tmp_path / "c.pt", x_size=12, channels=1)
+    image = write_png(tmp_path / "a.png")
+    line = f"--load {path} {tmp_path}/a.png".split()
+    assert main(line, nets) == 0
+    (printed,) = json.loads(capsys.readouterr().out)
+    (expected,) = detect(air, image[None])
+    assert printed["objects"][0]["box"] == expected.objects[0].box
+    with pytest.raises(SystemExit):
+        main(line)
+    assert "do not fit these settings and nets" in capsys.readouterr().err
+
+
+def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grey = save(small_air(), tmp_path / "grey.pt")
     coloured = save(small_air(channels=3), tmp_path / "coloured.pt")
     write_png(tmp_path / "a.png")
@@ -116,8 +145,8 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         (grey, "rgb.png", "expected mode L or 1, got RGB"),
         (coloured, "a.png", "expected mode RGB, got L"),
         (grey, "large.png", r"expected 12 x 12 pixels, got (13, 13)"),
-        (grey, "text.png", "text.png is no image for this model"),
-        (grey, "cut.png", "cut.png is no image for this model"),
+        (grey, "text.png", "text.png: no image for this model"),
+        (grey, "cut.png", "cut.png: no image for this model"),
         (grey, "missing.png", "missing.png"),
         (grey, "missing.npz", "missing.npz"),
         (grey, "floats.npz", "expected x uint8 (N, 12, 12), got float64 (2, 12, 12)"),
@@ -134,7 +163,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         assert problem in said.err
 
 
-def test_foreign_settings_are_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_with_bad_settings_is_refused(tmp_path: Path) -> None:
     for name, value in [
         ("window_size", 0), ("model_steps", "3"), ("model_steps", 0), ("non_linearity", "Linear"),
         ("decoder_output_bias", "x"), ("guide", 5), ("rnn_hidden_size", 12), ("window_size", 9),
@@ -144,7 +173,7 @@ def test_foreign_settings_are_refused(tmp_path: Path) -> None:
             load_air(path)
 
 
-def test_a_coloured_file_is_read_as_it_is(
+def test_an_rgb_file_is_read_for_a_model_of_three_channels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     air = small_air(channels=3)
@@ -155,10 +184,3 @@ def test_a_coloured_file_is_read_as_it_is(
     (printed,) = json.loads(capsys.readouterr().out)
     (expected,) = detect(air, image[None])
     assert printed["objects"][0]["box"] == expected.objects[0].box
-
-
-def test_only_pictures_are_opened(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 12\n%%EndComments\n")
-    with pytest.raises(ValueError, match=r"a.png is no image for this model: cannot identify"):
-        read_image(path, 12, 3)

@@ -5,7 +5,6 @@ Training itself is left out.
 """
 
 import contextlib
-import json
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -15,21 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import small_air
+from helpers import capture_only, small_air
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from killed_runs import CAPTURED
 
 import main
 import multi_mnist
-from air.cli import flag_values
 from air.data.digits import MNIST_FILES
-from air.data.scenes import FORM
+from air.data.scenes import ARRAY_SPECS
 from air.evaluation.metrics import HeldOut, evaluate
 from air.storage.checkpoint import CheckpointError, read_weights
 from air.storage.run_folder import RunFolder
 from air.training.events import SnapshotDue
-from air.training.ranks import Ranks
 
 TINY = (
     "-b 4 --rnn-hidden-size 6 --encoder-latent-size 3 --encoder-net 4 --decoder-net 4 "
@@ -71,7 +67,7 @@ def program(
         code = 0
         try:
             place = [] if "--resume" in arguments else ["--output-dir", str(folder)]
-            code = main.main([*arguments, *place])
+            code = main.main([*arguments, *place], compiler=capture_only)
         except SystemExit as ended:
             code = int(ended.code or 0)
         said = capsys.readouterr()
@@ -85,16 +81,17 @@ def program(
 
     with monkeypatch.context() as patch:
         patch.setattr(main, "train", take_a_step)
-        patch.setattr("air.training.trainer.CompiledSVI", CAPTURED)
+        patch.setattr(main, "finish", lambda session, signaled: 0)
         yield run
 
 
-def take_a_step(session: main.Session) -> int:
+def take_a_step(session: main.Session) -> tuple[main.Outcome, None]:
     """In place of training."""
+    assert session.recorder
     if session.trainer.step < session.config["num_steps"]:
         session.trainer._take_step()
     session.recorder.handle(SnapshotDue(session.trainer.step))
-    return 0
+    return main.Outcome.FINISHED, None
 
 
 def options() -> list[str]:
@@ -187,7 +184,7 @@ types = st.sampled_from(["uint8", "int8", "int64", "float32", "float64", "bool",
 def test_files_of_other_arrays(scenes: Path, data: st.DataObject) -> None:
     with np.load(scenes) as file:
         arrays = dict(file)
-    for name in data.draw(st.sets(st.sampled_from(sorted(FORM)), max_size=2)):
+    for name in data.draw(st.sets(st.sampled_from(sorted(ARRAY_SPECS)), max_size=2)):
         shape = data.draw(st.lists(st.sampled_from([0, 1, 2, 4, 12, 30]), max_size=4))
         if name in arrays and data.draw(st.booleans()):
             array = arrays[name].copy()
@@ -224,12 +221,8 @@ def test_damaged_idx_files(tmp_path: Path, data: st.DataObject) -> None:
 def checkpoint(scenes: Path, tmp_path: Path) -> Path:
     """The checkpoint of a small run."""
     line = [*TINY.split(), "--data", str(scenes), "--output-dir", str(tmp_path / "run")]
-    asked = main.plain(vars(main.build_parser().parse_args(line)))
-    with contextlib.ExitStack() as held:
-        session = main.prepare(asked, held, Ranks())
-        for event in session.trainer.train():
-            session.recorder.handle(event)
-    return session.run.checkpoint
+    assert main.main(line) == 0
+    return tmp_path / "run" / "checkpoint.pt"
 
 
 @cases(250)
@@ -308,16 +301,3 @@ def test_no_file_is_ever_executed(
     ):  # fmt: skip
         assert program(line.split()) == 2
     assert not sprung.exists()
-
-
-def test_configurations_are_held_to_their_flags() -> None:
-    parser = main.build_parser()
-    for whole in (main.DEFAULTS, json.loads(json.dumps(main.DEFAULTS)), {}):
-        flag_values.check_values(parser, whole, main.DEFAULTS, Path("file"))
-    for name, value in [
-        ("batch_size", "8"), ("batch_size", 8.5), ("counts", [1, "x"]), ("counts", 3), ("viz", 1),
-        ("device", 5), ("estimator", "no"), ("learning_rate", -1.0), ("use_masking", "yes"),
-        ("seed", True), ("window_size", None), ("non_linearity", "Nonsense"), ("cache_dir", 3),
-    ]:  # fmt: skip
-        with pytest.raises(ValueError, match=r"^file: --\S+ cannot be"):
-            flag_values.check_values(parser, {name: value}, main.DEFAULTS, Path("file"))

@@ -1,4 +1,4 @@
-"""What is found in pictures, against enumeration, and what the prior draws."""
+"""Inference against enumeration of all z_pres, and samples of the prior."""
 
 import itertools
 from typing import Any
@@ -10,17 +10,17 @@ from pyro import poutine
 from torch import Tensor
 
 from air import AIR
-from air.inference import infer, mean_count_probs, sample_prior
+from air.inference import forked_rng, infer, mean_count_probs, sample_prior
 
 
-def test_count_probabilities_equal_enumeration(air: AIR, images: Tensor) -> None:
+def test_count_probabilities_equal_the_enumeration_of_all_z_pres(air: AIR, images: Tensor) -> None:
     found = infer(air, images)
     torch.testing.assert_close(found.count_probs.sum(1), torch.ones(10))
     assert torch.equal(found.counts, found.count_probs.argmax(1))
     total = torch.zeros(10, 4)
     for pattern in itertools.product([0.0, 1.0], repeat=3):
         choices = {f"z_pres_{t}": torch.full((10, 1), on) for t, on in enumerate(pattern)}
-        # each other choice at its mean, one after another, by conditioning on what came out
+        # z_where and z_what of each step at their means, given the steps before
         for t in range(3):
             for kind in ("z_where", "z_what"):
                 trace: Any = poutine.trace(poutine.condition(air.guide, choices)).get_trace(images)
@@ -34,7 +34,7 @@ def test_count_probabilities_equal_enumeration(air: AIR, images: Tensor) -> None
     torch.testing.assert_close(total, found.count_probs, rtol=1e-4, atol=1e-6)
 
 
-def test_inference_draws_nothing(air: AIR, images: Tensor) -> None:
+def test_inference_is_deterministic_and_uses_no_random_numbers(air: AIR, images: Tensor) -> None:
     state = torch.get_rng_state()
     first, second = infer(air, images), infer(air, images)
     assert torch.equal(state, torch.get_rng_state())
@@ -44,7 +44,7 @@ def test_inference_draws_nothing(air: AIR, images: Tensor) -> None:
     assert first.reconstructions.shape == images.shape
 
 
-def test_reconstructions_hold_the_counted_objects(images: Tensor) -> None:
+def test_reconstructions_contain_the_counted_objects(images: Tensor) -> None:
     air = small_air()
     count_on(air, 0, -9.0)
     assert (infer(air, images).reconstructions == 0).all()
@@ -54,7 +54,7 @@ def test_reconstructions_hold_the_counted_objects(images: Tensor) -> None:
     assert (found.reconstructions.sum((1, 2)) > 0).all()
 
 
-def test_samples_of_the_prior_have_all_counts_and_leave_the_generator_alone(air: AIR) -> None:
+def test_samples_of_the_prior_have_all_counts_and_do_not_change_the_generator(air: AIR) -> None:
     state = torch.get_rng_state()
     canvas, boxes, counts = sample_prior(air, 400, seed=1)
     assert torch.equal(state, torch.get_rng_state())
@@ -67,7 +67,7 @@ def test_samples_of_the_prior_have_all_counts_and_leave_the_generator_alone(air:
     assert set(counts.tolist()) == {0, 2}
 
 
-def test_the_mean_of_q_is_a_prior_with_nothing_impossible(air: AIR) -> None:
+def test_the_mean_of_q_is_a_prior_under_which_every_count_is_possible(air: AIR) -> None:
     images = torch.rand(1203, 12, 12)  # more than a batch
     expected = infer(air, images).count_probs.mean(0)
     assert mean_count_probs(air, images) == pytest.approx(expected.tolist(), abs=1e-5)
@@ -75,3 +75,27 @@ def test_the_mean_of_q_is_a_prior_with_nothing_impossible(air: AIR) -> None:
     found = mean_count_probs(air, images)
     assert sum(found) == pytest.approx(1)
     assert min(found) > 0
+
+
+def test_a_seed_for_a_block_leaves_the_generator_of_the_cpu_as_it_was() -> None:
+    state = torch.get_rng_state()
+    with forked_rng(1, torch.device("cpu")):
+        sample = torch.rand(3)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(1)
+    assert torch.equal(sample, torch.rand(3))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_seed_for_a_block_leaves_the_generator_of_the_device_as_it_was(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator()  # stands in for the generator of the device
+    module = torch.get_device_module(kind)
+    monkeypatch.setattr(module, "get_rng_state", lambda device: generator.get_state())
+    monkeypatch.setattr(module, "set_rng_state", lambda state, device: generator.set_state(state))
+    state = generator.get_state()
+    with forked_rng(1, torch.device(kind)):
+        torch.rand(3, generator=generator)
+        assert not torch.equal(state, generator.get_state())
+    assert torch.equal(state, generator.get_state())

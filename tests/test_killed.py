@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, panes, run, visdom_server
-from killed_runs import CAPTURED
+from helpers import ROOT, capture_only, panes, run, visdom_server
 
 FLAGS = (
     "--num-scenes 300 --num-test-scenes 20 -b 8 --rnn-hidden-size 16 --encoder-latent-size 5 "
@@ -50,7 +49,6 @@ def same(one: object, other: object) -> bool:
 def test_a_killed_run_ends_as_one_that_never_was(
     tmp_path: Path,
     environment: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
     captured: bool,
     steps: int,
     kills: int,
@@ -58,8 +56,7 @@ def test_a_killed_run_ends_as_one_that_never_was(
     flags = f"{FLAGS} -n {steps}"
     if captured:
         flags += " --compile"
-        monkeypatch.setattr("air.training.trainer.CompiledSVI", CAPTURED)
-    done = run(f"{flags} --output-dir whole", tmp_path, environment)
+    done = run(f"{flags} --output-dir whole", tmp_path, environment, compiler=capture_only)
     assert done.returncode == 0, done.stderr
     with visdom_server(tmp_path / "server") as (port, _):
         flags = f"{'--captured' * captured} -- {flags} --viz --visdom-port {port} --viz-every 20"

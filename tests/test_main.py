@@ -45,7 +45,9 @@ LINES = [
     "--data mine.npz -n 2 -b 8 --no-compile",
     f"--preset dsprites {SMALL} --no-binary --background noisy --guide difference "
     "--likelihood bernoulli --count-prior 1 1 1 0.1 --anneal-prior none --learn-count-prior-from 1",
-    f"{SMALL} --sides 9 18 --rotation 20 --binary",
+    f"{SMALL} --sides 9 18 --rotation 20 --binary --masking --baselines --no-z-pres-prior-raw "
+    "--no-verbose --no-evaluate --no-jit",
+    f"{SMALL} --estimator score --no-baseline",
 ]
 # Run by tests of their own, with a server, an earlier run, a GPU or full MNIST.
 ELSEWHERE = {
@@ -243,7 +245,7 @@ def test_a_loaded_model_is_evaluated_as_it_was_trained_on_all_of_a_file(
     for flags, message in [
         ("--scale-prior-sd 0.5", "z_where_scale_prior is"),
         ("--rnn-hidden-size 20", "do not fit these settings"),
-        ("--counts 0 1", "--counts is of scenes made here, but --data brings its own"),
+        ("--counts 0 1", "--counts is about scenes made here, but --data brings its own"),
     ]:
         assert message in refused(f"{load} {flags} --output-dir third")
         assert not (tmp_path / "third").exists()
@@ -272,8 +274,8 @@ def test_wrong_input_ends_in_one_line_with_exit_code_2(
         ),
         ("--viz-log mine.npz --data mine.npz", "--viz-log never overwrites, and mine.npz exists"),
         ("--no-masking --data mine.npz", "--estimator score"),
-        ("--counts 0 99", "--counts: expected int from 0 to 50"),
-        ("--data-seed -1", "--data-seed: expected int from 0"),
+        ("--counts 0 99", "--counts: expected a whole number of at least 0, at most 50"),
+        ("--data-seed -1", "--data-seed: expected a whole number of at least 0"),
         ("--digits mnist --mnist-dir nowhere", "nowhere"),
     ]:
         assert message in refused(line), line
@@ -435,11 +437,3 @@ def test_a_resumed_run_goes_on_with_its_curves(
 def test_visdom_is_not_imported_without_viz() -> None:
     code = "import sys, main; assert not {m for m in sys.modules if m.startswith('visdom')}"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
-
-
-def test_the_readme_names_every_flag() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for action in build_parser()._actions:
-        for option in action.option_strings:
-            if option.startswith("--") and not option.startswith(("--no-decoder", "--help")):
-                assert option in readme, f"{option} is not in README.md"

@@ -17,7 +17,7 @@ from air.priors import count_log_probs, geometric_count_prior
 
 
 class Fixed(Messenger):
-    """Gives sites the values of an earlier run as far as they are named, as fresh samples."""
+    """Computes z_where and z_what from given noise, and fixes z_pres to a given count."""
 
     def __init__(self, noise: dict[str, Tensor], count: int | None = None) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Fixed(Messenger):
 
 
 def log_joint_terms(air: AIR, images: Tensor, prior: list[float], fixed: Fixed) -> Any:  # noqa: ANN401
-    """log p(x, z) - log q(z) and log q(n) of each image for one count, by Pyro's traces of AIR."""
+    """log p(x, z) - log q(z) and log q(n) for each image and one count, by Pyro's traces."""
     arguments: Any = {"data": images, "z_pres_prior_p": prior.__getitem__}
     guide: Any = poutine.trace(fixed(air.guide)).get_trace(**arguments)
     model: Any = poutine.trace(poutine.replay(air.model, guide)).get_trace(**arguments)
@@ -88,7 +88,7 @@ def test_value_and_gradients_equal_the_sum_over_all_counts(
             torch.testing.assert_close(ours[name], p.grad, msg=name, rtol=1e-7, atol=1e-8)
 
 
-def test_subsampling_scales_like_the_other_estimator() -> None:
+def test_the_loss_is_scaled_to_the_size_of_the_data_set() -> None:
     air = small_air().double()
     one = torch.rand(1, 12, 12, dtype=torch.float64)
     program, noise = MarginalAIR(air), draw_noise(3, 4)
@@ -101,7 +101,7 @@ def test_subsampling_scales_like_the_other_estimator() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 60])
-def test_mean_agrees_with_sampling(steps: int) -> None:
+def test_the_mean_loss_agrees_with_the_loss_with_sampled_z_pres(steps: int) -> None:
     air, images = small_air(), torch.rand(30, 12, 12)
     program = MarginalAIR(air)
     adam = pyro.optim.Adam({"lr": 0.01})
@@ -120,7 +120,7 @@ def test_mean_agrees_with_sampling(steps: int) -> None:
     assert abs(sampled - exact) < 4 * (sampled_se**2 + exact_se**2) ** 0.5
 
 
-def test_the_mean_gradient_agrees_with_the_score_functions() -> None:
+def test_the_mean_gradient_agrees_with_the_score_function() -> None:
     air, images = small_air(num_steps=2), torch.rand(20, 12, 12)
     parameter = air.predict.mlp.seq[-1].bias
 
@@ -140,23 +140,23 @@ def test_the_mean_gradient_agrees_with_the_score_functions() -> None:
 
 
 @pytest.mark.parametrize("logit", [-300.0, 300.0])
-def test_a_guide_as_sure_as_can_be(logit: float) -> None:
+def test_a_guide_that_is_certain_has_finite_gradients(logit: float) -> None:
     air, images = small_air(), torch.rand(4, 12, 12)
     with torch.no_grad():
         air.predict.mlp.seq[-1].bias[0] = logit
     program = MarginalAIR(air)
-    with pyro.validation_enabled():  # which refuses a scale of zero
+    with pyro.validation_enabled():  # Pyro does not accept a scale of zero
         loss = TraceGraph_ELBO().loss_and_grads(program.model, program.guide, images)
     assert torch.tensor(loss).isfinite()
     assert all(p.grad is None or p.grad.isfinite().all() for p in air.parameters())
 
 
-def test_it_needs_masking() -> None:
+def test_an_air_without_masking_is_refused() -> None:
     with pytest.raises(ValueError, match="needs masking"):
         MarginalAIR(small_air(use_masking=False))
 
 
-def test_count_log_probs_by_hand_and_at_the_edges() -> None:
+def test_count_log_probs_are_finite_at_zero_and_one() -> None:
     p = count_log_probs(torch.tensor([0.5, 0.2])).exp()
     torch.testing.assert_close(p, torch.tensor([0.5, 0.4, 0.1]))
     edges = torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]], requires_grad=True)

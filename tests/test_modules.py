@@ -1,4 +1,4 @@
-"""The nets: shapes, ranges, and the LSTM against torch's own."""
+"""The nets: shapes, ranges, and the LSTM cell against torch's."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from modules import MLP, Decoder, Encoder, ImageLSTMCell, Predict
 
 
 @pytest.mark.parametrize("n", [1, 6])
-def test_shapes_and_ranges(n: int) -> None:
+def test_outputs_have_the_right_shapes_and_ranges(n: int) -> None:
     loc, scale = Encoder(49, [8], 5, nn.ReLU)(torch.rand(n, 49))
     assert loc.shape == scale.shape == (n, 5)
     assert (scale > 0).all()
@@ -26,7 +26,7 @@ def test_standard_deviations_stay_above_zero() -> None:
     assert (scale > 0).all()
 
 
-def test_decoder_bias_and_sigmoid() -> None:
+def test_the_decoder_adds_its_bias_before_the_sigmoid() -> None:
     plain = Decoder(4, [], 2, None, False, nn.ReLU)
     biased = Decoder(4, [], 2, -2.0, True, nn.ReLU)
     biased.load_state_dict(plain.state_dict())
@@ -34,7 +34,7 @@ def test_decoder_bias_and_sigmoid() -> None:
     torch.testing.assert_close(biased(z), torch.sigmoid(plain(z) - 2))
 
 
-def test_mlp_layers() -> None:
+def test_an_mlp_has_the_requested_layers() -> None:
     kinds = [type(layer) for layer in MLP(3, [4, 5], nn.Tanh).seq]
     assert kinds == [nn.Linear, nn.Tanh, nn.Linear]
     assert isinstance(MLP(3, [4], nn.Tanh, output_non_linearity=True).seq[-1], nn.Tanh)
@@ -42,7 +42,7 @@ def test_mlp_layers() -> None:
     assert torch.equal(MLP(3, [], nn.Tanh)(x), x)
 
 
-def test_image_lstm_cell_equals_torchs_with_its_gradients() -> None:
+def test_the_image_lstm_cell_equals_torchs_with_its_gradients() -> None:
     ours = ImageLSTMCell(20, 6, 8).double()
     theirs = nn.LSTMCell(26, 8).double()
     theirs.load_state_dict(ours.state_dict())

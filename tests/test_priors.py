@@ -1,6 +1,8 @@
 """The count prior and its annealing."""
 
 import math
+import operator
+from itertools import accumulate
 
 import pytest
 import torch
@@ -11,13 +13,14 @@ from air.priors import (
     continue_probs_from_counts,
     count_log_probs,
     count_probs,
+    count_probs_from_continue,
     geometric_count_prior,
 )
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7])
 @pytest.mark.parametrize("ratio", [1.0, 0.5, 0.01, 1e-9])
-def test_counts_are_geometric(num_steps: int, ratio: float) -> None:
+def test_the_counts_are_geometric(num_steps: int, ratio: float) -> None:
     continue_probs = geometric_count_prior(ratio, num_steps)
     assert len(continue_probs) == num_steps
     p, reached = [], 1.0
@@ -32,7 +35,7 @@ def test_counts_are_geometric(num_steps: int, ratio: float) -> None:
 
 
 @pytest.mark.parametrize("k", [0.01, 0.5, 1.0])
-def test_equal_to_pyros_formula_at_three_steps(k: float) -> None:
+def test_three_steps_equal_pyros_formula(k: float) -> None:
     u = 1 / (1 + k + k**2 + k**3)
     p0 = 1 - u
     p1 = 1 - k * u / p0
@@ -46,7 +49,7 @@ def test_a_ratio_out_of_range_is_refused(ratio: float) -> None:
         geometric_count_prior(ratio, 3)
 
 
-def test_annealing_at_begin_middle_end_and_after() -> None:
+def test_annealing_is_exact_at_begin_middle_end_and_after() -> None:
     assert [anneal(0.8, 0.2, 10, 20, "lin", t) for t in (0, 10, 20, 30, 99)] == pytest.approx(
         [0.8, 0.8, 0.5, 0.2, 0.2]
     )
@@ -64,7 +67,7 @@ def test_annealing_equals_pyros_formulas() -> None:
         assert anneal(0.9, 1e-4, 5, 30, "exp", t) == pytest.approx(exp)
 
 
-def test_the_annealed_prior_is_one_tensor() -> None:
+def test_the_annealed_prior_keeps_one_tensor() -> None:
     prior = AnnealedPresencePrior([0.5, 0.25], "lin", 0.0, 0, 100)
     tensor = prior.probs
     prior.set_step(50)
@@ -73,7 +76,7 @@ def test_the_annealed_prior_is_one_tensor() -> None:
     assert float(prior(1)) == 0.125
 
 
-def test_presence_of_any_count_prior() -> None:
+def test_counts_and_continue_probabilities_are_inverse() -> None:
     for probs in ([0.5, 0.3, 0.2], [1.0, 1.0, 1.0, 1.0], [2.0, 1e-6, 3.0]):
         continue_probs = continue_probs_from_counts(probs)
         found = count_log_probs(torch.tensor(continue_probs, dtype=torch.float64)).exp()
@@ -89,3 +92,18 @@ def test_presence_of_any_count_prior() -> None:
     for wrong in ([], [1.0], [0.5, 0.0], [0.5, -1.0], [0.5, math.inf], [0.5, math.nan]):
         with pytest.raises(ValueError, match="the probabilities of the counts must be above zero"):
             continue_probs_from_counts(wrong)
+
+
+def test_probabilities_of_counts_equal_the_same_products_in_plain_python() -> None:
+    for presence in ([], [0.3], [1.0, 0.0], [1e-4] * 3, torch.rand(40).double().tolist()):
+        at_least = accumulate(presence, operator.mul, initial=1.0)
+        stop = [*(1 - q for q in presence), 1.0]
+        expected = [max(p * s, 1e-30) for p, s in zip(at_least, stop, strict=True)]
+        assert count_probs(presence) == expected, "to the last bit"
+
+
+def test_the_product_form_agrees_with_the_log_form() -> None:
+    continue_probs = torch.rand(5, 4, 3)
+    found = count_probs_from_continue(continue_probs)
+    assert found.shape == (5, 4, 4)
+    torch.testing.assert_close(found, count_log_probs(continue_probs).exp())

@@ -1,4 +1,4 @@
-"""The geometry, against torch's grid_sample and against pictures one can check by eye."""
+"""The geometry, against torch's grid_sample and pictures that can be checked by eye."""
 
 import pytest
 import torch
@@ -52,13 +52,13 @@ def test_image_to_window_equals_grid_sample_with_its_gradients() -> None:
     torch.testing.assert_close(a, b)
 
 
-def test_flat_and_square_windows_are_the_same() -> None:
+def test_flat_and_square_windows_give_the_same_image() -> None:
     z, windows = some_z_where(3), torch.rand(3, WINDOW, WINDOW, dtype=torch.float64)
     flat = window_to_image(z, WINDOW, IMAGE, windows.flatten(1))
     torch.testing.assert_close(flat, window_to_image(z, WINDOW, IMAGE, windows))
 
 
-def test_identity() -> None:
+def test_scale_one_without_shift_is_the_identity() -> None:
     z = torch.tensor([[1.0, 0.0, 0.0]])
     picture = torch.rand(1, IMAGE, IMAGE)
     torch.testing.assert_close(window_to_image(z, IMAGE, IMAGE, picture), picture)
@@ -86,7 +86,7 @@ def test_window_to_image_and_back_returns_a_smooth_window() -> None:
     window = torch.exp(-(ramp**2) - (ramp[:, None] - 0.5) ** 2)[None]
     z = torch.tensor([[2.0, 0.3, -0.4]])
     back = image_to_window(z, 28, 100, window_to_image(z, 28, 100, window)).view(28, 28)
-    # the border, where the zeros outside are blended in, is left out
+    # without the border, where zeros from outside are blended in
     torch.testing.assert_close(back[1:-1, 1:-1], window[0, 1:-1, 1:-1], atol=0.01, rtol=0)
 
 
@@ -102,18 +102,18 @@ def test_boxes_enclose_what_is_painted() -> None:
         reach = (x1 - x0) / WINDOW / 2
         near_x = (centres > x0 - reach) & (centres < x1 + reach)
         near_y = (centres > y0 - reach) & (centres < y1 + reach)
-        assert (image[inside] >= 0.2499).all()  # a half in each direction at the very corner
+        assert (image[inside] >= 0.2499).all()  # at a corner, a half in each direction
         assert (image[~(near_y[:, None] & near_x)] == 0).all()
 
 
-def test_boxes_of_a_centred_third() -> None:
+def test_boxes_equal_a_computation_by_hand() -> None:
     boxes = window_boxes(torch.tensor([[[3.0, 0.0, 0.0], [3.0, 2.0, -2.0]]]), 30)
     torch.testing.assert_close(
         boxes, torch.tensor([[[10.0, 10.0, 20.0, 20.0], [0.0, 20.0, 10.0, 30.0]]])
     )
 
 
-def test_positive_scale_is_positive_smooth_and_else_the_identity() -> None:
+def test_positive_scale_is_positive_smooth_and_the_identity_above_its_minimum() -> None:
     scale = torch.linspace(-5, 5, 10_001, dtype=torch.float64, requires_grad=True)
     mapped = positive_scale(scale)
     (slope,) = torch.autograd.grad(mapped.sum(), scale)
@@ -125,7 +125,7 @@ def test_positive_scale_is_positive_smooth_and_else_the_identity() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.0, 1e-30, -1e-6, MIN_SCALE, -3.0, -1e6, 1e6, 1e15])
-def test_no_scale_gives_nan_or_infinity(scale: float) -> None:
+def test_every_scale_gives_finite_outputs_and_gradients(scale: float) -> None:
     z = torch.tensor([[scale, 0.5, -2.0]], requires_grad=True)
     picture = torch.rand(1, IMAGE, IMAGE)
     outputs = [
@@ -139,7 +139,7 @@ def test_no_scale_gives_nan_or_infinity(scale: float) -> None:
         assert gradient.isfinite().all()
 
 
-def test_wrong_sizes_are_named() -> None:
+def test_wrong_sizes_are_refused() -> None:
     z = torch.tensor([[3.0, 0.0, 0.0]])
     with pytest.raises(ValueError, match=r"windows must be \[1, 7, 7\].*got \[1, 48\]"):
         window_to_image(z, 7, 20, torch.rand(1, 48))

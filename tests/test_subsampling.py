@@ -1,4 +1,4 @@
-"""Batches: every image as often as every other, and sums over them right on average."""
+"""Batches contain every image equally often, and scaled sums over batches are unbiased."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("size", "n"), [(1, 1), (10, 10), (10, 3), (7, 5), (1000, 64)])
-def test_every_index_comes_equally_often(size: int, n: int) -> None:
+def test_every_index_is_drawn_equally_often(size: int, n: int) -> None:
     draws = 4000
     counts = torch.zeros(size)
     for _ in range(draws):
@@ -33,11 +33,11 @@ def test_indices_rise_within_the_range(size: int, n: int) -> None:
         assert (indices.diff() >= (size % n == 0)).all()  # all different where n divides the size
 
 
-def test_all_of_them_are_each_of_them_once() -> None:
+def test_a_batch_of_all_indices_has_each_index_once() -> None:
     assert draw_indices(9, 9, CPU).tolist() == list(range(9))
 
 
-def test_a_scaled_sum_is_right_on_average() -> None:
+def test_a_scaled_sum_is_unbiased() -> None:
     values = torch.arange(7.0) ** 2
     sums = torch.stack([values[draw_indices(7, 3, CPU)].sum() * 7 / 3 for _ in range(20_000)])
     error = (sums.mean() - values.sum()).item()

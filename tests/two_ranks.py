@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 tests/two_ranks.py FOLDER
 """
 
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import product
@@ -21,10 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, this is n
 from air import AIR
 from air.evaluation.metrics import HeldOut
 from air.marginal import MarginalAIR
-from air.training import trainer as training
+from air.training import trainer as trainer_module
 from air.training.compiled_svi import CompiledSVI
-from air.training.distributed import TorchrunRanks
-from air.training.ranks import Config, Ranks
+from air.training.parallel import ProcessGroup, process_group
 from air.training.settings import TrainingSettings
 from air.training.svi import SVI, make_optimizer
 from air.training.trainer import Trainer
@@ -67,26 +67,26 @@ def data(size: int) -> tuple[Tensor, dict[str, Tensor]]:
     return torch.rand(size, 12, 12, generator=drawn), noise
 
 
-def one_step(estimator: str, captured: bool, ranks: Ranks) -> dict[str, Tensor]:
+def one_step(estimator: str, captured: bool, group: ProcessGroup) -> dict[str, Tensor]:
     """The gradients and the rest of a step on the part of 8 images that is this rank's."""
     images, noise = data(8)
     air = small_air()
     program: Any = MarginalAIR(air) if estimator == "marginal" else air
-    guide = GivenNoise({name: ranks.part(values) for name, values in noise.items()})(program.guide)
+    guide = GivenNoise({name: group.shard(values) for name, values in noise.items()})(program.guide)
     kind: Any = partial(CompiledSVI, compiler=lambda graph: graph) if captured else SVI
     optimizer = make_optimizer(air, 1e-3, 1e-2, clip_grad_norm=50.0)
-    svi = kind(program.model, guide, optimizer, TraceGraph_ELBO(), all_reduce=ranks.all_reduce)
-    part = ranks.part(images)
+    svi = kind(program.model, guide, optimizer, TraceGraph_ELBO(), all_reduce=group.all_reduce)
+    part = group.shard(images)
     loss = svi.step_async(part, num_images=3 * len(part))  # as if drawn from three times as many
     gradients = {name: p.grad for name, p in air.named_parameters() if p.grad is not None}
-    others = {"loss": loss, "number": torch.as_tensor(svi.number), "norm": svi.grad_norm}
+    others = {"loss": loss, "number": torch.as_tensor(svi.num_images), "norm": svi.grad_norm}
     return {**gradients, **others, **air.state_dict(prefix="after ")}
 
 
-def make_trainer(num_steps: int, ranks: Ranks, **settings: Any) -> Trainer:  # noqa: ANN401
+def make_trainer(num_steps: int, group: ProcessGroup, **settings: Any) -> Trainer:  # noqa: ANN401
     given = TrainingSettings(num_steps=num_steps, batch_size=4, eval_every=0, **settings)
     images = data(25)[0]
-    return Trainer(small_air(), ranks.part(images), HeldOut(images[:3]), given, ranks)
+    return Trainer(small_air(), group.shard(images), HeldOut(images[:3]), given, group)
 
 
 def train(trainer: Trainer) -> Iterator[float]:
@@ -95,41 +95,32 @@ def train(trainer: Trainer) -> Iterator[float]:
         yield from [event.elbo] if hasattr(event, "elbo") else []
 
 
-def refuse(config: Config, ranks: Ranks) -> tuple[Trainer, str]:
-    raise ValueError(f"no scenes on rank {ranks.rank}, whose device is {config['device']}")
-
-
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     pyro.enable_validation(False)  # a captured step has no values to look at
-    training.LEARN_PRIOR_EVERY = 10  # type: ignore[misc]
-    with TorchrunRanks() as ranks:
-        found: dict[str, Any] = {str(case): one_step(*case, ranks) for case in CASES}
+    trainer_module.LEARN_PRIOR_EVERY = 10
+    with process_group() as group:
+        found: dict[str, Any] = {str(case): one_step(*case, group) for case in CASES}
         for estimator in ("marginal", "score"):
-            trainer = make_trainer(STEPS, ranks, estimator=estimator, learn_count_prior_from=20)
+            trainer = make_trainer(STEPS, group, estimator=estimator, learn_count_prior_from=20)
             found[f"elbos {estimator}"] = list(train(trainer))
             found[f"weights {estimator}"] = trainer.air.state_dict()
             found[f"prior {estimator}"] = trainer.learnt_prior
-        whole, first, second = (make_trainer(n, ranks) for n in (10, 5, 10))
+        whole, first, second = (make_trainer(n, group) for n in (10, 5, 10))
         list(train(whole))
         list(train(first))
-        saved = ranks.gather(first.state_dict())[0]  # rank 0 alone writes
-        if ranks.rank == 0:  # as main.py does, and tells the others
-            second.load_state_dict(saved)
-        second.load_state_dict(ranks.gather(second.state_dict())[0])
+        saved = group.all_gather(first.state_dict())[0]  # the checkpoint that rank 0 writes
+        second.load_state_dict(saved)  # and all ranks read
         list(train(second))
         found |= {"whole": whole.air.state_dict(), "second": second.air.state_dict()}
         found |= {"state": saved, "drawn": torch.rand(4)}
-        torch.save(found, folder / f"{ranks.rank}.pt")
-        if ranks.rank == 0:
-            ranks.others_wait()
-            try:
-                ranks.lead({"device": "cpu"}, "", {})
-            except ValueError as error:
-                (folder / "problem.txt").write_text(str(error))
-        else:
-            ranks.follow(refuse)
+        with group.main_first():
+            if group.is_main:
+                time.sleep(0.2)
+            found["ran first"] = time.monotonic()
+        found["gathered"] = group.all_gather({"rank": group.rank})
+        torch.save(found, folder / f"{group.rank}.pt")
 
 
 if __name__ == "__main__":

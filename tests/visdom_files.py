@@ -1,8 +1,8 @@
-"""Gives visdom's server the scripts and fonts of its page, out of npm packages.
+"""Installs the scripts and fonts of visdom's page from npm packages.
 
-At its first start the server fetches them from several CDNs. Here its own list of them is followed
-with the npm registry in their place, for machines that reach no other. MathJax and d3, which our
-panes do without, are left empty. Run it as a program, with npm at hand.
+visdom's server downloads these files from several CDNs when it first starts. This program downloads
+the same list from the npm registry instead, for machines without access to the CDNs. The files of
+MathJax and d3 stay empty: no pane needs them. The program needs npm.
 """
 
 import functools
@@ -30,7 +30,7 @@ def package(name: str) -> bytes:
 
 
 def from_npm(url: str) -> bytes:
-    """What that address of a CDN would send."""
+    """The file at an address of a CDN, from its npm package; empty for a file no pane needs."""
     if plotly := re.search(r"/plotly-([\d.]+)\.min\.js", url):
         name, path = f"plotly.js-dist-min@{plotly[1]}", "plotly.min.js"
     elif found := re.fullmatch(r"https://unpkg.com/([\w.-]+@[\d.]+)/?([^#?]*).*", url):
@@ -44,7 +44,7 @@ def from_npm(url: str) -> bytes:
 
 
 class Opener(urllib.request.OpenerDirector):
-    """Opens addresses as `from_npm` does."""
+    """Opens addresses with `from_npm`."""
 
     def open(self, request: urllib.request.Request, *_: object) -> io.BytesIO:  # type: ignore[override]
         return io.BytesIO(from_npm(request.full_url))

@@ -1,178 +1,116 @@
-"""The configuration of a run: the value of every flag, by name.
+"""The configuration of a run: the value of every flag by key, from all its sources."""
 
-Defaults stand where they are used, in the signature of `AIR` and in `TrainingSettings`, and are
-read from there.
-"""
-
-import inspect
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
+from air.cli.flags import DEFAULTS, SETTINGS, Config, settings_named_by_flag
+from air.cli.presets import PRESETS
+from air.model_settings import ModelSettings
+from air.settings import from_config, settings_of
+from air.storage.checkpoint import CheckpointError
+from multi_mnist import SceneSettings
 
-from air.air import AIR
-from air.training.settings import TrainingSettings
+COMPILE_MIN_STEPS = 5000  # some 2,500 steps save the time that compiling takes (tests/benchmarks)
 
-_RENAMED = {
-    "num_steps": "model_steps", "z_what_size": "encoder_latent_size", "guide_input": "guide"
-}  # fmt: skip
-_SIGNATURE = inspect.signature(AIR).parameters
-
-# AIR's arguments and the flags they come from; size and channels of the images come from the data.
-AIR_ARGUMENTS = {
-    name: _RENAMED.get(name, name)
-    for name in _SIGNATURE
-    if name not in ("x_size", "channels", "use_cuda")
-}
-DEFAULTS: dict[str, Any] = {
-    **{flag: _SIGNATURE[name].default for name, flag in AIR_ARGUMENTS.items()},
-    **asdict(TrainingSettings()),
-    **dict.fromkeys(("load", "save", "output_dir", "resume", "data")),
-    "preset": None,
-    "device": "auto",
-    "threads": 1,  # more gain little on these small nets, and lose much on a busy machine
-    "viz": False,
-    "viz_every": None,
-    "viz_log": None,
-    "visdom_env": None,
-    "visdom_server": "http://localhost",
-    "visdom_port": 8097,
-    "restarts": 0,
-    "evaluate": False,
-    "iwae_samples": 100,
-    "iwae_scenes": 2000,
-    "verbose": False,
-}
-# Scenes of a kind, and what suits them; each value stands for a flag that is not given.
-_SMALL_OBJECTS = {
-    "x_size": 64, "sides": [9, 18], "num_scenes": 30_000, "num_test_scenes": 5000,
-    # Windows begin larger than the objects, all over the scene and nearly black, and the prior
-    # wants all of them at first: else few meet an object, and they are given up before they help.
-    "window_size": 18, "scale_prior_mean": 3.0, "scale_prior_sd": 1.0, "pos_prior_sd": 1.5,
-    "decoder_output_bias": -3.0, "z_pres_prior": 0.99, "z_pres_prior_raw": True,
-    "anneal_prior": "exp", "anneal_prior_to": 1e-4, "anneal_prior_duration": 1500,
-    # What has been found is out of sight, so that every further object is found as the first was.
-    "guide": "difference", "clip_grad_norm": 100.0,
-}  # fmt: skip
-PRESETS: dict[str, dict[str, Any]] = {
-    # With the annealed prior the smallest are overlooked, with a learnt one blank windows between
-    # two digits come up, until the rate has fallen.
-    "small-digits": {
-        **_SMALL_OBJECTS, "recipe": "air", "binary": True, "learn_count_prior_from": 3000,
-        "lr_schedule": "cosine",
-    },
-    # Three bright channels explain so much that with the usual likelihood_sd AIR would rather use
-    # several windows for one object. The 12,288 pixels make the embedding a matter of speed.
-    "dsprites": {
-        **_SMALL_OBJECTS, "recipe": "dsprites", "rotation": 180.0, "likelihood_sd": 0.5,
-        "embed_net": [200],
-    },
-}  # fmt: skip
-COMPILE_MIN_STEPS = 5000  # steps; some 2,500 save the time that compiling takes (tests/benchmarks)
-# What may be given anew when a run goes on: it does not change what the run learns.
-RESUMABLE = {
+# A resumed run may change these: they do not change what it learns.
+_MAY_CHANGE_ON_RESUME = {
     "num_steps", "progress_every", "eval_every", "eval_scenes", "save_every", "save", "restarts",
     "alarm_after", "evaluate", "iwae_samples", "iwae_scenes", "device", "threads", "viz",
     "viz_every", "viz_log", "visdom_env", "visdom_server", "visdom_port", "verbose", "resume",
     "data", "mnist_dir", "cache_dir",
 }  # fmt: skip
-# What is asked anew, or not at all: files to write and servers to reach, which no file may name.
-_OF_THE_PROCESS = {
+# Files to write and servers to reach: no file may name them.
+_NEVER_FROM_FILE = {
     "save", "output_dir", "cache_dir", "viz", "viz_log", "visdom_env", "visdom_server",
     "visdom_port",
 }  # fmt: skip
-# What a model is, beside its weights: a checkpoint of it brings these along.
-_OF_THE_MODEL = {*AIR_ARGUMENTS.values(), "z_pres_prior", "z_pres_prior_raw", "count_prior"}
-# Where one of these flags is given, the others are not to come from a model or a preset.
-_INSTEAD_OF = {
+# A model that is loaded brings these along: its nets, likelihood and priors.
+_IMAGE_SIZE = {"x_size", "channels"}
+_SAVED_WITH_MODEL = {spec.key for spec in settings_of(ModelSettings)} - _IMAGE_SIZE | {
+    "z_pres_prior", "z_pres_prior_raw", "count_prior"
+}  # fmt: skip
+# A flag on the left makes those on the right, of a model or a preset, void.
+_CONFLICTS = {
     ("z_pres_prior", "count_prior", "model_steps"): ("count_prior",),
     ("z_pres_prior",): ("z_pres_prior_raw",),
     ("scale_mean", "scale_sd"): ("sides",),
 }
+SCENE_KEYS = [spec.key for spec in settings_of(SceneSettings)]
 
 
-def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of flags as JSON has them, for config.json and the checkpoint."""
-    paths = {name: str(value) for name, value in config.items() if isinstance(value, Path)}
-    lists = {name: list(value) for name, value in config.items() if isinstance(value, tuple)}
-    return {**config, **paths, **lists}
+def to_json_types(config: Mapping[str, Any]) -> Config:
+    """The configuration as JSON has it, with lists for tuples."""
+    lists = {key: list(value) for key, value in config.items() if isinstance(value, tuple)}
+    return {**config, **lists}
 
 
-def merge_resumed(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a run that goes on: the saved one, with what is given anew.
-
-    Raises:
-        ValueError: If a flag is given that would make it another run.
-    """
-    for name, value in given.items():
-        if value != saved.get(name) and (name not in RESUMABLE or _changes_rates(name, saved)):
-            raise ValueError(
-                f"--resume keeps the settings of the run, where {name} is {saved.get(name)}, "
-                f"got {value}; leave that flag out, or begin a new run"
-            )
-    mine = {name: value for name, value in saved.items() if name not in _OF_THE_PROCESS}
-    return {**DEFAULTS, **mine, **given}
-
-
-def _changes_rates(name: str, saved: Mapping[str, Any]) -> bool:
-    """Whether the number of steps decides the learning rates of the steps already taken."""
-    return name == "num_steps" and saved.get("lr_schedule") == "cosine"
-
-
-def merge_new(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a new run, but for the defaults.
-
-    What is given goes before the nets, prior and likelihood of a model that is loaded, and these
-    before the preset.
+def resolve_config(
+    cli_args: Mapping[str, Any],
+    run: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> Config:
+    """Precedence: command line > resumed run > loaded model > preset > defaults.
 
     Args:
-        saved: The configuration in a checkpoint, empty for a file of weights alone or none.
-        given: The flags given.
+        cli_args: The flags on the command line.
+        run: The configuration of the run to resume, if there is one.
+        model: The configuration that came with the weights to load, if there is one.
+
+    Raises:
+        ValueError: If a flag would turn the resumed run into another run.
     """
-    preset = PRESETS.get(given.get("preset") or "", {})
-    loaded = {name: saved[name] for name in _OF_THE_MODEL if name in saved}
-    below = {**preset, **loaded}
-    for names, replaced in _INSTEAD_OF.items():
-        if not given.keys().isdisjoint(names):
-            below = {name: value for name, value in below.items() if name not in replaced}
-    return {**below, **given}
-
-
-def is_compiled(config: Mapping[str, Any]) -> bool:
-    """Whether to compile the step: as asked for, or where the run is long enough to gain by it."""
+    preset = PRESETS.get(cli_args.get("preset") or "", {})
+    of_model = {key: value for key, value in (model or {}).items() if key in _SAVED_WITH_MODEL}
+    of_run = {key: value for key, value in (run or {}).items() if key not in _NEVER_FROM_FILE}
+    if run is not None:
+        _check_unchanged(cli_args, run)
+    below = {**preset, **of_model}
+    for keys, void in _CONFLICTS.items():
+        if not cli_args.keys().isdisjoint(keys):
+            below = {key: value for key, value in below.items() if key not in void}
+    config = {**DEFAULTS, **below, **of_run, **cli_args}
     if config["compile"] is None:
-        return bool(config["num_steps"] >= COMPILE_MIN_STEPS and not config["jit"])
-    return bool(config["compile"])
+        config["compile"] = config["num_steps"] >= COMPILE_MIN_STEPS and not config["jit"]
+    return to_json_types(config)
 
 
-def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device of that name; "auto" is CUDA if it is there.
+def _check_unchanged(cli_args: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    # A cosine schedule decided the rates of the steps taken by the number of all steps.
+    fixed = {"num_steps"} if run.get("lr_schedule") == "cosine" else set()
+    for key, value in cli_args.items():
+        if value != run.get(key, DEFAULTS.get(key)) and (
+            key not in _MAY_CHANGE_ON_RESUME or key in fixed
+        ):
+            raise ValueError(
+                f"--resume keeps the settings of the run, where {key} is {run.get(key)}, got "
+                f"{value}; leave this flag out, or begin a new run"
+            )
 
-    Args:
-        name: A device.
-        local_rank: Of several processes on this machine each takes the GPU of its number, which
-            becomes its current one.
+
+def check_config(config: Mapping[str, Any], source: Path) -> None:
+    """Checks a configuration that came from a file.
 
     Raises:
-        ValueError: If there is no such device on this machine.
+        CheckpointError: If a setting cannot have its value.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if local_rank is not None and name.startswith("cuda"):
-        if name != "cuda":
-            raise ValueError(f"--device: each process takes a GPU of its own; use cuda, not {name}")
-        name = f"cuda:{local_rank}"
-    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
-        wanted = "expected auto, cpu, cuda, cuda:1, ... or mps"
-        raise ValueError(f"--device: cannot use {name!r}: {wanted}")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-        if local_rank is not None and device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--device: cannot use {name!r} on this machine: {reason}") from error
-    return device
+    # With --data no scenes were made, and x_size is the size of the data.
+    skipped = SceneSettings if config.get("data") else None
+    for cls in SETTINGS.values():
+        if cls is skipped:
+            continue
+        try:
+            with settings_named_by_flag(cls):
+                from_config(cls, config)
+        except ValueError as error:
+            raise CheckpointError(f"{source}: {error}") from error
+
+
+def with_image_size(config: Mapping[str, Any], x_size: int, channels: int) -> Config:
+    """The configuration with the size of the images of the run.
+
+    With --data it leaves out the settings of scenes, none of which were made.
+    """
+    made_up = SCENE_KEYS if config["data"] else []
+    kept = {key: value for key, value in config.items() if key not in made_up}
+    return {**kept, "x_size": x_size, "channels": channels}

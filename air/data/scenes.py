@@ -1,5 +1,6 @@
-"""Scenes as arrays and as .npz files. No pickle is ever read or written."""
+"""Scenes as arrays and as .npz files. Pickle is never read or written."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -7,24 +8,39 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 
-from air.data.digits import Array, DataError, sha256
+from air.data.arrays import Array, DataError, sha256
 
-# Of each array its type, and a letter for each axis: axes of one letter are of one length.
-FORM = dict(x="uint8 NCHH", counts="i8 N", overlaps="i8 N", labels="i8 NM", boxes="f4 NM4")
+MAX_HELD_OUT = 10_000  # scenes, where a file does not name any
+
+
+class ArraySpec(NamedTuple):
+    """Type and axes of an array. All axes of one name in one split have the same length."""
+
+    dtype: str
+    axes: tuple[str | int, ...]
+
+
+ARRAY_SPECS = {
+    "x": ArraySpec("uint8", ("N", "C", "H", "H")),
+    "counts": ArraySpec("int64", ("N",)),
+    "overlaps": ArraySpec("int64", ("N",)),
+    "labels": ArraySpec("int64", ("N", "M")),
+    "boxes": ArraySpec("float32", ("N", "M", 4)),
+}
 
 
 class Scenes(NamedTuple):
-    """N scenes, H pixels a side, M objects at most; a box is tight around an object's pixels."""
+    """N scenes of H x H pixels in C channels, with at most M objects in a scene."""
 
-    x: Array  # uint8 [N, H, H] or, with several channels, [N, C, H, H]
+    x: Array  # uint8 [N, H, H], or [N, C, H, H] with several channels
     counts: Array | None  # int64 [N]
-    overlaps: Array | None  # int64 [N], pixels that an object shares with one put there before
+    overlaps: Array | None  # int64 [N], number of pixels where an object meets an earlier one
     labels: Array | None  # int64 [N, M], -1 beyond the count
-    boxes: Array | None  # float32 [N, M, (x0, y0, x1, y1)], x1, y1 exclusive, NaN beyond the count
+    boxes: Array | None  # float32 [N, M, (x0, y0, x1, y1)] tight, x1 and y1 exclusive; else NaN
 
 
 class SceneSplits(NamedTuple):
-    """Scenes to train on, held-out scenes, and the SHA-256 of all their arrays."""
+    """Training scenes, held-out scenes, and the SHA-256 of their arrays."""
 
     train: Scenes
     test: Scenes
@@ -32,7 +48,7 @@ class SceneSplits(NamedTuple):
 
 
 def write_scenes(path: Path, train: Scenes, test: Scenes) -> None:
-    """Writes an .npz that is whole as soon as it has its name.
+    """Writes an .npz file that appears under its name only when it is complete.
 
     Raises:
         DataError: If it cannot be written.
@@ -41,80 +57,97 @@ def write_scenes(path: Path, train: Scenes, test: Scenes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".scenes-", dir=path.parent) as folder:
-            whole = Path(folder, "scenes.npz")
-            with ZipFile(whole, "w", ZIP_DEFLATED, compresslevel=1) as archive:
+            complete = Path(folder, "scenes.npz")
+            with ZipFile(complete, "w", ZIP_DEFLATED, compresslevel=1) as archive:
                 for name, array in arrays.items():
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                         np.save(file, array, allow_pickle=False)
-            whole.replace(path)
+            complete.replace(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error}); name another place") from error
 
 
 def load_file(path: Path, *, hold_out_all: bool = False) -> SceneSplits:
-    """Loads x and, if there, counts, ..., test_x, ... (else a tenth or all of x) of an .npz.
+    """Loads scenes from an .npz file.
+
+    Args:
+        path: A file with the array x and, optionally, counts, overlaps, labels, boxes, and the same
+            arrays of held-out scenes: test_x, test_counts, ...
+        hold_out_all: If there is no test_x, hold out all scenes instead of the last tenth.
 
     Raises:
-        DataError: If it holds no scenes; the message is one line for the user.
+        DataError: If the file has no scenes; the message is one line for the user.
     """
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            train = read_split(archive, "", {"4": 4})
-            channels = train.x.shape[1] if train.x.ndim == 4 else 1
-            sizes = {"4": 4, "C": channels, "H": train.x.shape[-1]}
-            test = read_split(archive, "test_", sizes) if "test_x" in archive else None
-        if test is None:
-            held = number_held_out(len(train.x), hold_out_all)
-            test = Scenes._make(a if a is None else a[-held:] for a in train)
-            train = Scenes._make(a if a is None else a[:-held] for a in train)
-    except Exception as error:  # foreign bytes make zipfile and NumPy raise anything
-        raise DataError(f"{path}: expected scenes, got {error}; if cached, delete it") from error
+            train = read_split(archive, "")
+            if "test_x" in archive:
+                channels = 1 if train.x.ndim == 3 else train.x.shape[1]
+                test = read_split(archive, "test_", {"C": channels, "H": train.x.shape[-1]})
+            else:
+                first = first_held_out(len(train.x), hold_out_all)
+                test = _rows(train, slice(first, None))
+                train = _rows(train, slice(first))
+    except Exception as error:  # zipfile and NumPy raise errors of many types for foreign bytes
+        raise DataError(f"{path}: no scenes: {error}; if cached, delete the file") from error
     return SceneSplits(train, test, sha256([*train, *test]))
 
 
-def read_images(path: Path, side: int, channels: int) -> Array:
-    """The array x of an .npz, uint8 [N, H, H] or, with several channels, [N, C, H, H].
+def first_held_out(num_scenes: int, hold_out_all: bool) -> int:
+    """Index of the first held-out scene where a file does not name any: all, or the last tenth."""
+    if hold_out_all:
+        return 0
+    return num_scenes - min(max(num_scenes // 10, 1), MAX_HELD_OUT)
+
+
+def read_split(
+    archive: Mapping[str, Array], prefix: str, sizes: Mapping[str, int] | None = None
+) -> Scenes:
+    """Reads the arrays of one split and checks them against `ARRAY_SPECS`.
+
+    Args:
+        archive: Arrays by name.
+        prefix: "" for training scenes, "test_" for held-out scenes.
+        sizes: Lengths of axes that are known already.
 
     Raises:
-        DataError: If it has none of that side and with so many channels.
+        KeyError: If there is no x.
+        ValueError: If one of the arrays has another type or shape.
     """
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            x = archive["x"]
-    except Exception as error:  # foreign bytes make zipfile and NumPy raise anything
-        raise DataError(f"{path}: expected images x, got {error}") from error
-    form = (side, side) if channels == 1 else (channels, side, side)
-    if channels == 1 and x.ndim == 4 and x.shape[1] == 1:
-        x = x[:, 0]
-    if x.dtype != np.uint8 or x.shape[1:] != form or not len(x):
-        raise DataError(f"{path}: expected x uint8 (N, {str(form)[1:]}, got {x.dtype} {x.shape}")
-    return x
-
-
-def number_held_out(scenes: int, hold_out_all: bool) -> int:
-    """How many, from the end on, of scenes of which none are said to be; 0 is -0: all."""
-    return 0 if hold_out_all else min(max(scenes // 10, 1), 10_000)
-
-
-def read_split(archive: Any, prefix: str, sizes: dict[str, int]) -> Scenes:  # noqa: ANN401
-    """The arrays of this prefix, checked against `FORM` and the sizes of axes known already.
-
-    Raises:
-        ValueError: If one of them is of another form.
-    """
-    found: dict[str, Any] = dict.fromkeys(FORM)
-    for name, form in FORM.items():
+    known = dict(sizes or {})
+    arrays: dict[str, Any] = dict.fromkeys(ARRAY_SPECS)
+    for name, spec in ARRAY_SPECS.items():
         if name == "x" or prefix + name in archive:
-            a, (kind, axes) = archive[prefix + name], form.split()
-            told = f"{prefix}{name} {a.dtype} {a.shape}, not {kind} {axes}, N > 1"
-            if name == "x" and a.ndim == 3:  # NHH is one channel
-                a = a[:, None]
-            fits = a.ndim == len(axes) and len(a) > 1 and (name != "counts" or a.min() >= 0)
-            fits = fits and (name != "x" or a.size > 0)
-            fits = fits and np.can_cast(a.dtype, kind, "no" if name == "x" else "same_kind")
-            if not fits or [*map(sizes.setdefault, axes, a.shape)] != [*a.shape]:
-                raise ValueError(told)
-            found[name] = a.astype(kind, copy=False)
-    if found["x"].shape[1] == 1:
-        found["x"] = found["x"][:, 0]
-    return Scenes(**found)
+            array = archive[prefix + name]
+            _check_array(prefix + name, array, spec, known)
+            arrays[name] = array.astype(spec.dtype, copy=False)
+    x = arrays["x"]
+    if x.ndim == 4 and x.shape[1] == 1:
+        arrays["x"] = x[:, 0]
+    return Scenes(**arrays)
+
+
+def _check_array(name: str, array: Array, spec: ArraySpec, sizes: dict[str, int]) -> None:
+    """Checks an array against its specification; adds lengths of new axes to `sizes`."""
+    is_image = spec is ARRAY_SPECS["x"]
+    shape = array.shape
+    if is_image and len(shape) == 3:  # [N, H, H] has one channel
+        shape = (shape[0], 1, *shape[1:])
+    lengths = ", ".join(str(sizes.get(str(axis), axis)) for axis in spec.axes)
+    expected = f"expected {name} {spec.dtype} [{lengths}], N > 1"
+    got = f"got {array.dtype} {array.shape}"
+    if len(shape) != len(spec.axes) or shape[0] < 2 or (is_image and 0 in shape):
+        raise ValueError(f"{expected}, {got}")
+    for axis, length in zip(spec.axes, shape, strict=True):
+        wanted = axis if isinstance(axis, int) else sizes.setdefault(axis, length)
+        if length != wanted:
+            raise ValueError(f"{expected}, {got}")
+    if not np.can_cast(array.dtype, spec.dtype, "no" if is_image else "same_kind"):
+        raise ValueError(f"{expected}, {got}")
+    if spec is ARRAY_SPECS["counts"] and array.min() < 0:
+        raise ValueError(f"expected {name} of at least 0, got {array.min()}")
+
+
+def _rows(scenes: Scenes, rows: slice) -> Scenes:
+    """Some of the scenes."""
+    return Scenes._make(None if array is None else array[rows] for array in scenes)

@@ -1,5 +1,6 @@
 """How good a model is: count accuracy, ELBO, boxes, signs of collapse."""
 
+from air.evaluation.elbo import importance_weighted_bound, sample_elbo
 from air.evaluation.metrics import Evaluation, HeldOut, evaluate
 
-__all__ = ["Evaluation", "HeldOut", "evaluate"]
+__all__ = ["Evaluation", "HeldOut", "evaluate", "importance_weighted_bound", "sample_elbo"]

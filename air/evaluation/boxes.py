@@ -1,4 +1,4 @@
-"""How well inferred boxes cover the true ones: matched IoU, F1 and average precision.
+"""Scores of inferred boxes against true boxes: matched IoU, F1 and average precision.
 
 Boxes are (x0, y0, x1, y1) in pixels, x to the right and y downwards, x1 and y1 exclusive.
 """
@@ -8,15 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IOU_THRESHOLD = 0.5  # at least which a box counts as found
-VISIBLE_FRACTION = 0.1  # of an object's brightest pixel: darker ones do not belong to it
+IOU_THRESHOLD = 0.5  # least IoU of an inferred box and the true box that it finds
+VISIBLE_FRACTION = 0.1  # pixels darker than this fraction of the object's brightest are invisible
 
 
 def tight_boxes(objects: Tensor) -> Tensor:
-    """The boxes around objects painted alone, [..., H, H] to [..., 4].
+    """The box around the visible pixels of each object painted alone, [..., H, H] to [..., 4].
 
-    A window has a margin; this is the box around what is painted in it, and so what to compare
-    with the tight boxes of digits. An object that is black everywhere has an empty box.
+    A window has a margin around its object, so the window is no fair match for a digit's tight
+    box. An object that is black everywhere has an empty box.
     """
     peak = objects.amax((-2, -1), keepdim=True)
     visible = (objects > VISIBLE_FRACTION * peak) & (peak > 0)
@@ -41,11 +41,14 @@ def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 class BoxScores(NamedTuple):
-    """Scores over a set of scenes, in [0, 1]; NaN where there is nothing to score."""
+    """Scores over a set of scenes, in [0, 1]; NaN if there is nothing to score.
 
-    iou: float  # mean IoU of matched pairs, by the assignment with the largest sum in each scene
-    f1: float  # of the pairs with an IoU of at least 0.5, among all inferred and all true boxes
-    ap: float  # area under precision over recall at IoU 0.5, boxes ranked by their probability
+    In each scene, inferred and true boxes are matched so that the sum of IoUs is largest.
+    """
+
+    iou: float  # mean IoU of matched boxes
+    f1: float  # F1 of detection: a match with an IoU of at least 0.5 is a true positive
+    ap: float  # average precision at IoU 0.5: area under the precision-recall curve
 
 
 def score_boxes(
@@ -54,16 +57,16 @@ def score_boxes(
     """Scores inferred boxes against true ones.
 
     Args:
-        boxes: Of every step, in use or not, [N, T, 4].
-        probs: q(n >= t), the probability that each is there, [N, T].
-        counts: Steps in use, [N]: IoU and F1 are of these boxes, AP is of all.
-        true_boxes: [N, M, 4]; those beyond the true count are not looked at.
+        boxes: Inferred boxes of all steps, [N, T, 4].
+        probs: q(n >= t), the probability of each inferred box, [N, T].
+        counts: Inferred counts, [N]. IoU and F1 use the first `counts` boxes, AP uses all boxes.
+        true_boxes: [N, M, 4]; boxes beyond the true count are ignored.
         true_counts: [N].
     """
-    from scipy.optimize import linear_sum_assignment  # takes a second, so not at every start
+    from scipy.optimize import linear_sum_assignment  # takes a second to import
 
     matched: list[float] = []
-    ranked: list[tuple[float, bool]] = []  # probability, and whether it found an object
+    ranked: list[tuple[float, bool]] = []  # probability, and whether the box finds an object
     for scene in range(len(boxes)):
         truth = true_boxes[scene, : int(true_counts[scene])]
         ious = pairwise_iou(boxes[scene], truth)
@@ -80,7 +83,7 @@ def score_boxes(
 
 
 def _rank(ious: Tensor, probs: Tensor) -> list[tuple[float, bool]]:
-    """Gives each box of a scene, the most probable first, the best object not yet taken."""
+    """Matches each box of a scene, the most probable first, to the best object still unmatched."""
     free, hits = ious.clone(), []
     for box in probs.argsort(descending=True, stable=True).tolist():
         best = int(free[box].argmax()) if free.size(1) else 0
@@ -92,7 +95,7 @@ def _rank(ious: Tensor, probs: Tensor) -> list[tuple[float, bool]]:
 
 
 def _average_precision(ranked: list[tuple[float, bool]], total: int) -> float:
-    """Area under the precision envelope over recall, at every recall reached."""
+    """Area under the precision envelope as a function of recall."""
     if not total:
         return float("nan")
     hits = torch.tensor([hit for _, hit in sorted(ranked, key=lambda r: -r[0])]).double()

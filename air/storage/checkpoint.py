@@ -1,12 +1,17 @@
-"""Files of weights and state: written so that they are whole or as before, read without trust.
+"""Files of weights and of training state, and the models in them.
 
-Only tensors and plain values are stored, and read with ``weights_only=True``.
+A file holds only tensors and plain values, and is read with ``weights_only=True``, so that no code
+in it can run. Two kinds can be read: checkpoint.pt of a run, and weights alone, a ``state_dict``
+such as Pyro's example saves.
+
+checkpoint.pt is a dict: ``format`` (a number), ``config`` (every flag's value by name, the size and
+channels of the images included), ``data_sha256`` (of the scenes), and the entries of
+`Trainer.state_dict`.
 """
 
 import io
-import os
+import math
 import pickle
-import shutil
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -16,77 +21,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from air.air import AIR
+from air.model_settings import ModelSettings, NetFactory
 from air.priors import count_probs
+from air.settings import SettingError, from_config
+from air.storage.files import UnusableFileError, check_unpacked_size, write_atomically
 
-FORMAT = 3  # of checkpoint.pt; raise it when programs before and after cannot read each other's
-MAX_BYTES = 8 << 30  # in a file of weights or scenes, unpacked
-
-
-class CheckpointError(ValueError):
-    """A run folder or a file of weights cannot be used; the message is one line for the user."""
+FORMAT = 3  # of checkpoint.pt; raise it when earlier and later programs cannot read each other's
 
 
-def write_atomically(path: Path, write: Any, previous: Path | None = None) -> None:  # noqa: ANN401
-    """Calls ``write(temporary path)``, then puts that file in place of `path` in one step.
-
-    A reader, and a run that was killed, sees the old file or the new one, never a part; so does one
-    after the power failed, for what is written is flushed before.
-
-    Args:
-        path: To be written.
-        write: Writes it.
-        previous: What the file was before goes there; None to let it go.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            copy_atomically(path, previous)
-        temporary.replace(path)
-        _flush_names(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def copy_atomically(path: Path, other: Path) -> None:
-    """Gives a file a second name, in one step; where that cannot be, copies it."""
-    temporary = other.with_name(f".{other.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            os.link(path, temporary)
-        except OSError:  # a file system without links
-            shutil.copyfile(path, temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        temporary.replace(other)
-        _flush_names(other.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush_names(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+class CheckpointError(UnusableFileError):
+    """A run's folder or a file of weights cannot be used; the message is one line for the user."""
 
 
 def write_state(path: Path, state: Any, previous: Path | None = None) -> None:  # noqa: ANN401
     """Writes tensors and plain values; `previous` as for `write_atomically`."""
-    whole = io.BytesIO()
-    torch.save(state, whole)  # which would not say of a file that the disk is full
-    write_atomically(path, lambda file: file.write_bytes(whole.getbuffer()), previous)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)  # torch.save does not report a full disk when it writes to a file
+    write_atomically(path, lambda file: file.write_bytes(buffer.getbuffer()), previous)
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU, whole or not at all.
+    """Reads a checkpoint onto the CPU.
 
     Raises:
-        CheckpointError: If it is no checkpoint, or one of a newer or older program.
+        CheckpointError: If it is no checkpoint, damaged, or written by a newer or older program.
     """
     state = _load(path)
     if not _is_checkpoint(state, path):
@@ -99,42 +58,27 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_unpacked_size(path: Path) -> None:
-    """Looks at a file's table of contents before anything is unpacked.
-
-    Raises:
-        CheckpointError: If it is a zip file that unpacks to more than `MAX_BYTES`.
-    """
-    if path.is_file() and zipfile.is_zipfile(path):
-        try:
-            with zipfile.ZipFile(path) as file:
-                size = sum(part.file_size for part in file.infolist())
-        except Exception as error:  # foreign bytes make zipfile raise anything
-            raise CheckpointError(f"{path} is damaged: {error}") from error
-        if size > MAX_BYTES:
-            raise CheckpointError(
-                f"{path} unpacks to {size:,} bytes, more than the {MAX_BYTES:,} of this program"
-            )
-
-
 def _load(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"there is no file {path}")
     if not path.is_file():
         raise CheckpointError(f"{path} is no file")
-    check_unpacked_size(path)
+    try:
+        check_unpacked_size(path)
+    except UnusableFileError as error:
+        raise CheckpointError(str(error)) from error
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
-                if damaged := file.testzip():  # torch would not look
+                if damaged := file.testzip():  # torch does not compare checksums
                     raise ValueError(f"{damaged} in it is damaged")
-        with warnings.catch_warnings():  # of foreign files, which end in an error anyway
+        with warnings.catch_warnings():  # about foreign files, which end in an error anyway
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch would advise to execute what is in it
+    except pickle.UnpicklingError as error:  # torch would advise to run the code in the file
         reason = "it holds more than tensors and plain values, or is of another kind"
         raise CheckpointError(f"{path} is no readable file of weights: {reason}") from error
-    except Exception as error:  # foreign bytes make zipfile and torch raise anything
+    except Exception as error:  # zipfile and torch raise errors of many types for foreign bytes
         reason = "it is damaged, cut off or of another kind"
         raise CheckpointError(f"{path} is no readable file of weights: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
@@ -143,7 +87,11 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _is_checkpoint(state: Mapping[str, Any], path: Path) -> bool:
-    """Whether it is the checkpoint of a run, which this program can read, and not weights alone."""
+    """Whether a file that was read is a run's checkpoint, and not weights alone.
+
+    Raises:
+        CheckpointError: If it is a checkpoint that this program cannot read.
+    """
     if "format" not in state:
         return False
     if type(state["format"]) is not int:
@@ -153,11 +101,26 @@ def _is_checkpoint(state: Mapping[str, Any], path: Path) -> bool:
             f"{path} has format {state['format']}, newer than this program's {FORMAT}; "
             "use the program that wrote it"
         )
-    kinds = {"config": dict, "model": dict, "optimizer": dict, "step": int}
-    for name, kind in kinds.items():
-        if not isinstance(state.get(name), kind):
+    types = {"config": dict, "model": dict, "optimizer": dict, "step": int}
+    for name, expected in types.items():
+        if not isinstance(state.get(name), expected):
             raise CheckpointError(f"{path} is no whole checkpoint: it holds no {name}")
     return True
+
+
+def check_progress(state: Mapping[str, Any]) -> None:
+    """Checks the numbers in a state that came from a file.
+
+    Raises:
+        ValueError: If one of them is none that training can have left.
+    """
+    for steps in (state["step"], state["tally"]["steps"]):
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"step is {steps!r}")
+    if not isinstance(state["seconds"], float) or not math.isfinite(state["seconds"]):
+        raise ValueError(f"seconds are {state['seconds']!r}")
+    if not all(type(index) is int and index >= 0 for index in state["miscounted"]):
+        raise ValueError(f"miscounted scenes are {state['miscounted']!r}")
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
@@ -166,23 +129,60 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights in a checkpoint.pt and the configuration of its run, or weights alone and {}.
+    """The weights in a checkpoint and its run's configuration, or weights alone and {}.
 
-    The configuration is with the prior as it stood, after annealing and learning, as count_prior.
+    In the configuration, count_prior is the prior at the saved step, annealed or learnt.
 
     Raises:
         CheckpointError: If the file is neither.
     """
     state = _load(path)
-    whole = _is_checkpoint(state, path)
-    if not whole:
+    if not _is_checkpoint(state, path):
         return state, {}
     config = dict(state["config"])
     try:
         config["count_prior"] = count_probs(state["presence"])
-    except (KeyError, TypeError):  # of an earlier program, or foreign
+    except (KeyError, TypeError, ValueError):  # written by an earlier program, or foreign
         config.pop("count_prior", None)
     return state["model"], config
+
+
+def load_air(path: Path, device: str | torch.device = "cpu", nets: NetFactory | None = None) -> AIR:
+    """The model in a run's checkpoint, or in a file of weights of nets of default sizes.
+
+    Args:
+        path: The file.
+        device: Where the model goes.
+        nets: The nets of one's own that the model was trained with; see `AIR`.
+
+    Raises:
+        CheckpointError: If there is none in the file.
+    """
+    weights, config = read_weights(path)
+    try:
+        if "channels" not in config:  # weights alone, or a checkpoint of an earlier program
+            config |= _image_size(weights, from_config(ModelSettings, config))
+        settings = from_config(ModelSettings, {**config, "use_baselines": False})  # of no use here
+    except SettingError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # a foreign file can hold anything
+        raise CheckpointError(f"{path} holds no AIR: {error!r}") from error
+    try:
+        air = AIR.from_settings(settings, nets)
+    except RuntimeError as error:  # sizes beyond the memory
+        raise CheckpointError(f"{path} holds no AIR: {error!r}") from error
+    load_weights_strict(air, weights, path)
+    return air.to(device).eval()
+
+
+def _image_size(weights: Mapping[str, Tensor], settings: ModelSettings) -> dict[str, int]:
+    """Channels and side of the images, from the shapes of the nets, for files without a record."""
+    window_pixels = weights["encode.mlp.seq.0.weight"].shape[1]
+    channels = window_pixels // settings.window_size**2
+    first = weights.get("embed.seq.0.weight")
+    latents = 1 + 3 + settings.z_what_size
+    pixels = weights["rnn.weight_ih"].shape[1] - latents if first is None else first.shape[1]
+    return {"channels": channels, "x_size": math.isqrt(pixels // channels)}
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -209,13 +209,14 @@ def load_weights_strict(module: nn.Module, weights: Mapping[str, Tensor], path: 
     ]
     problems += [
         f"{name} is {weights[name].tolist()}, by the flags {constant.tolist()}"
-        for name, constant in module.named_buffers()
+        for name, constant in module.named_buffers(recurse=False)
         if name in weights and weights[name].shape == constant.shape
         if not torch.allclose(weights[name].to(constant), constant)
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
-            f"the weights in {path} do not fit these settings: {'; '.join(problems[:3])}{more}"
+            f"the weights in {path} do not fit these settings and nets: "
+            f"{'; '.join(problems[:3])}{more}"
         )
     module.load_state_dict(weights)

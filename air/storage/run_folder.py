@@ -1,31 +1,32 @@
 """The folder of a run: its configuration, metrics, state and pictures.
 
-config.json             the settings, the versions of the packages, the hash of the data
-metrics.jsonl           one object per line: progress and evaluations
-checkpoint.pt           weights, optimiser, step and random state, from which a run goes on
-checkpoint.previous.pt  the one before it
-evaluation.json         the last evaluation with the importance-weighted bound, if asked for
-snapshots/              what the model made of its scenes at certain steps
-figures/                pictures
+config.json             every flag's value, the versions of the packages, the SHA-256 of the scenes
+metrics.jsonl           one JSON object per line, in the order of time. Progress: step, elbo (nats
+                        per image, higher is better), skipped (steps without an update, because loss
+                        or gradient was not finite), grad_norm (before clipping, for a cost per
+                        image), learning_rate, z_pres_prior_p, images_per_second, steps_per_second,
+                        seconds. Evaluation: step, eval_elbo, eval_elbo_se, eval_scenes, empty_elbo
+                        (of an empty canvas), alarm, and the fields of `evaluation.Evaluation`
+checkpoint.pt           weights, optimiser, step and random state, from which a run resumes
+checkpoint.previous.pt  the checkpoint before it
+evaluation.json         the last evaluation with the importance-weighted bound, with --evaluate
+snapshots/<step>.npz    64 held-out scenes, what was inferred in them, and samples of the prior
+figures/*.png           pictures and curves
 """
 
 import json
 import math
 import os
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from air.storage.checkpoint import (
-    FORMAT,
-    CheckpointError,
-    copy_atomically,
-    read_state,
-    write_atomically,
-    write_state,
-)
+from air.storage.checkpoint import FORMAT, CheckpointError, read_state, write_state
+from air.storage.files import copy_atomically, write_atomically
 
 try:
     import fcntl
@@ -34,13 +35,16 @@ except ImportError:  # Windows
 
 
 class RunFolder:
-    """One run's files. `create` begins a folder, `open` goes on with one; no two processes can."""
+    """One run's files: `create` a folder, or `open` one to resume its run.
+
+    A folder is locked, where the system can lock it, so that only one run writes into it.
+    """
 
     def __init__(self, path: Path, source: Path | None = None) -> None:
         self.path = path
         self.checkpoint = path / "checkpoint.pt"
         self.previous = path / "checkpoint.previous.pt"
-        self.source = source or self.checkpoint  # from which the run goes on
+        self.source = source or self.checkpoint  # from which the run resumes
         self.metrics = path / "metrics.jsonl"
         self.figures = path / "figures"
         self.snapshots = path / "snapshots"
@@ -63,7 +67,7 @@ class RunFolder:
             if any(path.iterdir()):
                 raise CheckpointError(
                     f"--output-dir must be a new or empty folder, but {path} is not empty; "
-                    f"name another, or go on with that run by --resume {path}"
+                    f"name another folder, or resume its run by --resume {path}"
                 )
             run.figures.mkdir()
         except OSError as error:
@@ -71,8 +75,8 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> "RunFolder":
-        """An existing run, by its folder or by one of the two checkpoints in it; writes nothing.
+    def open(cls, path: Path, lock: bool = True) -> "RunFolder":
+        """An existing run, by its folder or by one of the two checkpoints in it. Writes nothing.
 
         Raises:
             CheckpointError: If there is no checkpoint, or the run is in use.
@@ -80,14 +84,15 @@ class RunFolder:
         run = cls(path.parent, path) if path.is_file() else cls(path)
         if run.source not in (run.checkpoint, run.previous) or not run.source.is_file():
             raise CheckpointError(f"{path} is no folder of a run: it holds no checkpoint.pt")
-        run._lock()
+        if lock:
+            run._lock()
         return run
 
     def truncate_after(self, step: int, finished: bool = False) -> None:
-        """Makes ready what a run that goes on from `step` writes again, and drops it.
+        """Deletes metrics and snapshots after `step`, so that a resumed run rewrites them.
 
-        Those are metrics and snapshots after that step and, of a run that has taken its last step,
-        the evaluation; and what a run that was killed left half written.
+        It also deletes the last evaluation of a finished run, and the temporary files of a killed
+        run.
 
         Raises:
             CheckpointError: If the folder cannot be written, or the metrics are damaged.
@@ -98,7 +103,7 @@ class RunFolder:
                 for left_over in self.path.glob(name):
                     left_over.unlink()
             if self.source != self.checkpoint and self.source.exists():
-                copy_atomically(self.source, self.checkpoint)  # before anything is done to it
+                copy_atomically(self.source, self.checkpoint)  # before anything else changes
             for path in self.snapshots.glob("*.npz"):
                 if path.stem.isdecimal() and int(path.stem) > step:
                     path.unlink()
@@ -117,12 +122,12 @@ class RunFolder:
                 if record["step"] < step or not (finished and "eval_elbo" in record):
                     kept.append(record)
         except CheckpointError:
-            if not kept or kept[-1]["step"] < step:  # or the damage is in what is written again
+            if not kept or kept[-1]["step"] < step:  # else the damage is in what is rewritten
                 raise
         return kept
 
     def close(self) -> None:
-        """Lets others have it; the end of the process does so too, however it comes."""
+        """Unlocks the folder; so does the end of the process."""
         if self._release:
             self._release()
 
@@ -149,10 +154,10 @@ class RunFolder:
             file.write(json.dumps(_finite(record)) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, less one that was cut off in writing.
+        """The records of metrics.jsonl, without a last line that was cut off.
 
         Raises:
-            CheckpointError: If one of them is no record.
+            CheckpointError: If a line is no record.
         """
         return list(self._records())
 
@@ -170,24 +175,28 @@ class RunFolder:
             yield record
 
     def resume_hint(self) -> str:
-        """What to tell whose run ended badly."""
+        """How to resume the run after an error, for the user."""
         if not self.checkpoint.exists():
             return "No checkpoint was written yet"
-        return f"Go on from the last checkpoint with: python main.py --resume {self.path}"
+        return f"Resume from the last checkpoint with: {self.resume_command()}"
+
+    def resume_command(self) -> str:
+        """The command that resumes the run, by the script that runs now."""
+        return f"python {Path(sys.argv[0]).name} --resume {self.path}"
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Writes checkpoint.pt, and keeps the one before it."""
-        if self.metrics.exists():  # its lines up to here must not be lost with the power
+        """Writes checkpoint.pt, and keeps the checkpoint before it."""
+        if self.metrics.exists():  # a power failure must not lose its lines up to here
             with self.metrics.open("a") as file:
                 os.fsync(file.fileno())
         write_state(self.checkpoint, {"format": FORMAT, **state}, self.previous)
 
     def load(self) -> dict[str, Any]:
-        """Reads the checkpoint from which the run goes on, onto the CPU.
+        """Reads the checkpoint from which the run resumes, onto the CPU.
 
         Raises:
-            CheckpointError: If it is damaged, foreign or of another program; the message says
-                whether the one before it can be used.
+            CheckpointError: If it cannot be used; the message says whether the checkpoint before
+                it can.
         """
         if self.source == self.previous and _is_whole(self.checkpoint):
             raise CheckpointError(f"{self.checkpoint} is whole: --resume {self.path}")
@@ -197,7 +206,7 @@ class RunFolder:
             if self.source == self.previous or not _is_whole(self.previous):
                 raise
             raise CheckpointError(
-                f"{error}; the one before it is whole: --resume {self.previous}"
+                f"{error}; the checkpoint before it is whole: --resume {self.previous}"
             ) from error
 
 
@@ -210,7 +219,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _new_folder(path: Path) -> Path:
-    """Makes a folder of that name, or with -2, -3, ... behind it where another run was first."""
+    """Makes a folder of that name, with -2, -3, ... appended if it exists."""
     number = 1
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -223,8 +232,14 @@ def _new_folder(path: Path) -> Path:
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity."""
+    """The record with None for numbers that are not finite, which JSON lacks."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in record.items()
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages on which a run's numbers depend."""
+    packages = ("torch", "pyro-ppl", "numpy")
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from air.training.svi import SVI, AllReduce, Arguments, Keywords
+from air.training.parallel import AllReduce
+from air.training.svi import SVI, Arguments, Keywords
 
 LossAndGrads = Callable[[Tensor], tuple[Tensor, ...]]  # of data, a gradient for each parameter
 Compiler = Callable[[fx.GraphModule], LossAndGrads]
@@ -19,13 +20,13 @@ WARMUP_STEPS = 3  # on a GPU: they build kernels and Adam's state, before a CUDA
 
 
 class _Recorded(NamedTuple):
-    """A step on a GPU, and the tensors that running it overwrites."""
+    """A step as CUDA graphs, and the tensors that a replay overwrites."""
 
-    finding: torch.cuda.CUDAGraph  # loss and gradients; the whole step where none are added up
-    applying: torch.cuda.CUDAGraph | None  # the rest
-    found: Tensor
+    graph: torch.cuda.CUDAGraph  # the whole step, or with several ranks all before the all_reduce
+    graph_after_reduce: torch.cuda.CUDAGraph | None
+    message: Tensor | None  # to all_reduce between the two graphs
     loss: Tensor
-    left: tuple[Tensor, Tensor, int | Tensor]  # skipped, grad_norm, number
+    results: tuple[Tensor, Tensor, int | Tensor]  # skipped, grad_norm, num_images
 
 
 class RecordingError(RuntimeError):
@@ -41,16 +42,17 @@ class CompiledSVI(SVI):
     """`SVI` whose steps are captured once and compiled: the same numbers, without the Python.
 
     At the first step the program runs once under ``make_fx``: model, guide, ELBO and backward pass
-    leave a graph of some 2,000 tensor operations, which is compiled and from then on runs instead.
-    On a GPU a CUDA graph then holds the whole step, optimiser included. Both read the parameters,
-    and other tensors that the program holds, anew at every step: change those in place. Other
-    arguments and data of another shape, on a GPU any other data, are captured anew and kept too.
+    leave a graph of some 2,000 tensor operations, which is compiled and runs from then on. On a GPU
+    a CUDA graph then holds the whole step, optimiser included. Every step reads the current values
+    of the parameters and of other tensors that the program holds: change them in place. A step with
+    other arguments, or with data of another shape (on a GPU: any other data), is captured as well,
+    and kept.
 
-    Where a step cannot be captured or compiled, it runs uncompiled, after a warning.
+    A step that cannot be captured or compiled runs uncompiled, after a warning.
 
     Args:
         model, guide, optim, loss, all_reduce: As for `SVI`.
-        compiler: From the captured graph to what runs in its place.
+        compiler: Turns the captured graph into a function that runs in its place.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class CompiledSVI(SVI):
         super().__init__(model, guide, optim, loss, all_reduce)
         self.compiler = compiler
         self._compiled: dict[Any, LossAndGrads | None] = {}
-        self._taken: Counter[Any] = Counter()  # steps on a GPU, until they are recorded
+        self._warmup_steps: Counter[Any] = Counter()  # on a GPU, before a recording
         self._recorded: dict[Any, _Recorded] = {}
         optim.register_load_state_dict_post_hook(self._forget)
 
@@ -76,9 +78,9 @@ class CompiledSVI(SVI):
         if key in self._recorded:
             return self._replay(self._recorded[key])
         loss = super().step_async(data, *args, **kwargs)
-        self._taken[key] += 1
+        self._warmup_steps[key] += 1
         compiled = self._compiled[_key(data, args, kwargs)] is not None
-        if compiled and self._taken[key] == WARMUP_STEPS:
+        if compiled and self._warmup_steps[key] == WARMUP_STEPS:
             self._recorded[key] = self._record(data, args, kwargs)
         return loss
 
@@ -96,69 +98,72 @@ class CompiledSVI(SVI):
         return loss
 
     def _capture(self, data: Tensor, args: Arguments, kwargs: Keywords) -> LossAndGrads | None:
-        """The compiled program, or None where there can be none; draws no random numbers."""
+        """The compiled program, or None if it cannot be compiled. Draws no random numbers."""
 
         def loss_and_grads(data: Tensor) -> tuple[Tensor | None, ...]:
-            # What TraceGraph_ELBO.loss_and_grads does until the loss becomes a number.
+            # TraceGraph_ELBO.loss_and_grads, up to where the loss becomes a Python number.
             elbo, surrogate_loss = self.loss._loss_and_surrogate_loss(
                 self.model, self.guide, (data, *args), kwargs
             )
-            found = torch.autograd.grad(surrogate_loss, self._parameters, allow_unused=True)
-            return -elbo, *_as_backward_leaves_them(found)
+            gradients = torch.autograd.grad(surrogate_loss, self._parameters, allow_unused=True)
+            return -elbo, *_as_backward_leaves_them(gradients)
 
         devices = [data.device] if data.is_cuda else []
         try:
             with torch.random.fork_rng(devices), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's own, about its own code
+                warnings.simplefilter("ignore")  # torch warns about its own code
                 compiled = self.compiler(make_fx(loss_and_grads)(data))
                 with torch.no_grad():
                     compiled(data)  # compiles
-        except Exception as error:  # of any kind: compilers and their tools fail in many ways
+        except Exception as error:  # compilers and their tools fail in many ways
             logging.getLogger("air").warning("steps run uncompiled: %s", _line(error))
             return None
         return compiled
 
-    def _record(self, data: Tensor, args: Arguments, kwargs: Keywords) -> "_Recorded":
-        """A step as CUDA graphs; nothing runs here."""
+    def _record(self, data: Tensor, args: Arguments, kwargs: Keywords) -> _Recorded:
+        """Records a step as CUDA graphs, without running it."""
         for group in self.optim.param_groups:
             group["capturable"] = True
-        last = self.skipped, self.grad_norm, self.number
-        finding, applying = torch.cuda.CUDAGraph(), None
+        before = self.skipped, self.grad_norm, self.num_images
+        graph, graph_after_reduce, message = torch.cuda.CUDAGraph(), None, None
         try:
             stream = torch.cuda.Stream(data.device)  # type: ignore[no-untyped-call]
-            with torch.cuda.graph(finding, stream=stream):
-                found = self._find(data, args, kwargs)
+            with torch.cuda.graph(graph, stream=stream):
+                loss = self._compute_gradients(data, args, kwargs)
                 if self.all_reduce is None:
-                    loss = self._apply(found)
-            if self.all_reduce is not None:  # messages go out between two graphs
-                applying = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(applying, pool=finding.pool(), stream=stream):
-                    loss = self._apply(found)
-        except Exception as error:  # the device is in no state to go on
+                    self._apply_gradients(loss)
+                else:
+                    message = self._pack(loss)
+            if message is not None:
+                graph_after_reduce = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph_after_reduce, pool=graph.pool(), stream=stream):
+                    loss = self._unpack(message)
+                    self._apply_gradients(loss)
+        except Exception as error:  # the device is in no state to continue
             raise RecordingError(f"no CUDA graph of the step: {_line(error)}") from error
-        left = self.skipped, self.grad_norm, self.number
-        self.skipped, self.grad_norm, self.number = last
-        return _Recorded(finding, applying, found, loss, left)
+        results = self.skipped, self.grad_norm, self.num_images
+        self.skipped, self.grad_norm, self.num_images = before
+        return _Recorded(graph, graph_after_reduce, message, loss, results)
 
-    def _replay(self, recorded: "_Recorded") -> Tensor:
-        recorded.finding.replay()
-        if self.all_reduce is not None and recorded.applying is not None:
-            self.all_reduce(recorded.found)
-            recorded.applying.replay()
-        self.skipped, self.grad_norm, self.number = recorded.left
+    def _replay(self, recorded: _Recorded) -> Tensor:
+        recorded.graph.replay()
+        if self.all_reduce and recorded.message is not None and recorded.graph_after_reduce:
+            self.all_reduce(recorded.message)
+            recorded.graph_after_reduce.replay()
+        self.skipped, self.grad_norm, self.num_images = recorded.results
         return recorded.loss
 
     def _forget(self, optim: torch.optim.Optimizer) -> None:
-        """Drops recorded steps: the optimiser's state, which they write to, is another now."""
-        self._taken.clear()
+        """Drops the recorded steps, which write to the optimiser's former state."""
+        self._warmup_steps.clear()
         self._recorded.clear()
 
 
 def _as_backward_leaves_them(gradients: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
-    """Each with memory of its own, in its parameter's layout.
+    """Gives each gradient memory of its own, in its parameter's layout.
 
-    ``autograd.grad`` gives the same tensor for both terms of a sum, where clipping in place would
-    count twice, and transposed ones, which a fused Adam, going by memory, would mix up.
+    ``autograd.grad`` returns one tensor for both terms of a sum: clipping in place would scale it
+    twice. It also returns transposed tensors, whose memory a fused Adam would read in wrong order.
     """
     seen: set[int] = set()
     for gradient in gradients:
@@ -173,7 +178,7 @@ def _as_backward_leaves_them(gradients: Sequence[Tensor | None]) -> Iterator[Ten
 
 
 def _key(data: Tensor, args: Arguments, kwargs: Keywords) -> tuple[Any, ...]:
-    """What a captured program depends on, beside what it reads anew."""
+    """Everything that is fixed in a captured program."""
     layout = data.shape, data.stride(), data.dtype, data.device
     return *layout, args, tuple(kwargs.items())
 

@@ -1,4 +1,4 @@
-"""What training tells on its way, for the progress bar, metrics.jsonl and the dashboard."""
+"""Events of training, for the progress bar, metrics.jsonl and the live page."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,24 +8,24 @@ from air.evaluation.metrics import Evaluation
 
 @dataclass(frozen=True)
 class Progress:
-    """The mean over the optimisation steps since the last one."""
+    """Means over the optimisation steps since the last progress event."""
 
     step: int
-    elbo: float  # of the training batches, nats per image; NaN if no step counted
-    skipped: int  # of these steps, for a loss or gradient that was not finite
-    grad_norm: float  # mean over steps that counted, before clipping, nats per image
+    elbo: float  # of the training batches, nats per image; NaN if all steps were skipped
+    skipped: int  # steps whose loss or gradients were not finite
+    grad_norm: float  # before clipping, nats per image, without the skipped steps
     learning_rate: float
-    z_pres_prior_p: list[float]  # the prior's probabilities of a further object, step by step
+    z_pres_prior_p: list[float]  # the prior's probability of a further object, for each model step
     images_per_second: float
     steps_per_second: float
-    seconds: float  # of training, evaluations left out
+    seconds: float  # of training, without evaluations
 
     def record(self) -> dict[str, Any]:
         """The line for metrics.jsonl."""
         return vars(self)
 
     def __str__(self) -> str:
-        """The figures beside a progress bar."""
+        """The figures next to a progress bar."""
         text = f"ELBO {self.elbo:.1f} nats, {self.images_per_second:.0f} images/s"
         return f"{text}, {self.skipped} steps skipped" if self.skipped else text
 
@@ -37,7 +37,7 @@ class Evaluated:
     step: int
     scenes: int
     result: Evaluation
-    empty_elbo: float  # that of leaving every canvas empty
+    empty_elbo: float  # the ELBO if every canvas were empty
     alarm: str | None  # a sign of collapse, from step `alarm_after` on
 
     def record(self) -> dict[str, Any]:
@@ -75,14 +75,14 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class SnapshotDue:
-    """The moment for a picture of what the model makes of its scenes."""
+    """A snapshot of held-out scenes should be taken now."""
 
     step: int
 
 
 @dataclass(frozen=True)
 class CheckpointDue:
-    """The moment to save `Trainer.state_dict`."""
+    """`Trainer.state_dict` should be saved now."""
 
     step: int
 

@@ -1,97 +1,104 @@
-"""How to train, and what follows from it."""
+"""The settings of training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from air.air import AIR
-from air.priors import (
-    DEFAULT_COUNT_RATIO,
-    AnnealedPresencePrior,
-    Annealing,
-    continue_probs_from_counts,
-    geometric_count_prior,
-)
-from air.training.ranks import Ranks
+from air.priors import DEFAULT_COUNT_RATIO, Annealing
+from air.settings import SettingError, check_settings, setting
 from air.training.schedules import Schedule
 
 Estimator = Literal["score", "marginal"]
+
+LEARN_PRIOR_EVERY = 100  # steps
+LEARN_PRIOR_SCENES = 1000
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """How to train; the defaults are the best recipe known."""
 
-    num_steps: int = 10_000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    baseline_learning_rate: float = 1e-2
-    lr_schedule: Schedule = "constant"
-    clip_grad_norm: float | None = None
-    estimator: Estimator = "marginal"
-    z_pres_prior: float = DEFAULT_COUNT_RATIO
-    z_pres_prior_raw: bool = False
-    count_prior: Sequence[float] | None = None  # p(n), n = 0..T, in place of z_pres_prior
-    learn_count_prior_from: int | None = None  # step
-    anneal_prior: Annealing = "none"
-    anneal_prior_to: float = 1e-7
-    anneal_prior_begin: int = 0
-    anneal_prior_duration: int = 100_000
-    compile: bool | None = None  # None, here: do not; the program decides by the run's length
-    jit: bool = False
-    seed: int = 0
-    progress_every: int = 10
-    eval_every: int = 500
-    eval_scenes: int = 2000
-    save_every: int = 1000
-    alarm_after: int = 1000
-
-
-def make_presence_prior(settings: TrainingSettings, air: AIR) -> AnnealedPresencePrior:
-    """The presence prior that training begins with.
-
-    Raises:
-        ValueError: If the settings of the prior do not fit each other, or the model.
-    """
-    annealed_at = settings.anneal_prior_begin + settings.anneal_prior_duration
-    begin = settings.learn_count_prior_from
-    if begin is not None and settings.anneal_prior != "none" and begin < annealed_at:
-        raise ValueError(
-            f"--learn-count-prior-from must be at least {annealed_at}, where --anneal-prior ends, "
-            f"got {begin}"
-        )
-    if settings.count_prior is not None:
-        if (given := len(settings.count_prior)) != (wanted := air.num_steps + 1):
-            raise ValueError(
-                f"--count-prior: expected {wanted} numbers, of 0 objects and more, got {given}"
-            )
-        probs = continue_probs_from_counts(settings.count_prior)
-    elif settings.z_pres_prior_raw:
-        probs = [settings.z_pres_prior] * air.num_steps
-    else:
-        probs = geometric_count_prior(settings.z_pres_prior, air.num_steps)
-    return AnnealedPresencePrior(
-        probs,
-        settings.anneal_prior,
-        settings.anneal_prior_to,
-        settings.anneal_prior_begin,
-        settings.anneal_prior_duration,
-        air.h_init.device,
+    num_steps: int = setting(10_000, "optimisation steps", low=0, short="-n")
+    batch_size: int = setting(64, "images in a step, of all processes together", low=1, short="-b")
+    learning_rate: float = setting(1e-3, "of model and guide", above=0, short="-lr")
+    baseline_learning_rate: float = setting(
+        1e-2, "of the baseline's nets (score)", above=0, short="-blr"
     )
+    lr_schedule: Schedule = setting(
+        "constant", "of both rates: constant, or falling to a hundredth at the last step"
+    )
+    clip_grad_norm: float | None = setting(
+        None,
+        "bound on the gradient of model and guide, for a cost in nats per image (default: none)",
+        above=0,
+    )
+    estimator: Estimator = setting(
+        "marginal",
+        "of the gradient through z_pres: score function with baselines, as in the paper, or the "
+        "exact expectation over the count",
+    )
+    z_pres_prior: float = setting(
+        DEFAULT_COUNT_RATIO, "ratio k of the count prior p(n) ∝ k^n", above=0, high=1
+    )
+    z_pres_prior_raw: bool = setting(
+        False, "use --z-pres-prior as the probability of a further object at each step"
+    )
+    count_prior: Sequence[float] | None = setting(
+        None,
+        "p(0) p(1) ... p(--model-steps) up to a factor, in place of --z-pres-prior",
+        above=0,
+        length=(1, None),
+        metavar="P",
+    )
+    learn_count_prior_from: int | None = setting(
+        None,
+        f"from this step on, every {LEARN_PRIOR_EVERY} steps, set p(n) to the mean of q(n) over up "
+        f"to {LEARN_PRIOR_SCENES:,} training scenes (default: never; for when AIR counts well)",
+        low=0,
+        metavar="STEP",
+    )
+    anneal_prior: Annealing = setting(
+        "none",
+        "move the probabilities of z_pres during training: linearly, or exponentially",
+    )
+    anneal_prior_to: float = setting(
+        1e-7, "their final value (at least 1.2e-7, the rounding of float32)", above=0, high=1
+    )
+    anneal_prior_begin: int = setting(0, "step at which annealing begins", low=0)
+    anneal_prior_duration: int = setting(100_000, "steps that annealing takes", low=1)
+    compile: bool | None = setting(
+        None, "compile the step, a minute or two (default: if --num-steps is 5000 or more)"
+    )
+    jit: bool = setting(False, "trace the step once by torch.jit")
+    seed: int = setting(0, "of the weights, the batches and the samples", low=0, high=2**32 - 1)
+    progress_every: int = setting(10, "steps between progress records; 0: only the last", low=0)
+    eval_every: int = setting(500, "steps between evaluations; 0: only at the end", low=0)
+    eval_scenes: int = setting(
+        2000, "held-out scenes in an evaluation; the last evaluation uses all", low=1
+    )
+    save_every: int = setting(1000, "steps between checkpoints; 0: only at the end", low=0)
+    alarm_after: int = setting(1000, "steps before a sign of collapse is an alarm", low=0)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        annealed_at = self.anneal_prior_begin + self.anneal_prior_duration
+        begin = self.learn_count_prior_from
+        if begin is not None and self.anneal_prior != "none" and begin < annealed_at:
+            raise SettingError(
+                "learn_count_prior_from",
+                f"expected at least {annealed_at}, where --anneal-prior ends, got {begin}",
+            )
 
 
-def share_of(settings: TrainingSettings, scenes: int, ranks: Ranks) -> int:
-    """How many of the batch are this process's, which has so many scenes.
+def local_batch_size(batch_size: int, world_size: int) -> int:
+    """The part of a batch that each process draws.
 
     Raises:
-        ValueError: If the batch or the scenes cannot be shared.
+        SettingError: If the batch cannot be divided evenly.
     """
-    batch_size = settings.batch_size
-    if settings.num_steps > 0 and not scenes:
-        raise ValueError(f"there are fewer scenes to train on than processes, {ranks.size}")
-    if batch_size % ranks.size:
-        raise ValueError(
-            f"--batch-size is that of all processes together: expected a multiple of their number, "
-            f"{ranks.size}, got {batch_size}"
+    if batch_size % world_size:
+        raise SettingError(
+            "batch_size",
+            f"expected a multiple of the number of processes, {world_size}, got {batch_size}",
         )
-    return batch_size // ranks.size
+    return batch_size // world_size

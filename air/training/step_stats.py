@@ -1,4 +1,4 @@
-"""Sums over training steps that do not make the program wait for its device."""
+"""Sums over training steps, kept on the device: reading a loss would wait for its step."""
 
 import math
 
@@ -7,26 +7,30 @@ from torch import Tensor
 
 
 class StepStats:
-    """Counts what steps bring, on their device: to read a loss is to wait for its step."""
+    """Sums over the steps since the last `read`.
+
+    Attributes:
+        steps: Number of steps.
+        sums: ELBO and gradient norm, summed over the steps that were not skipped; number of steps
+            skipped; number of steps skipped in a row up to now, [4].
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.steps = 0
         self.sums = torch.zeros(4, device=device)
-        # Sums over the steps that counted; how many did not, and how many of these follow upon
-        # one another up to now.
-        self.elbo, self.grad_norm, self.skipped, self.in_a_row = self.sums.unbind()
+        self.elbo, self.grad_norm, self.skipped, self.skipped_in_a_row = self.sums.unbind()
 
     def add(self, elbo: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
-        """Counts one step."""
+        """Adds one step."""
         self.steps += 1
         self.elbo += torch.where(skipped, 0.0, elbo)
         self.grad_norm += torch.where(skipped, 0.0, grad_norm)
         self.skipped += skipped
-        self.in_a_row += 1
-        self.in_a_row *= skipped
+        self.skipped_in_a_row += 1
+        self.skipped_in_a_row *= skipped
 
     def read(self) -> tuple[float, float, int]:
-        """The steps' mean ELBO and gradient norm, and how many were skipped; begins anew."""
+        """Mean ELBO, mean gradient norm and number of skipped steps; resets the sums."""
         elbo, grad_norm, skipped, _ = self.sums.tolist()
         counted = self.steps - skipped or math.nan
         self.steps = 0

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, and the state from which both go on. Prints nothing."""
+"""The training loop: steps, evaluations, and the state that a checkpoint keeps. Prints nothing."""
 
 import math
 import time
@@ -10,6 +10,7 @@ from pyro.infer import JitTraceGraph_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
 from air.air import AIR
+from air.data.streaming import StreamedImages
 from air.evaluation.collapse import (
     MAX_CHECKED_IMAGES,
     collapse_alarm,
@@ -19,21 +20,27 @@ from air.evaluation.collapse import (
 from air.evaluation.metrics import HeldOut, evaluate
 from air.inference import mean_count_probs
 from air.marginal import MarginalAIR
-from air.priors import continue_probs_from_counts
-from air.subsampling import StreamedImages
-from air.training.compiled_svi import CompiledSVI
+from air.priors import (
+    AnnealedPresencePrior,
+    continue_probs_from_counts,
+    geometric_count_prior,
+)
+from air.settings import SettingError
+from air.training.compiled_svi import CompiledSVI, Compiler, inductor
 from air.training.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
-from air.training.ranks import Ranks
-from air.training.schedules import due, is_early, learning_rate_factor
-from air.training.settings import TrainingSettings, make_presence_prior, share_of
+from air.training.parallel import SINGLE_PROCESS, ProcessGroup
+from air.training.schedules import is_due, is_early, learning_rate_factor
+from air.training.settings import (
+    LEARN_PRIOR_EVERY,
+    LEARN_PRIOR_SCENES,
+    TrainingSettings,
+    local_batch_size,
+)
 from air.training.step_stats import StepStats
 from air.training.svi import SVI, make_optimizer
 
-MAX_SKIPPED = 20  # steps in a row whose loss or gradients are not finite end training
-SYNC_EVERY = 100  # steps, at the least, whether there are so many
-LEARN_PRIOR_EVERY = 100  # steps
-LEARN_PRIOR_FROM = 1000  # training scenes
-ALONE = Ranks()
+MAX_SKIPPED = 20  # skipped steps in a row that end training
+SYNC_EVERY = 100  # steps, at most, between looks at the device and at the other ranks
 
 
 class Trainer:
@@ -41,14 +48,15 @@ class Trainer:
 
     Args:
         air: The model, on the device to train on.
-        images: Training scenes, [N, (C,) H, H], on the same device, or files of them; where several
-            processes train, the part of this one.
+        images: Training scenes, [N, (C,) H, H], on the same device, or in files; with several
+            processes, the shard of this process.
         held_out: Scenes to evaluate on.
-        settings: How to train; the batch is that of all processes together.
-        ranks: The processes that train.
+        settings: How to train; the batch size is that of all processes together.
+        group: The processes that train together.
+        compiler: For a compiled step; see `CompiledSVI`.
 
     Raises:
-        ValueError: If the settings do not fit each other, or the processes.
+        ValueError: If the settings do not fit each other, the model or the processes.
     """
 
     def __init__(
@@ -57,80 +65,94 @@ class Trainer:
         images: Tensor | StreamedImages,
         held_out: HeldOut,
         settings: TrainingSettings,
-        ranks: Ranks = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
+        compiler: Compiler = inductor,
     ) -> None:
-        self.air, self.images, self.settings = air, images, settings
-        self.held_out, self.ranks = held_out, ranks
-        self.batch_size = share_of(settings, len(images), ranks)
+        if settings.num_steps > 0 and not len(images):
+            raise ValueError(f"there are fewer scenes than processes, {group.world_size}")
+        self.air = air
+        self.images = images
+        self.held_out = held_out
+        self.settings = settings
+        self.group = group
+        self.batch_size = local_batch_size(settings.batch_size, group.world_size)
         self.optimizer = make_optimizer(
             air, settings.learning_rate, settings.baseline_learning_rate, settings.clip_grad_norm
         )
         elbo = JitTraceGraph_ELBO(ignore_jit_warnings=True) if settings.jit else TraceGraph_ELBO()
         program = MarginalAIR(air) if settings.estimator == "marginal" else air
-        kind = CompiledSVI if settings.compile else SVI
-        self.svi = kind(
-            program.model, program.guide, self.optimizer, elbo, all_reduce=ranks.all_reduce
+        arguments = program.model, program.guide, self.optimizer, elbo
+        self.svi = (
+            CompiledSVI(*arguments, compiler=compiler, all_reduce=group.all_reduce)
+            if settings.compile
+            else SVI(*arguments, all_reduce=group.all_reduce)
         )
-        self.prior = make_presence_prior(settings, air)
+        self.prior = make_count_prior(settings, air)
         self.learnt_prior: list[float] | None = None  # p(n)
         self.step = 0
-        self.seconds = 0.0  # of training, evaluations and pictures left out
-        self._factor = 1.0  # of the learning rates, as they stand in the optimiser
-        self.stop_requested = False  # of this process
-        self.stopped = False  # all of them, by request
-        self._streams: list[dict[str, Any]] = []  # the other processes' random states
-        self._in_stream = ranks.size == 1  # whether this process draws its own random numbers
+        self.seconds = 0.0  # of training, without evaluations and pictures
+        self.stop_requested = False  # in this process
+        self.stopped = False  # in all processes, by request
         self.miscounted: list[int] = []  # some scenes of the last evaluation
-        self.tally = StepStats(images.device)
+        self.stats = StepStats(images.device)
+        self._rate_factor = 1.0  # of the learning rates that the optimiser has now
+        self._random_states: list[dict[str, Any]] = []  # of the other ranks
+        self._has_random_state = group.world_size == 1  # whether this rank's own is restored
 
     def train(self) -> Iterator[Event]:
-        """Takes the steps that are left, or those until `stop_requested`, and yields events.
+        """Takes the remaining steps, or those until `stop_requested`, and yields events.
 
-        The state is whole at every event, so that it can be saved there, and after an error too.
+        At every event, and after an error, the state is whole and can be saved. Only rank 0
+        evaluates; the other ranks wait for it.
 
         Raises:
-            FloatingPointError: If training does not move any more.
+            FloatingPointError: If too many steps in a row had to be skipped.
         """
-        settings = self.settings
+        settings, is_main = self.settings, self.group.is_main
         if self.step == 0 < settings.num_steps:
             yield SnapshotDue(0)
-        if not self._in_stream:
-            torch.manual_seed(self.ranks.seed(settings.seed, self.step))
+        if not self._has_random_state:
+            torch.manual_seed(self.group.seed(settings.seed, self.step))
         start, since, since_step = time.perf_counter(), self.seconds, self.step
-        self.stopped = self.ranks.any(self.stop_requested)
+        self.stopped = self.group.any(self.stop_requested)
         while not (self.finished or self.stopped):
             self._take_step()
             last = self.finished
-            progress = last or due(self.step, settings.progress_every)
-            evaluation = not last and due(self.step, settings.eval_every)
-            checkpoint = not last and due(self.step, settings.save_every)
+            progress = last or is_due(self.step, settings.progress_every)
+            evaluation = not last and is_due(self.step, settings.eval_every)
+            checkpoint = not last and is_due(self.step, settings.save_every)
             snapshot = evaluation or checkpoint or (not last and is_early(self.step))
-            look = progress or snapshot or due(self.step, SYNC_EVERY)
-            if look or self.ranks.size == 1:  # several must stop at the same step
-                self.stopped = self.ranks.any(self.stop_requested)
-            if not (look or self.stopped):
+            sync = progress or snapshot or is_due(self.step, SYNC_EVERY)
+            if sync or self.group.world_size == 1:  # all ranks stop at the same step
+                self.stopped = self.group.any(self.stop_requested)
+            if not (sync or self.stopped):
                 continue
-            stuck = bool(self.tally.in_a_row >= MAX_SKIPPED)  # waits for the device
+            stuck = bool(self.stats.skipped_in_a_row >= MAX_SKIPPED)  # waits for the device
             self.seconds += time.perf_counter() - start
-            if snapshot or last or stuck or self.stopped:  # the state may be asked for
-                self._streams = self.ranks.gather(self._stream())[1:]
+            if snapshot or last or stuck or self.stopped:  # the state may be saved
+                self._random_states = self.group.all_gather(self._random_state())[1:]
             if progress or stuck:
                 yield self._progress(self.step - since_step, self.seconds - since)
                 since, since_step = self.seconds, self.step
             if stuck:
-                raise self._what_is_stuck()
-            if evaluation:
+                raise self._not_finite_error()
+            if evaluation and is_main:
                 yield self.evaluate(settings.eval_scenes)
             if snapshot:
                 yield SnapshotDue(self.step)
             if checkpoint:
                 yield CheckpointDue(self.step)
-            self.stopped = self.stopped or self.ranks.any(self.stop_requested)
+            self.stopped = self.stopped or self.group.any(self.stop_requested)
             start = time.perf_counter()
         if self.finished:
-            yield CheckpointDue(self.step)  # before what may take minutes
-            yield self.evaluate(len(self.held_out.images))
+            yield CheckpointDue(self.step)  # before an evaluation that may take minutes
+            if is_main:
+                yield self.evaluate(len(self.held_out.images))
             yield SnapshotDue(self.step)
+
+    def request_stop(self) -> None:
+        """Ends training after the present step, or with several ranks after some more."""
+        self.stop_requested = True
 
     @property
     def finished(self) -> bool:
@@ -139,68 +161,69 @@ class Trainer:
 
     def _take_step(self) -> None:
         self.prior.set_step(self.step + 1)
-        self._set_rates()
+        self._set_learning_rates()
         if isinstance(self.images, StreamedImages):
-            data, number = self.images.draw(self.batch_size), {"num_images": len(self.images)}
+            data = self.images.draw(self.batch_size)
+            size = {"num_images": len(self.images)}
         else:
-            data, number = self.images, {"batch_size": self.batch_size}
-        loss = self.svi.step_async(data, **number, z_pres_prior_p=self.prior)
-        self.tally.add(-loss / self.svi.number, self.svi.grad_norm, self.svi.skipped)
+            data, size = self.images, {"batch_size": self.batch_size}
+        loss = self.svi.step_async(data, **size, z_pres_prior_p=self.prior)
+        self.stats.add(-loss / self.svi.num_images, self.svi.grad_norm, self.svi.skipped)
         self.step += 1
         begin = self.settings.learn_count_prior_from
-        if begin is not None and self.step >= begin and due(self.step, LEARN_PRIOR_EVERY):
+        if begin is not None and self.step >= begin and is_due(self.step, LEARN_PRIOR_EVERY):
             self._learn_count_prior()
 
-    def _what_is_stuck(self) -> FloatingPointError:
-        images = (
-            self.images if isinstance(self.images, Tensor) else self.images[:MAX_CHECKED_IMAGES]
-        )
-        what = first_not_finite(self.air, images, self.prior)
+    def _not_finite_error(self) -> FloatingPointError:
+        images = self.images
+        if isinstance(images, StreamedImages):
+            images = images[:MAX_CHECKED_IMAGES]
+        name = first_not_finite(self.air, images, self.prior)
         return FloatingPointError(
-            f"{what} and with it the loss or its gradients were not finite for "
-            f"{int(self.tally.in_a_row)} steps in a row"
+            f"{name} and with it the loss or its gradients were not finite for "
+            f"{int(self.stats.skipped_in_a_row)} steps in a row"
         )
 
     def _learn_count_prior(self) -> None:
-        """Sets p(n) to the mean of q(n), which is where the ELBO is highest for the guide as it is.
+        """Sets p(n) to the mean of q(n), which maximises the ELBO for the present guide.
 
-        The scenes are spread evenly over the data, which may be sorted.
+        The mean is over scenes spread evenly over the data, which may be sorted.
         """
-        number = LEARN_PRIOR_FROM // self.ranks.size
-        scenes = self.images[:: -(-len(self.images) // number)]
-        of_ranks = self.ranks.gather(mean_count_probs(self.air, scenes))
+        num_scenes = LEARN_PRIOR_SCENES // self.group.world_size
+        scenes = self.images[:: -(-len(self.images) // num_scenes)]
+        of_ranks = self.group.all_gather(mean_count_probs(self.air, scenes))
         self.learnt_prior = [sum(probs) / len(probs) for probs in zip(*of_ranks, strict=True)]
         self.prior.set_probs(continue_probs_from_counts(self.learnt_prior))
 
     def _progress(self, steps: int, seconds: float) -> Progress:
-        elbo, grad_norm, skipped = self.tally.read()
+        elbo, grad_norm, skipped = self.stats.read()
         rate = steps / max(seconds, 1e-9)
         return Progress(
             step=self.step,
             elbo=elbo,
             skipped=skipped,
             grad_norm=grad_norm,
-            learning_rate=self.settings.learning_rate * self._factor,
+            learning_rate=self.settings.learning_rate * self._rate_factor,
             z_pres_prior_p=list(self.prior.now),
-            images_per_second=rate * min(self.batch_size, len(self.images)) * self.ranks.size,
+            images_per_second=rate * min(self.batch_size, len(self.images)) * self.group.world_size,
             steps_per_second=rate,
             seconds=self.seconds,
         )
 
-    def _set_rates(self) -> None:
+    def _set_learning_rates(self) -> None:
         factor = learning_rate_factor(self.settings.lr_schedule, self.step, self.settings.num_steps)
-        if factor == self._factor:  # writing to the device has its price
+        if factor == self._rate_factor:  # writing to the device takes time
             return
-        self._factor = factor
+        self._rate_factor = factor
         rates = self.settings.learning_rate, self.settings.baseline_learning_rate
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"].fill_(rate * factor)
 
     def evaluate(self, num_scenes: int, **iwae: int) -> Evaluated:
-        """Evaluates on the first held-out scenes, under the prior of the present step.
+        """Evaluates on the first held-out scenes, under the prior at the present step.
 
         Args:
-            num_scenes: How many of them.
+            num_scenes: The number of scenes.
             iwae: ``iwae_samples`` and ``iwae_scenes`` of `evaluate`, for a bound of log p(x).
         """
         scenes, seed = self.held_out.first(num_scenes), self.settings.seed
@@ -212,63 +235,100 @@ class Trainer:
         return Evaluated(self.step, len(scenes.images), result, empty, alarm)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it takes to go on exactly from here: tensors and plain values."""
+        """All that an exact continuation needs: tensors and plain values."""
         return {
             "step": self.step,
             "seconds": self.seconds,
             "miscounted": self.miscounted,
             "presence": list(self.prior.now),
             "learnt_prior": self.learnt_prior,
-            "tally": {"steps": self.tally.steps, "sums": self.tally.sums},
+            "tally": {"steps": self.stats.steps, "sums": self.stats.sums},
             "model": self.air.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            **self._stream(),
-            "streams": self._streams,
+            **self._random_state(),
+            "streams": self._random_states,
         }
 
-    def _stream(self) -> dict[str, Any]:
-        """The random state of this process."""
-        device = self.images.device
-        cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back to where `state_dict` was taken.
+        """Restores the state that `state_dict` returned.
 
         Raises:
-            ValueError: If it is the state of another model, or none.
+            ValueError: If it is the state of another model.
         """
-        counted, wrong = len(self.held_out.images), list(state["miscounted"])
-        for steps in (state["step"], state["tally"]["steps"]):
-            if type(steps) is not int or steps < 0:
-                raise ValueError(f"step is {steps!r}")
-        if not isinstance(state["seconds"], float) or not math.isfinite(state["seconds"]):
-            raise ValueError(f"seconds are {state['seconds']!r}")
-        if not all(type(index) is int and 0 <= index < counted for index in wrong):
-            raise ValueError("miscounted scenes are not among those held out")
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.miscounted = wrong
-        self.tally.steps = state["tally"]["steps"]
-        self.tally.sums.copy_(state["tally"]["sums"])
+        if not all(index < len(self.held_out.images) for index in state["miscounted"]):
+            raise ValueError("miscounted scenes are not among the held-out scenes")
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        self.miscounted = list(state["miscounted"])
+        self.stats.steps = state["tally"]["steps"]
+        self.stats.sums.copy_(state["tally"]["sums"])
         self.air.load_state_dict(state["model"])
-        # What follows from the settings and the device stays as it is here.
+        # The parameter groups follow from the settings and the device.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         for parameter, moments in self.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):  # a fused Adam goes by memory, and never asks
+            for name in ("exp_avg", "exp_avg_sq"):  # a fused Adam reads memory without a check
                 if moments[name].shape != parameter.shape or not moments[name].is_contiguous():
                     raise ValueError(f"the optimiser's {name} is not of the shape of its weight")
-        self._factor = math.nan
+        self._rate_factor = math.nan
         self.prior.set_step(self.step)
         if (learnt_prior := state.get("learnt_prior")) is not None:
             self.learnt_prior = list(learnt_prior)
             self.prior.set_probs(continue_probs_from_counts(self.learnt_prior))
-        streams = [state, *state.get("streams", [])]
-        cuda = self.images.device.type == "cuda"
-        whole = not cuda or all(stream["cuda_rng"] is not None for stream in streams)
-        self._in_stream = len(streams) == self.ranks.size and (whole or self.ranks.size == 1)
-        self._streams = streams[1:] if self._in_stream else []
-        stream = streams[self.ranks.rank] if self._in_stream else state
-        torch.set_rng_state(stream["rng"])
-        if stream["cuda_rng"] is not None and self.images.device.type == "cuda":
-            torch.cuda.set_rng_state(stream["cuda_rng"], self.images.device)
+        self._restore_random_state(state)
+
+    def _random_state(self) -> dict[str, Any]:
+        """The state of this rank's random number generators."""
+        device = self.images.device
+        state: dict[str, Any] = {"rng": torch.get_rng_state(), "cuda_rng": None}
+        if device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(device)
+        elif device.type == "mps":
+            state["mps_rng"] = torch.mps.get_rng_state()
+        return state
+
+    def _restore_random_state(self, state: dict[str, Any]) -> None:
+        """Restores this rank's random state, if it was saved by as many ranks on such a device.
+
+        Otherwise one process goes on from the state of rank 0, several from new seeds.
+        """
+        states = [state, *state.get("streams", [])]
+        device = self.images.device
+        name = {"cuda": "cuda_rng", "mps": "mps_rng"}.get(device.type)
+        is_whole = name is None or all(each.get(name) is not None for each in states)
+        world_size = self.group.world_size
+        self._has_random_state = len(states) == world_size and (is_whole or world_size == 1)
+        self._random_states = states[1:] if self._has_random_state else []
+        own = states[self.group.rank] if self._has_random_state else state
+        torch.set_rng_state(own["rng"])
+        if name == "cuda_rng" and own["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(own["cuda_rng"], device)
+        elif name == "mps_rng" and own.get("mps_rng") is not None:
+            torch.mps.set_rng_state(own["mps_rng"])
+
+
+def make_count_prior(settings: TrainingSettings, air: AIR) -> AnnealedPresencePrior:
+    """The prior over the count with which training begins.
+
+    Raises:
+        SettingError: If the settings do not fit the model.
+    """
+    if settings.count_prior is not None:
+        if (given := len(settings.count_prior)) != (expected := air.num_steps + 1):
+            raise SettingError(
+                "count_prior",
+                f"expected {expected} numbers, p(0) to p({air.num_steps}), got {given}",
+            )
+        probs = continue_probs_from_counts(settings.count_prior)
+    elif settings.z_pres_prior_raw:
+        probs = [settings.z_pres_prior] * air.num_steps
+    else:
+        probs = geometric_count_prior(settings.z_pres_prior, air.num_steps)
+    return AnnealedPresencePrior(
+        probs,
+        settings.anneal_prior,
+        settings.anneal_prior_to,
+        settings.anneal_prior_begin,
+        settings.anneal_prior_duration,
+        air.h_init.device,
+    )

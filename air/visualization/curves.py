@@ -1,4 +1,4 @@
-"""The curves of a run: which there are, and their points, from the records of metrics.jsonl."""
+"""The curves of a run, and their points from the records of metrics.jsonl."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,20 +9,20 @@ import numpy as np
 Record = Mapping[str, Any]  # one line of metrics.jsonl
 Points = tuple[list[int], list[float | None]]  # steps and values; None is a gap in the curve
 
-MAX_POINTS = 1000  # of one curve: more cost a browser its ease, and none of them is seen
+MAX_POINTS = 1000  # drawn of one curve: more would slow a browser down and not be visible
 
 
 class Curve(NamedTuple):
-    """A line in a panel. Its colour is one of Okabe and Ito's, which the colour-blind can tell."""
+    """A line in a panel, in one of Okabe and Ito's colours, which colour-blind people can tell."""
 
     key: str  # in a record
     label: str
     colour: str
-    style: Literal["line", "points", "dotted"] = "line"  # points: few, marked and joined
+    style: Literal["line", "points", "dotted"] = "line"  # points: marked and joined by a line
 
 
 class Panel(NamedTuple):
-    """Curves that share their axes; against the step."""
+    """Curves that share their axes; the x axis is the step."""
 
     name: str
     title: str
@@ -33,10 +33,11 @@ class Panel(NamedTuple):
     def y_axis(
         self, curves: Sequence[Sequence[float | None]]
     ) -> tuple[Literal["linear", "log"], tuple[float, float] | None]:
-        """Scale and limits of the axis for these values; None for any limits.
+        """Chooses the scale and the limits of the y axis; None leaves the limits to the plot.
 
-        "top" shows the upper end, for the first steps, far below, shall not flatten the rest;
-        "zero" begins at zero, as "log" does where the values do not span a factor of ten.
+        "top" leaves out the lowest values, because the first steps would flatten the rest of the
+        curve. "zero" begins at zero. "log" is logarithmic if the values span a factor of ten, and
+        else like "zero".
         """
         finite = [[v for v in values if v is not None] for values in curves]
         values = np.concatenate([[], *finite])
@@ -68,7 +69,7 @@ PANELS = (
     ),
     Panel(
         "kl",
-        "What the latents cost (KL, held out)",
+        "KL divergence of the latents (held out)",
         "nats per image",
         (
             Curve("kl_pres", "z_pres", _RED, "points"),
@@ -122,7 +123,7 @@ PANELS = (
 
 
 def value(record: Record, key: str) -> float | None:
-    """A curve's value in a record, None where it has none; an accuracy in percent."""
+    """The value of a curve in a record, or None; an accuracy is in percent."""
     if key == "p_any":
         return record["z_pres_prior_p"][0] if record.get("z_pres_prior_p") else None
     found = record.get(key)
@@ -132,52 +133,39 @@ def value(record: Record, key: str) -> float | None:
 
 
 class History:
-    """The points of every curve up to now, evenly thinned: at most `MAX_POINTS` and the last."""
+    """The points of every curve up to now."""
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
-        self._series = {curve.key: _Series() for panel in PANELS for curve in panel.curves}
+        self._values: dict[str, dict[int, float]] = {  # by curve, then by step
+            curve.key: {} for panel in PANELS for curve in panel.curves
+        }
         self.latest: dict[str, Any] = {}  # the last value of every entry of any record
         for record in records:
             self.add(record)
 
     def add(self, record: Record) -> None:
-        """Takes up a record; its step must not be smaller than those before."""
-        for key, series in self._series.items():
+        """Adds the values of a record; its step must not be smaller than the steps before."""
+        for key, values in self._values.items():
             found = value(record, key)
             if found is not None:
-                series.add(int(record["step"]), found)
+                values[int(record["step"])] = found
         self.latest.update({key: entry for key, entry in record.items() if entry is not None})
 
+    def copy(self) -> "History":
+        """A copy that does not change when records are added to the original."""
+        copied = History()
+        copied._values = {key: values.copy() for key, values in self._values.items()}
+        copied.latest = self.latest.copy()
+        return copied
+
     def points(self, key: str) -> Points:
-        """Steps and values of a curve; None for a value that is not finite."""
-        steps, values = self._series[key].points()
-        return steps, [found if math.isfinite(found) else None for found in values]
+        """Steps and values of a curve; None for a value that is not finite.
 
-
-class _Series:
-    """Every `stride`-th of the points it is given, so that there are never too many."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.values: list[float] = []
-        self.stride, self.seen = 1, 0
-        self.last: tuple[int, float] | None = None
-
-    def add(self, step: int, found: float) -> None:
-        again = self.last is not None and self.last[0] == step
-        self.last = step, found
-        if again:  # of a run taken up after its last step
-            self.values[-1:] = [found] if self.steps[-1] == step else self.values[-1:]
-            return
-        if self.seen % self.stride == 0:
-            self.steps.append(step)
-            self.values.append(found)
-        self.seen += 1
-        if len(self.steps) > MAX_POINTS:
-            self.stride *= 2
-            self.steps, self.values = self.steps[::2], self.values[::2]
-
-    def points(self) -> tuple[list[int], list[float]]:
-        if self.last is None or self.steps[-1] == self.last[0]:
-            return list(self.steps), list(self.values)
-        return [*self.steps, self.last[0]], [*self.values, self.last[1]]
+        A curve of more than `MAX_POINTS` points is thinned evenly; its first and last point stay.
+        """
+        points = list(self._values[key].items())
+        if len(points) > MAX_POINTS:
+            kept = np.linspace(0, len(points) - 1, MAX_POINTS).round().astype(int)
+            points = [points[i] for i in kept]
+        steps = [step for step, _ in points]
+        return steps, [found if math.isfinite(found) else None for _, found in points]

@@ -1,97 +1,80 @@
-"""A live visdom page of a run: curves, counts, and pictures of what the model makes of its scenes.
+"""A live visdom page of a run: curves, counts and pictures.
 
-Each pane is made once, under a name of its own, and from then on replaced as a whole. So nothing
-is doubled when a run goes on, and nothing is missing when the server comes back.
+Each drawing sends every pane again, so that a resumed run continues its page, and a restarted
+server shows all panes.
 """
 
-import json
 import logging
 import os
 import re
 import threading
-import time
-import urllib.parse
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from air.visualization.curves import History, Record
 from air.visualization.snapshots import Snapshot
-from air.visualization.visdom_panes import ORDER, Pane, picture_panes, plot_panes, settings_pane
+from air.visualization.visdom_panes import Page
 
-TIMEOUT_SECONDS = 10.0  # seconds to wait for visdom's answer; training does not wait
 RETRY_SECONDS = 10.0  # seconds from a failure to the next attempt
-SHARE = 0.04  # of the time that drawing may take where nothing else is asked for
 
 
 class Dashboard:
-    """Draws a run in one visdom environment, in a thread of its own: training never waits for it.
+    """Draws a run in one visdom environment.
 
-    A server that fails later on costs one warning; what it missed is drawn when it answers again.
+    A thread of its own sends the drawings, so that training never waits for the server. If the
+    server goes down, the thread logs one warning and tries again until the server is back.
 
     Args:
         client: From `connect`.
-        env: The environment; characters that visdom cannot take become "_".
-        settings: To be shown as text.
-        records: Of metrics.jsonl, up to now.
-        every: Steps between drawings; None for 100, and for fewer drawings where they would take
-            more than `SHARE` of the time.
+        env: The environment; each character that visdom does not accept becomes "_".
+        settings: Shown as a table.
+        records: The lines of metrics.jsonl so far.
+        every: Steps between drawings; None means 100.
     """
 
     def __init__(
         self,
-        client: Any,  # noqa: ANN401  # visdom is imported where it is asked for
+        client: Any,  # noqa: ANN401  # visdom is imported only if used
         env: str,
         settings: Mapping[str, Any],
         records: Iterable[Record] = (),
         every: int | None = None,
     ) -> None:
-        self.history = History(records)
-        self.every = every
-        self.env = re.sub(r"[^\w.-]", "_", env)  # visdom would split a name at a slash
-        self._settings = settings_pane(settings)
         self.client = client
-        self._pending: tuple[Snapshot, list[Pane]] | None = None
-        self._drawn_at, self._rest_until = -1, 0.0
-        self._wake = threading.Condition()
+        self.env = re.sub(r"[^\w.-]", "_", env)  # visdom would split a name at a slash
+        self.every = every or 100
+        self.history = History(records)
+        self._settings = dict(settings)
+        self._drawn_at = -1
+        self._pending: tuple[History, Snapshot] | None = None
         self._closing = False
+        self._wake = threading.Condition()  # guards _pending and _closing
         self._thread = threading.Thread(target=self._work, name="visdom", daemon=True)
         self._thread.start()
 
     def __str__(self) -> str:
-        """Where to look at it, for the user."""
+        """Tells the user where the page is."""
         if self.client.offline:
             return f"Plots are recorded in {self.client.log_to_filename}."
         return f"Live plots: {self.client.server}:{self.client.port}/env/{self.env}"
 
     def record(self, record: Record) -> None:
-        """Takes up a line of metrics.jsonl; draws nothing yet."""
+        """Adds a line of metrics.jsonl, for the next drawing."""
         self.history.add(record)
 
     def due(self, step: int) -> bool:
-        """Whether to draw at this step, the first at or past a multiple of `every`."""
-        every = self.every or 100
-        if step // every == self._drawn_at // every:
-            return False
-        with self._wake:
-            return self.every is not None or time.monotonic() >= self._rest_until
+        """Whether to draw at this step: the first one at or past a multiple of `every`."""
+        return step // self.every != self._drawn_at // self.every
 
-    def draw(self, snapshot: Snapshot, seconds: float = 0.0) -> None:
-        """Hands over what is to be seen from now on, in place of what was not drawn yet.
-
-        Args:
-            snapshot: What the model makes of its scenes.
-            seconds: What it took to look at them.
-        """
-        panes = [*plot_panes(self.history), self._settings]
+    def draw(self, snapshot: Snapshot) -> None:
+        """Draws the snapshot and the records so far, in place of a drawing not yet sent."""
         self._drawn_at = snapshot.step
-        self._rest(seconds)
         with self._wake:
-            self._pending = snapshot, panes
+            self._pending = self.history.copy(), snapshot
             self._wake.notify()
 
     def close(self, patience: float = 10.0) -> None:
-        """Waits until the last drawing is on the page, so long at the most."""
+        """Waits until the last drawing is sent, at most `patience` seconds."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -101,146 +84,83 @@ class Dashboard:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Closes, but at once where the user cannot wait."""
+        """Closes; does not wait after a keyboard interrupt."""
         self.close(0.0 if kind is KeyboardInterrupt else 10.0)
 
-    def _rest(self, seconds: float) -> None:
-        """Draws no more for as long as these seconds of drawing buy."""
-        with self._wake:
-            self._rest_until = max(self._rest_until, time.monotonic()) + seconds / SHARE
-
     def _work(self) -> None:
-        """Draws whatever comes, until `close`."""
-        failing = False
+        """Sends drawings until `close`; after `close`, a failure is retried once."""
+        page = Page(self.client, self.env)
+        failures = 0  # in a row
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._pending or self._closing)
-                drawing, self._pending = self._pending, None
+                drawing = self._pending
             try:
-                if drawing is None:  # the page outlives the server
-                    self.client._send({"data": [self.env]}, endpoint="save")
+                if drawing is None:
+                    self.client.save([self.env])  # a restarted server will load the page
                     return
-                self._send_all(*drawing)
-                failing = False
-            except Exception as error:
-                again, failing = failing, True
-                if not again:
-                    text = "no live plots for now, only training: %s"
+                page.draw(*drawing, self._settings)
+            except Exception as error:  # training must go on whatever visdom does
+                failures += 1
+                if failures == 1:
+                    text = "no live plots for now, training continues: %s"
                     logging.getLogger("air").warning(text, error)
                 with self._wake:
-                    if again and self._closing:
+                    if self._closing and failures > 1:
                         return
                     self._wake.wait_for(lambda: self._closing, RETRY_SECONDS)
-                    self._pending = self._pending or drawing  # a newer one took its place
-
-    def _send_all(self, snapshot: Snapshot, plots: list[Pane]) -> None:
-        """Sends every pane anew: a server that was started again knows none of them."""
-        start = time.thread_time()
-        panes = [*picture_panes(snapshot), *plots]
-        for pane in sorted(panes, key=lambda pane: ORDER.index(pane["win"])):
-            self.client._send({"eid": self.env, **pane})
-        self._rest(time.thread_time() - start)
+            else:
+                failures = 0
+                with self._wake:
+                    if self._pending is drawing:  # no newer one came meanwhile
+                        self._pending = None
 
 
 def connect(server: str | None, port: int, log: str | None = None) -> Any:  # noqa: ANN401
-    """The client of visdom, with limits to its patience; None where nothing is asked of it.
+    """Makes a visdom client; None if there is neither a server nor a log.
 
     Args:
-        server: Address of the server; None for none. A login is taken from the environment
-            variables VISDOM_USERNAME and VISDOM_PASSWORD.
-        port: Its port.
-        log: A file to record the session in, for visdom's ``replay_log``; None for none.
+        server: Address of the server, or None. The environment variables VISDOM_USERNAME and
+            VISDOM_PASSWORD are the login, if the server needs one.
+        port: Port of the server.
+        log: A file that records the session for visdom's ``replay_log``, or None.
 
     Raises:
-        ConnectionError: If no server answers, or it refuses; the message is one line for the user.
+        ConnectionError: If no server answers, or the server refuses; the message is one line for
+            the user.
         ModuleNotFoundError: If visdom is not installed.
-        ValueError: If the file cannot be written.
+        ValueError: If the log cannot be written.
     """
     if server is None and log is None:
         return None
-    options: dict[str, Any] = {"log_to_filename": log, "offline": server is None}
-    try:
-        if log is not None:
+    from air.visualization.visdom_client import Client
+
+    if log is not None:
+        try:
             with open(log, "a"):
                 pass
-    except OSError as error:
-        raise ValueError(f"--viz-log: cannot write {log}: {error.strerror}") from error
+        except OSError as error:
+            raise ValueError(f"--viz-log: cannot write {log}: {error.strerror}") from error
     if server is None:
-        return _make_client(**options)
+        return Client(offline=True, log_to_filename=log)
     address = (server if "://" in server else f"http://{server}").rstrip("/")
-    _reach(address, port)
-    for name in ("username", "password"):
-        options[name] = os.environ.get(f"VISDOM_{name.upper()}")
     try:
-        options |= {"raise_exceptions": True, "use_incoming_socket": False}
-        return _make_client(server=address, port=port, **options)
-    except (OSError, RuntimeError, AssertionError) as error:
+        return Client(
+            server=address,
+            port=port,
+            log_to_filename=log,
+            username=os.environ.get("VISDOM_USERNAME"),
+            password=os.environ.get("VISDOM_PASSWORD"),
+            raise_exceptions=True,
+            use_incoming_socket=False,
+        )
+    except (PermissionError, AssertionError) as error:  # visdom asserts that there is a password
         raise ConnectionError(
             f"the visdom server at {address}:{port} refuses: {error}; a login is taken from "
             "VISDOM_USERNAME and VISDOM_PASSWORD"
         ) from None
-
-
-def _make_client(**options: Any) -> Any:  # noqa: ANN401
-    """A client like visdom's own, which waits for ever, and takes every answer for a good one."""
-    logging.getLogger("visdom").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import requests
-        from visdom import Visdom
-
-    class Client(Visdom):
-        server: str
-        port: int
-        base_url: str
-        username: str | None
-        password: str
-        opened: Any = None
-
-        @property
-        def session(self) -> Any:  # noqa: ANN401
-            if self.opened is None:
-                self.opened = requests.Session()
-                self.opened.trust_env = not _is_local(self.server)
-                if self.username:
-                    login = json.dumps({"username": self.username, "password": self.password})
-                    self._handle_post(f"{self.server}:{self.port}{self.base_url}", login)
-            return self.opened
-
-        def _handle_post(self, url: str, data: str | None = None) -> str:
-            session = self.session
-            try:
-                response = session.post(url, data=data, timeout=TIMEOUT_SECONDS)
-                response.raise_for_status()
-            except requests.RequestException as error:
-                self.opened = None  # the next attempt logs in anew
-                raise ConnectionError(f"visdom: {_reason(error)}") from error
-            return str(response.text)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return Client(**options)
-
-
-def _reach(address: str, port: int) -> None:
-    """Asks for any answer, so that a wrong address is told apart from a server that refuses."""
-    import requests
-
-    try:
-        with requests.Session() as session:
-            session.trust_env = not _is_local(address)
-            session.get(f"{address}:{port}", timeout=TIMEOUT_SECONDS)
-    except (requests.RequestException, ValueError):
-        what = f"no visdom server answers at {address}:{port}; start one with:"
-        raise ConnectionError(f"{what} python -m visdom.server -port {port}") from None
-
-
-def _reason(error: Exception) -> str:
-    answer = getattr(error, "response", None)
-    return type(error).__name__ if answer is None else f"{answer.status_code} {answer.reason}"
-
-
-def _is_local(url: str) -> bool:
-    """Whether it is an address of this machine, to which no proxy leads."""
-    host = urllib.parse.urlparse(url).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    except (OSError, ValueError):
+        raise ConnectionError(
+            f"no visdom server answers at {address}:{port}; start one with: "
+            f"python -m visdom.server -port {port}"
+        ) from None

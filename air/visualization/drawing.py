@@ -1,7 +1,7 @@
-"""Pictures of scenes with what was inferred in them, as arrays of RGB bytes; sharp, never blurred.
+"""Pictures of scenes with the inferred boxes and counts, as arrays of RGB bytes.
 
-Computes no geometry. A box is (x0, y0, x1, y1) in pixels, x to the right, y down, pixel i reaching
-from i to i + 1.
+A box is (x0, y0, x1, y1) in pixels. x points to the right and y down; pixel i reaches from i to
+i + 1.
 """
 
 import math
@@ -14,18 +14,19 @@ from air.visualization.snapshots import Array, InferredScenes, Snapshot
 
 Pictures = NDArray[np.uint8]  # [N, height, width, 3], or one picture without the N
 
-STEP_COLOURS = (  # of steps 1, 2, 3: red, green, blue as in Pyro's pictures, bright on black
+STEP_COLOURS = (  # red, green and blue first, as in Pyro's pictures; all are bright on black
     (255, 60, 60), (40, 220, 70), (80, 140, 255), (255, 215, 40), (235, 90, 235), (50, 220, 230)
 )  # fmt: skip
-LABEL_COLOURS = (170, 170, 170), (255, 190, 90)  # a count, a wrong one
+LABEL_COLOURS = (170, 170, 170), (255, 190, 90)  # of a count, and of a wrong count
 _GAP, _GAP_COLOUR = 4, 235  # between tiled pictures
-_UNUSED = 0.35  # of its brightness is left of what a step sees and paints that is not in use
+_UNUSED = 0.35  # brightness of what an unused step sees and paints
 
 
 def enlarge(images: Array, zoom: int = 4) -> Pictures:
-    """Turn bytes [N, (C,) H, W] into RGB pictures of sharp squares.
+    """Enlarges images of bytes, [N, (C,) H, W]; each pixel becomes a sharp square.
 
-    Three channels are red, green and blue; of any other number the mean is shown in grey.
+    Three channels are red, green and blue. The mean of any other number of channels is drawn in
+    grey.
     """
     if images.ndim == 3:
         images = images[:, None]
@@ -37,11 +38,11 @@ def enlarge(images: Array, zoom: int = 4) -> Pictures:
 def draw_boxes(
     images: Array, boxes: Array, counts: Array, zoom: int = 4, true_counts: Array | None = None
 ) -> Pictures:
-    """Enlarge images [N, (C,) H, W], outline the objects in use, write the counts.
+    """Enlarges images [N, (C,) H, W], outlines the first `counts` boxes, and writes the counts.
 
-    Outlines have `STEP_COLOURS` and lie just inside their box at the enlarged resolution. Corners
-    may come in any order, what is outside the image is cut off, and a box with NaN or infinity is
-    left out.
+    Outlines have `STEP_COLOURS` and lie just inside the box. The corners of a box may come in any
+    order; a box with NaN or infinity is not drawn. A count that is not the true count is written
+    with the true count.
     """
     pictures = enlarge(images, zoom)
     truth = counts if true_counts is None else true_counts
@@ -59,7 +60,7 @@ def draw_boxes(
 def _outline(
     draw: ImageDraw.ImageDraw, shape: tuple[int, ...], box: Array, step: int, zoom: int
 ) -> None:
-    # Edges far outside move to where they are still invisible but small integers.
+    # Edges far outside the picture move nearer, because Pillow needs small numbers.
     corners = np.floor(np.clip(zoom * box.astype(float), -9, max(shape) + 9) + 0.5)
     (x0, y0), (x1, y1) = np.sort(corners.reshape(2, 2), axis=0) - [[0, 0], [1, 1]]
     if np.isfinite(box).all() and x0 <= x1 and y0 <= y1:
@@ -73,13 +74,13 @@ def _write(canvas: Image.Image, text: str, colour: tuple[int, int, int]) -> None
 
 
 def tile(pictures: Pictures, columns: int, rows: int | None = None) -> Pictures:
-    """Lay pictures [N, h, w, 3] out with light gaps, as one picture [height, width, 3].
+    """Lays out pictures [N, h, w, 3] row by row with gaps, as one picture [height, width, 3].
 
     Args:
-        pictures: To lay out, line by line.
-        columns: In a row, at the most.
-        rows: Make room for so many full rows, and leave out what they do not hold; None for as
-            many as there are, of which no pictures make one blank cell.
+        pictures: May be empty: the result is then one blank cell, or `rows` blank rows.
+        columns: Pictures in a row, at most.
+        rows: The sheet has this number of full rows, and leaves out further pictures; None for as
+            many rows as are needed.
     """
     if rows is None:
         columns = max(1, min(columns, len(pictures)))
@@ -92,83 +93,92 @@ def tile(pictures: Pictures, columns: int, rows: int | None = None) -> Pictures:
     return grid.reshape(rows * (height + _GAP), columns * (width + _GAP), 3)[:-_GAP, :-_GAP]
 
 
+def draw_scenes(scenes: InferredScenes, zoom: int) -> Pictures:
+    """`draw_boxes` of scenes."""
+    return draw_boxes(scenes.images, scenes.boxes, scenes.counts, zoom, scenes.true_counts)
+
+
 def sheets(
     snapshot: Snapshot,
     columns: int,
     zoom: int,
     rows: int | None = None,
-    decomposed_rows: int | None = None,
+    object_rows: int | None = None,
 ) -> dict[str, Pictures]:
-    """The pictures of a snapshot, each as one sheet [height, width, 3], by name.
+    """Draws the pictures of a snapshot by name, each as one sheet [height, width, 3].
 
     Args:
-        snapshot: What to draw.
+        snapshot: Its pictures.
         columns: Scenes side by side.
-        zoom: PixelLikelihood of a sheet for one of a scene.
+        zoom: Pixels of a sheet per pixel of a scene.
         rows: As for `tile`.
-        decomposed_rows: Rows of `object_sheet`; None for all.
+        object_rows: As `rows` of `object_sheet`.
     """
-
-    def inferred(scenes: InferredScenes) -> Pictures:
-        images, _, boxes, counts, true_counts = scenes
-        return tile(draw_boxes(images, boxes, counts, zoom, true_counts), columns, rows)
-
-    number = None if rows is None else rows * columns  # of the scenes that need be drawn
-    scenes, errors, samples = (
-        part.pick(slice(number)) for part in (snapshot.scenes, snapshot.errors, snapshot.samples)
-    )
-    return {
-        "inputs": tile(enlarge(scenes.images, zoom), columns, rows),
-        "inferred": inferred(scenes),
-        "reconstructions": tile(enlarge(scenes.reconstructions, zoom), columns, rows),
-        "objects": object_sheet(snapshot, zoom, decomposed_rows),
-        "prior_samples": inferred(samples),
-        "errors": inferred(errors),
+    shown = slice(None if rows is None else rows * columns)
+    scenes = snapshot.scenes.pick(shown)
+    samples = snapshot.samples.pick(shown)
+    errors = snapshot.errors.pick(shown)
+    pictures = {
+        "inputs": enlarge(scenes.images, zoom),
+        "inferred": draw_scenes(scenes, zoom),
+        "reconstructions": enlarge(scenes.reconstructions, zoom),
+        "prior_samples": draw_scenes(samples, zoom),
+        "errors": draw_scenes(errors, zoom),
     }
+    drawn = {name: tile(picture, columns, rows) for name, picture in pictures.items()}
+    return {**drawn, "objects": object_sheet(snapshot, zoom, object_rows)}
 
 
-def object_sheet(snapshot: Snapshot, zoom: int, number: int | None = None) -> Pictures:
-    """Scenes taken apart, one a row: the scene, what each step attends to and paints, their sum.
+def object_sheet(snapshot: Snapshot, zoom: int, rows: int | None = None) -> Pictures:
+    """Draws one scene a row: the scene, what each step sees and paints, the reconstruction.
 
-    Over what a step attends to stands the probability that it is in use, q(n >= t); the box of
-    what it paints is its window. Steps that are not in use are dark. No `number` means all scenes.
+    The number on what a step sees is the probability q(n >= t) that the step is used. What a step
+    paints has the outline of its box. Both are dark if the step is not used.
+
+    Args:
+        snapshot: Its windows and objects.
+        zoom: Pixels of the sheet per pixel of a scene.
+        rows: The number of scenes; None for all that have windows.
     """
-    seen_all, objects = snapshot.windows[:number], snapshot.objects[:number]
-    (number, steps), side = seen_all.shape[:2], seen_all.shape[-1]
-    scenes = snapshot.scenes.pick(slice(number))
-    height = zoom * scenes.images.shape[-1]
-    nearest = np.arange(height) * side // height
-    columns = [draw_boxes(scenes.images, scenes.boxes, scenes.counts, zoom, scenes.true_counts)]
-    for t in range(steps):
-        used = np.where(t < scenes.counts, 1.0, _UNUSED)
-        used = used.reshape(number, *[1] * (seen_all.ndim - 2))
-        seen = enlarge((seen_all[:, t] * used).astype(np.uint8)[..., nearest, :][..., nearest], 1)
-        painted = enlarge((objects[:, t] * used).astype(np.uint8), zoom)
-        for i in range(number):
-            _annotate(seen[i], f"{snapshot.presence[i, t]:.0%}", t)
-            if t < scenes.counts[i]:
-                canvas = Image.fromarray(painted[i])
-                _outline(ImageDraw.Draw(canvas), painted[i].shape, scenes.boxes[i, t], t, zoom)
-                painted[i] = np.asarray(canvas)
-        columns += [seen, painted]
+    windows, objects = snapshot.windows[:rows], snapshot.objects[:rows]
+    num_scenes, num_steps, *_, window_side = windows.shape
+    scenes = snapshot.scenes.pick(slice(num_scenes))
+    side = zoom * scenes.images.shape[-1]
+    nearest = np.arange(side) * window_side // side  # the window's pixel at each drawn pixel
+    columns = [draw_scenes(scenes, zoom)]
+    titles = ["scene"]
+    for t in range(num_steps):
+        used = t < scenes.counts
+        seen = _dim_unused(windows[:, t], used)[..., nearest, :][..., nearest]
+        columns.append(enlarge(seen, zoom=1))
+        for picture, probability in zip(columns[-1], snapshot.presence[:rows, t], strict=True):
+            canvas = Image.fromarray(picture)
+            _write(canvas, f"{probability:.0%}", STEP_COLOURS[t % len(STEP_COLOURS)])
+            picture[:] = np.asarray(canvas)
+        columns.append(enlarge(_dim_unused(objects[:, t], used), zoom))
+        for i in np.flatnonzero(used):
+            canvas = Image.fromarray(columns[-1][i])
+            _outline(ImageDraw.Draw(canvas), (side, side), scenes.boxes[i, t], t, zoom)
+            columns[-1][i] = np.asarray(canvas)
+        titles += [f"{t + 1} sees", f"{t + 1} paints"]
     columns.append(enlarge(scenes.reconstructions, zoom))
-    sheet = tile(np.stack(columns, 1).reshape(-1, height, height, 3), len(columns))
-    heads = [f"{t + 1} {what}" for t in range(steps) for what in ("sees", "paints")]
-    return np.concatenate((_header(["scene", *heads, "sum"], sheet.shape[1]), sheet))
+    titles.append("sum")
+    sheet = tile(np.stack(columns, axis=1).reshape(-1, side, side, 3), len(columns))
+    return np.concatenate((_header(titles, sheet.shape[1]), sheet))
 
 
-def _header(names: list[str], width: int) -> Pictures:
-    """Names over the columns of a sheet so wide."""
-    cell = width / len(names)
-    size = max(int(cell / 7), 8)
+def _dim_unused(images: Array, used: Array) -> Array:
+    brightness = np.where(used, 1.0, _UNUSED).reshape(-1, *[1] * (images.ndim - 1))
+    return (images * brightness).astype(np.uint8)
+
+
+def _header(titles: list[str], width: int) -> Pictures:
+    """Writes titles over the columns of a sheet; `width` is that of the sheet."""
+    column_width = width / len(titles)
+    size = max(int(column_width / 7), 8)
     canvas = Image.new("RGB", (width, 2 * size), "white")
-    for i, name in enumerate(names):
-        place = (int((i + 0.5) * cell), size)
-        ImageDraw.Draw(canvas).text(place, name, "black", ImageFont.load_default(size), anchor="mm")
+    draw = ImageDraw.Draw(canvas)
+    for i, title in enumerate(titles):
+        centre = (int((i + 0.5) * column_width), size)
+        draw.text(centre, title, "black", ImageFont.load_default(size), anchor="mm")
     return np.asarray(canvas)
-
-
-def _annotate(picture: Pictures, text: str, step: int) -> None:
-    canvas = Image.fromarray(picture)
-    _write(canvas, text, STEP_COLOURS[step % len(STEP_COLOURS)])
-    picture[:] = np.asarray(canvas)

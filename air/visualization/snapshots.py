@@ -1,7 +1,7 @@
-"""What a model makes of its scenes at one step: taken, kept as a file, and read back for drawing.
+"""Snapshots: scenes and the latents inferred in them at one step, as arrays and as files.
 
-A run's folder ``snapshots`` holds one file ``<step>.npz`` each, of plain arrays, so that all its
-figures can be drawn again without the model, the scenes or a GPU.
+The folder ``snapshots`` of a run holds one file ``<step>.npz`` per snapshot, so that `viz` can draw
+the run again without the model, the scenes or a GPU.
 """
 
 import io
@@ -20,40 +20,42 @@ from air.evaluation.metrics import HeldOut
 from air.inference import infer, sample_prior
 from air.priors import at_least_probs
 from air.spatial_transformer import image_to_window
-from air.storage.checkpoint import write_atomically
+from air.storage.files import write_atomically
 
 Array = NDArray[Any]
 
-SCENES, DECOMPOSED_SCENES = 64, 8  # pictures in a snapshot
+SCENES = 64  # in a snapshot
+DECOMPOSED_SCENES = 8  # of them, with the window and the object of each step
 
 
 class SnapshotError(ValueError):
-    """A file is no snapshot; the message is one line for the user."""
+    """A snapshot is missing or unreadable; the message is one line for the user."""
 
 
 class InferredScenes(NamedTuple):
-    """Scenes beside what was inferred in them; pictures are uint8, dark to bright."""
+    """Scenes with their inferred boxes and counts; images are uint8, 255 is bright."""
 
     images: Array  # [N, (C,) H, H]
     reconstructions: Array  # [N, (C,) H, H]
     boxes: Array  # (x0, y0, x1, y1) in pixels, [N, T, 4]; may lie outside the image
-    counts: Array  # [N] steps in use: later boxes are not drawn
+    counts: Array  # [N], number of steps used; later boxes mean nothing
     true_counts: Array | None = None  # [N]
 
     def pick(self, index: slice | Array) -> "InferredScenes":
+        """The scenes of a slice, a mask or indices."""
         return InferredScenes._make(None if field is None else field[index] for field in self)
 
 
 class Snapshot(NamedTuple):
-    """All that the pictures of a run show of one step."""
+    """All that the pictures of a run show at one step."""
 
     step: int
-    scenes: InferredScenes  # held out and always the same, those that are not empty first
-    errors: InferredScenes  # of the last evaluation, those still counted wrongly
-    samples: InferredScenes  # from the prior, see `sample_prior`; their own images
-    windows: Array  # what each step attends to in the first of the scenes, [M, T, (C,) W, W] uint8
-    objects: Array  # and what it paints, [M, T, (C,) H, H] uint8
-    presence: Array  # with what probability, q(n >= t), [M, T]
+    scenes: InferredScenes  # always the same held-out scenes, empty ones last
+    errors: InferredScenes  # scenes counted wrongly in the last evaluation, and still now
+    samples: InferredScenes  # from `sample_prior`; images and reconstructions are equal
+    windows: Array  # of each step in the first M scenes, [M, T, (C,) W, W] uint8
+    objects: Array  # of each step, as painted, [M, T, (C,) H, H] uint8
+    presence: Array  # the probability q(n >= t) that step t is used, [M, T]
 
 
 def take_snapshot(
@@ -62,55 +64,54 @@ def take_snapshot(
     step: int,
     seed: int,
     miscounted: Sequence[int] = (),
-    number: int = SCENES,
+    num_scenes: int = SCENES,
     count_prior: Sequence[float] | None = None,
 ) -> Snapshot:
-    """Looks at the first held-out scenes; draws no random numbers but in a generator of its own.
+    """Infers held-out scenes and samples the prior; leaves the global random numbers alone.
 
     Args:
         air: The model.
-        held_out: The scenes, of which the first `number` are shown.
-        step: The optimisation step it stands at.
-        seed: Of the samples from the prior.
-        miscounted: Indices of further scenes to show where they are still counted wrongly.
-        number: Scenes, and samples, at the most.
+        held_out: The first `num_scenes` of its scenes are shown.
+        step: The optimisation step of the model.
+        seed: Seed of the samples from the prior.
+        miscounted: Indices of further scenes; those still counted wrongly become `errors`.
+        num_scenes: The largest number of scenes, and of samples.
         count_prior: As for `sample_prior`.
     """
-    first = held_out.images[:number]
-    empty = (first == 0).flatten(1).all(1)
-    fixed = torch.argsort(empty.int(), stable=True)
-    chosen = torch.cat((fixed, torch.tensor(miscounted, dtype=torch.long)))
+    is_empty = (held_out.images[:num_scenes] == 0).flatten(1).all(1)
+    first = torch.argsort(is_empty.int(), stable=True)
+    chosen = torch.cat((first, torch.tensor(miscounted, dtype=torch.long)))
     images = air.to_images(held_out.images[chosen].to(air.h_init.device))
     found = infer(air, images)
-    true = None if held_out.counts is None else held_out.counts[chosen].cpu().numpy()
-    scenes = InferredScenes(
+    true_counts = None if held_out.counts is None else held_out.counts[chosen].cpu().numpy()
+    inferred = InferredScenes(
         as_bytes(images),
         as_bytes(found.reconstructions),
         found.boxes.cpu().numpy(),
         found.counts.cpu().numpy(),
-        true,
+        true_counts,
     )
-    wrong = np.zeros(len(chosen), bool) if true is None else scenes.counts != true
-    wrong[: len(fixed)] = False
-    samples, boxes, counts = sample_prior(air, number, seed, count_prior)
-    drawn = as_bytes(samples)
-    apart = min(DECOMPOSED_SCENES, len(fixed))
-    reached = at_least_probs(found.count_probs[:apart])
+    further = inferred.pick(slice(len(first), None))
+    is_error = further.counts != further.true_counts if true_counts is not None else slice(0)
+    canvases, boxes, counts = sample_prior(air, num_scenes, seed, count_prior)
+    samples = as_bytes(canvases)
+    decomposed = slice(min(DECOMPOSED_SCENES, len(first)))
+    objects = found.objects[decomposed]
     return Snapshot(
-        step,
-        scenes.pick(slice(len(fixed))),
-        scenes.pick(wrong),
-        InferredScenes(drawn, drawn, boxes.cpu().numpy(), counts.cpu().numpy()),
-        as_bytes(_windows(air, images[:apart], found.z_where[:apart], found.objects[:apart])),
-        as_bytes(found.objects[:apart]),
-        reached.cpu().numpy(),
+        step=step,
+        scenes=inferred.pick(slice(len(first))),
+        errors=further.pick(is_error),
+        samples=InferredScenes(samples, samples, boxes.cpu().numpy(), counts.cpu().numpy()),
+        windows=as_bytes(_windows(air, images[decomposed], found.z_where[decomposed], objects)),
+        objects=as_bytes(objects),
+        presence=at_least_probs(found.count_probs[decomposed]).cpu().numpy(),
     )
 
 
 def _windows(air: AIR, images: Tensor, z_where: Tensor, objects: Tensor) -> Tensor:
-    """What each step sees in its window of images [M, (C,) H, H]: [M, T, (C,) W, W]."""
+    """The windows of images [M, (C,) H, H] that the steps encode, [M, T, (C,) W, W]."""
     seen = images[:, None].expand_as(objects)
-    if air.guide_input == "difference":  # less what the steps before have painted
+    if air.guide_input == "difference":  # less what earlier steps painted
         before = objects.unbind(1)[:-1]
         painted = accumulate(before, air.likelihood.add, initial=torch.zeros_like(images))
         seen = seen - torch.stack([*painted], 1)
@@ -120,13 +121,13 @@ def _windows(air: AIR, images: Tensor, z_where: Tensor, objects: Tensor) -> Tens
 
 
 def as_bytes(intensities: Tensor) -> NDArray[np.uint8]:
-    """Intensities as bytes: black for 0 and less or NaN, white for 1 and more."""
+    """Converts intensities in [0, 1] to bytes; clips values outside, and NaN becomes 0."""
     levels = intensities.detach().nan_to_num().clamp(0, 1) * 255 + 0.5
     return np.asarray(levels.to(torch.uint8).cpu().numpy())
 
 
 def save_snapshot(folder: Path, snapshot: Snapshot) -> None:
-    """Writes ``<step>.npz`` into a run's folder of snapshots, made if missing."""
+    """Writes ``<step>.npz`` into a folder, and makes the folder if necessary."""
     arrays: dict[str, Any] = {}
     for name, field in snapshot._asdict().items():
         parts = field._asdict() if isinstance(field, InferredScenes) else {"": field}
@@ -139,7 +140,7 @@ def save_snapshot(folder: Path, snapshot: Snapshot) -> None:
 
 
 def snapshot_files(folder: Path) -> dict[int, Path]:
-    """The snapshots in a folder by step, the first first."""
+    """The snapshots in a folder by step, in ascending order."""
     found = {int(path.stem): path for path in folder.glob("*.npz") if path.stem.isdecimal()}
     return dict(sorted(found.items()))
 
@@ -148,20 +149,25 @@ def load_snapshot(path: Path) -> Snapshot:
     """Reads a file that `save_snapshot` wrote.
 
     Raises:
-        SnapshotError: If it is none.
+        SnapshotError: If the file is no readable snapshot.
     """
     try:
         with path.open("rb") as file:
             arrays = dict(np.load(file, allow_pickle=False))
-        fields: dict[str, Any] = {}
-        for name in Snapshot._fields:
-            if name in ("scenes", "errors", "samples"):
-                *parts, _ = InferredScenes._fields
-                known = {part: arrays[f"{name}.{part}"] for part in parts}
-                true_counts = arrays.get(f"{name}.true_counts")
-                fields[name] = InferredScenes(**known, true_counts=true_counts)
-            else:
-                fields[name] = arrays[f"{name}."]
-        return Snapshot(**fields | {"step": int(fields["step"])})
-    except Exception as error:  # NumPy and its zip files fail in many ways
+        return Snapshot(
+            step=int(arrays["step."]),
+            scenes=_unpack_scenes(arrays, "scenes."),
+            errors=_unpack_scenes(arrays, "errors."),
+            samples=_unpack_scenes(arrays, "samples."),
+            windows=arrays["windows."],
+            objects=arrays["objects."],
+            presence=arrays["presence."],
+        )
+    except Exception as error:  # NumPy and zipfile raise many types of errors
         raise SnapshotError(f"{path} is no readable snapshot: {error}") from error
+
+
+def _unpack_scenes(arrays: dict[str, Array], prefix: str) -> InferredScenes:
+    return InferredScenes(
+        **{name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
+    )

@@ -1,21 +1,18 @@
-"""The panes of the dashboard: messages to a visdom server, made of curves and pictures.
+"""The panes of the live page: a run's curves, counts, pictures and settings, sent to visdom.
 
-Each pane has a name of its own, so that the server replaces it as a whole.
+Each pane has a fixed name, under which the visdom server replaces the pane as a whole.
 """
 
-import base64
 import html
-import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
-from PIL import Image
+import numpy as np
 
 from air.visualization.curves import PANELS, History, Panel
-from air.visualization.drawing import sheets
+from air.visualization.drawing import Pictures, sheets
 from air.visualization.snapshots import Snapshot
-
-Pane = dict[str, Any]  # a message to visdom's server
 
 ORDER = (  # on the page: four plots are as wide as two pictures
     "elbo", "accuracy", "kl", "confusion",
@@ -23,112 +20,137 @@ ORDER = (  # on the page: four plots are as wide as two pictures
     "objects", "prior_samples", "errors",
     "counts", "grad_norm", "rates", "speed", "baseline", "settings",
 )  # fmt: skip
-_PLOT = 410, 280  # width and height of a plot
-_CELL, _ROWS, _COLUMNS = 100, 2, 8  # side of a scene in pixels, and their number in a picture
+_ROWS, _COLUMNS = 2, 8  # of scenes in a picture
 ON_PAGE = _ROWS * _COLUMNS  # scenes that a picture shows
-_DECOMPOSED_ROWS = 4  # rows in the picture of objects
+_OBJECT_ROWS = 4  # scenes in the picture of objects
+_SCENE_SIDE = 100  # pixels, about
+_BLUE, _GREY = "#0072B2", "#BBBBBB"
 _TITLES = {
-    "inferred": "Held-out scenes with what is found in them",
-    "reconstructions": "The same, painted again",
-    "objects": "Step by step: what it sees (and how surely it is in use), what it paints; the sum",
-    "prior_samples": "Samples from the prior, all counts equally likely unless that is learnt",
-    "errors": "Scenes of the last evaluation that are still counted wrongly",
+    "inferred": "Held-out scenes with the inferred boxes and counts",
+    "reconstructions": "Reconstructions of the same scenes",
+    "objects": "What each step sees, with the probability that it is used, and what it paints",
+    "prior_samples": "Samples from the prior; all counts equally likely unless the prior is learnt",
+    "errors": "Scenes counted wrongly in the last evaluation, and still now",
 }
 
 
-def plot_panes(history: History) -> Iterator[Pane]:
-    """All curves, and the counts of the last evaluation."""
-    for panel in PANELS:
-        if panel.name != "baseline" or history.points("baseline_error")[0]:
-            yield _curves(panel, history)
-    yield _histogram(history.latest)
-    yield _confusion(history.latest.get("confusion", [[0]]))
+class Page:
+    """The panes of one run.
 
+    Args:
+        client: Of visdom.
+        env: The visdom environment that holds the panes.
+    """
 
-def settings_pane(settings: Mapping[str, Any]) -> Pane:
-    """The configuration as a table. A pane of text is HTML, and would run what is not escaped."""
-    rows = (
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
-        for name, value in sorted(settings.items())
-    )
-    table = f"<table border=1 cellpadding=2>{''.join(rows)}</table>"
-    return _pane("settings", "Settings", [{"content": table, "type": "text"}], 410, 420)
+    def __init__(self, client: Any, env: str) -> None:  # noqa: ANN401
+        self._client = client
+        self._env = env
 
+    def draw(self, history: History, snapshot: Snapshot, settings: Mapping[str, Any]) -> None:
+        """Draws every pane; the baseline's pane only if its error is known."""
+        panels = {panel.name: panel for panel in PANELS}
+        if not history.points("baseline_error")[0]:
+            del panels["baseline"]
+        zoom = max(1, _SCENE_SIDE // snapshot.scenes.images.shape[-1])
+        pictures = sheets(snapshot, _COLUMNS, zoom, _ROWS, _OBJECT_ROWS)
+        for name in ORDER:
+            if name in panels:
+                self._draw_curves(panels[name], history)
+            elif name in _TITLES:
+                self._draw_picture(name, pictures[name], snapshot.step)
+            elif name == "counts":
+                self._draw_counts(history.latest)
+            elif name == "confusion":
+                self._draw_confusion(history.latest.get("confusion", [[0]]))
+            elif name == "settings":
+                self._draw_settings(settings)
 
-def picture_panes(snapshot: Snapshot) -> Iterator[Pane]:
-    """Pictures of a snapshot, always of the same size: a page stretches what is not."""
-    zoom = max(1, _CELL // snapshot.scenes.images.shape[-1])
-    drawn = sheets(snapshot, _COLUMNS, zoom, _ROWS, _DECOMPOSED_ROWS)
-    for name, title in _TITLES.items():
-        height, width, _ = drawn[name].shape
-        png = io.BytesIO()
-        Image.fromarray(drawn[name]).save(png, "PNG")
-        source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-        picture = {"type": "image", "content": {"src": source, "caption": None}}
-        yield _pane(name, f"{title} (step {snapshot.step:,})", [picture], width, height)
-
-
-def _pane(name: str, title: str, data: list[Any], width: int, height: int, **more: Any) -> Pane:  # noqa: ANN401
-    opts = {"title": html.escape(title), "width": width, "height": height}
-    return {"win": name, "data": data, "opts": opts, **more}
-
-
-def _plot(name: str, title: str, data: list[Any], x: Any, y: Any, **layout: Any) -> Pane:  # noqa: ANN401
-    axes = {"xaxis": {"automargin": True, **x}, "yaxis": {"automargin": True, **y}}
-    margin = {"l": 55, "r": 15, "t": 15, "b": 55}
-    return _pane(
-        name, title, data, *_PLOT, layout={"margin": margin, "showlegend": True} | axes | layout
-    )
-
-
-def _curves(panel: Panel, history: History) -> Pane:
-    traces, shown = [], []
-    for curve in panel.curves:
-        steps, values = history.points(curve.key)
-        shown.append(values)
-        dash = "dot" if curve.style == "dotted" else "solid"
-        traces.append(
-            {"x": steps, "y": values, "name": curve.label, "type": "scatter"}
-            | {"mode": "lines+markers" if curve.style == "points" else "lines"}
-            # The page's smoothing reads marker.line.
-            | {"line": {"color": curve.colour, "dash": dash}, "marker": {"size": 5, "line": {}}}
+    def _draw_curves(self, panel: Panel, history: History) -> None:
+        points: list[tuple[float, float | None]] = []
+        numbers: list[int] = []  # of the curve of each point, from 1
+        styles = {}
+        for number, curve in enumerate(panel.curves, start=1):
+            # visdom refuses a plot without points; a point without a value is not visible.
+            found = list(zip(*history.points(curve.key), strict=True)) or [(0, None)]
+            points += found
+            numbers += [number] * len(found)
+            dash = "dot" if curve.style == "dotted" else "solid"
+            styles[curve.label] = {
+                "mode": "lines+markers" if curve.style == "points" else "lines",
+                "line": {"color": curve.colour, "dash": dash},
+            }
+        scale, limits = panel.y_axis([history.points(curve.key)[1] for curve in panel.curves])
+        legend = {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"}
+        y_axis = {"title": panel.unit, "type": scale, "range": limits, "exponentformat": "power"}
+        x_axis = {"title": "step", "rangemode": "tozero"}
+        options = _plot_options(panel.title, x_axis, y_axis, legend=legend)
+        options["legend"] = [curve.label for curve in panel.curves]
+        options["traceopts"] = {"plotly": styles}
+        options |= {"markersize": 5, "markersymbol": "circle", "markerborderwidth": 0}
+        positions = np.array(points, float)  # None becomes NaN, and visdom sends null for NaN
+        self._client.scatter(
+            positions, np.array(numbers), win=panel.name, env=self._env, opts=options
         )
-    scale, limits = panel.y_axis(shown)
-    y: dict[str, Any] = {"title": {"text": panel.unit}, "type": scale, "exponentformat": "power"}
-    if limits:
-        y["range"] = limits
-    legend = {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"}
-    x = {"title": {"text": "step"}, "rangemode": "tozero"}
-    return _plot(panel.name, panel.title, traces, x, y, legend=legend)
+
+    def _draw_counts(self, latest: Mapping[str, Any]) -> None:
+        """Scenes by count: inferred, and true where the true counts are known."""
+        inferred = latest.get("count_histogram", [0, 0])
+        scenes = {"inferred": inferred}
+        if "confusion" in latest:
+            scenes["true"] = [sum(row) for row in latest["confusion"]]
+        rows = list(zip_longest(*scenes.values(), fillvalue=0))
+        percent = 100 * np.array(rows) / max(sum(inferred), 1)
+        names = list(scenes)
+        options = _plot_options(
+            f"Held-out scenes by {' and '.join(names)} count",
+            {"title": "objects", "dtick": 1},
+            {"title": "scenes (%)"},
+            colorway=[_BLUE, _GREY],
+        )
+        if len(names) > 1:  # visdom would turn a single column with a name into a row
+            options["legend"] = names
+        self._client.bar(percent, np.arange(len(rows)), win="counts", env=self._env, opts=options)
+
+    def _draw_confusion(self, matrix: Sequence[Sequence[int]]) -> None:
+        scenes = np.array(matrix)
+        shares = scenes / np.maximum(scenes.sum(axis=1, keepdims=True), 1)
+        numbers = [
+            {"x": inferred, "y": true, "text": f"{number:,}", "showarrow": False}
+            | {"font": {"color": "white" if shares[true, inferred] > 0.7 else "black"}}
+            for (true, inferred), number in np.ndenumerate(scenes)
+        ]
+        options = _plot_options(
+            "Held-out scenes (colour: share of the true count)",
+            {"title": "inferred count", "dtick": 1},
+            {"title": "true count", "dtick": 1, "autorange": "reversed"},
+            annotations=numbers,
+        )
+        options |= {"xmin": 0, "xmax": 1, "colormap": "Reds"}
+        self._client.heatmap(shares, win="confusion", env=self._env, opts=options)
+
+    def _draw_picture(self, name: str, picture: Pictures, step: int) -> None:
+        options = {"title": f"{_TITLES[name]} (step {step:,})"}
+        self._client.image(picture.transpose(2, 0, 1), win=name, env=self._env, opts=options)
+
+    def _draw_settings(self, settings: Mapping[str, Any]) -> None:
+        # visdom shows text as HTML, and a browser would run scripts in unescaped text.
+        rows = (
+            f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
+            for name, value in sorted(settings.items())
+        )
+        table = f"<table border=1 cellpadding=2>{''.join(rows)}</table>"
+        options = {"title": "Settings", "width": 410, "height": 420}
+        self._client.text(table, win="settings", env=self._env, opts=options)
 
 
-def _histogram(latest: Mapping[str, Any]) -> Pane:
-    """Scenes by count: inferred, and in truth where it is known."""
-    found = latest.get("count_histogram", [])
-    total = max(sum(found), 1)
-    bars = [_bar("inferred", found, total, "#0072B2")]
-    if "confusion" in latest:
-        bars.append(_bar("true", [sum(row) for row in latest["confusion"]], total, "#BBBBBB"))
-    x, y = {"title": {"text": "objects"}, "dtick": 1}, {"title": {"text": "scenes (%)"}}
-    return _plot("counts", "Held-out scenes by count", bars, x, y, barmode="group")
-
-
-def _bar(name: str, scenes: list[int], total: int, colour: str) -> dict[str, Any]:
-    heights = [100 * number / total for number in scenes]
-    bars = {"x": [*range(len(scenes))], "y": heights, "marker": {"color": colour}}
-    return {"type": "bar", "name": name, **bars}
-
-
-def _confusion(matrix: list[list[int]]) -> Pane:
-    shares = [[number / max(sum(row), 1) for number in row] for row in matrix]
-    cells = {"type": "heatmap", "z": shares, "zmin": 0, "zmax": 1, "showscale": False}
-    numbers = [
-        {"x": inferred, "y": true, "text": f"{number:,}", "showarrow": False}
-        | {"font": {"color": "white" if shares[true][inferred] > 0.5 else "black"}}
-        for true, row in enumerate(matrix)
-        for inferred, number in enumerate(row)
-    ]
-    x = {"title": {"text": "inferred count"}, "dtick": 1}
-    y = {"title": {"text": "true count"}, "dtick": 1, "autorange": "reversed"}
-    data = [cells | {"colorscale": [[0, "#FFFFFF"], [1, "#0072B2"]]}]
-    return _plot("confusion", "Held-out scenes", data, x, y, annotations=numbers, showlegend=False)
+def _plot_options(
+    title: str, x_axis: Mapping[str, Any], y_axis: Mapping[str, Any], **layout: object
+) -> dict[str, Any]:
+    """The options of visdom for a plot; visdom passes `layoutopts` on to plotly."""
+    layout |= {
+        "title": None,  # the bar of the pane shows the title
+        "margin": {"l": 55, "r": 15, "t": 15, "b": 55},
+        "xaxis": {"automargin": True, **x_axis},
+        "yaxis": {"automargin": True, **y_axis},
+    }
+    return {"title": title, "width": 410, "height": 280, "layoutopts": {"plotly": layout}}

@@ -27,11 +27,12 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
+
 from air import AIR
-from air.cli.config import pick_device
+from air.cli.device import pick_device
 from air.evaluation.metrics import HeldOut
 from air.training.events import Progress
-from air.training.ranks import join_ranks
+from air.training.parallel import process_group
 from air.training.settings import TrainingSettings
 from air.training.trainer import Trainer
 
@@ -41,7 +42,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Timing(NamedTuple):
-    """What rank 0 found."""
+    """Times that rank 0 measured."""
 
     step_ms: float
     message_ms: float
@@ -49,31 +50,32 @@ class Timing(NamedTuple):
 
 
 def work(out: Path, batch_size: int, steps: int, device_name: str, compiled: bool) -> None:
-    """What every rank does; rank 0 writes the `Timing`."""
+    """Trains on every rank; rank 0 writes the `Timing`."""
     torch.set_num_threads(1)
-    with join_ranks() as ranks:
-        device = pick_device(device_name, ranks.local_rank)
+    with process_group() as group:
+        device = pick_device(device_name, group.local_rank)
         torch.manual_seed(0)
         air = AIR(use_baselines=False).to(device)
-        images = torch.randint(256, (SCENES // ranks.size, 50, 50), dtype=torch.uint8).to(device)
+        size = SCENES // group.world_size, 50, 50
+        images = torch.randint(256, size, dtype=torch.uint8).to(device)
         settings = TrainingSettings(
             num_steps=WARM_UP + steps, batch_size=batch_size, compile=compiled, eval_every=0,
             progress_every=WARM_UP,
         )  # fmt: skip
-        trainer = Trainer(air, images, HeldOut(images[:10]), settings, ranks)
+        trainer = Trainer(air, images, HeldOut(images[:10]), settings, group)
         told = [event for event in trainer.train() if isinstance(event, Progress)]
         step_seconds = (told[-1].seconds - told[0].seconds) / (told[-1].step - told[0].step)
         used = [p for p in air.parameters() if p.grad is not None]
         message = torch.zeros(sum(p.numel() for p in used) + 2, device=device)
         taken = []
         for _ in range(20):
-            ranks.any(False)  # all begin together
+            group.any(False)  # all begin together
             begin = time.perf_counter()
-            if ranks.all_reduce is not None:
-                ranks.all_reduce(message)
+            if group.all_reduce is not None:
+                group.all_reduce(message)
             float(message[0])  # waits for the device
             taken.append(time.perf_counter() - begin)
-        if ranks.rank == 0:
+        if group.is_main:
             size = message.numel() * message.element_size()
             timing = Timing(1e3 * step_seconds, 1e3 * statistics.median(taken), size)
             out.write_text(json.dumps(timing))

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
 from air.data.shards import Shards
-from air.subsampling import StreamedImages
+from air.data.streaming import StreamedImages
 
 PARTS = 10
 

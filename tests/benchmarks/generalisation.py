@@ -23,7 +23,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
-from main import SCENE_FLAGS
+from air.cli.config import SCENE_KEYS
 from tests.benchmarks.seeds import MAIN, check_flags, read_lines, train
 
 EXPERIMENTS = {"0, 1, 2 to 3": ((0, 1, 2), 3), "0, 1, 3 to 2": ((0, 1, 3), 2)}
@@ -55,8 +55,8 @@ def same_scenes(folder: Path) -> list[str]:
     """The flags of the scenes that a run was trained on, and of where it ran."""
     config, flags = json.loads((folder / "config.json").read_text()), []
     places = ("cache_dir", "mnist_dir", "device", "threads")
-    for name in (*SCENE_FLAGS.values(), *places):
-        value, flag = config[name], f"--{name.replace('_', '-')}"
+    for name in (*SCENE_KEYS, *places):
+        value, flag = config.get(name), f"--{name.replace('_', '-')}"
         if value is True:
             flags.append(flag)
         elif value not in (None, False):

@@ -23,10 +23,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
 import main as program
 from air import AIR
-from air.cli.config import merge_new
+from air.cli.config import resolve_config, to_json_types
+from air.cli.flags import build_parser
 from air.marginal import MarginalAIR
 from air.storage.checkpoint import load_weights_strict, read_weights
-from air.training.ranks import Ranks
+from air.training.compiled_svi import inductor
+from air.training.parallel import SINGLE_PROCESS
 
 
 class Moments:
@@ -78,10 +80,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="scenes")
     parser.add_argument("flags", nargs="*", help="behind --: flags of main.py for data and nets")
     args = parser.parse_args()
-    given = vars(program.build_parser().parse_args(args.flags))
+    cli_args = to_json_types(vars(build_parser().parse_args(args.flags)))
     weights, saved = read_weights(Path(args.load)) if args.load else ({}, {})
-    config = {**program.DEFAULTS, **merge_new(saved, given), "estimator": "score"}
-    trainer, _ = program.assemble(config, Ranks())
+    config = {**resolve_config(cli_args, model=saved), "estimator": "score"}
+    context = program.Context(SINGLE_PROCESS, nets=None, compiler=inductor)
+    trainer, _, _ = program.build_trainer(config, context)
     if weights:
         load_weights_strict(trainer.air, weights, Path(args.load))
     air, images = trainer.air, trainer.held_out.images[: args.batch_size]

@@ -1,92 +1,143 @@
-"""The configuration: where defaults come from, what a run that goes on or a model keeps."""
+"""The configuration: precedence of its sources, and what a resumed run or a loaded model keeps."""
 
 import inspect
-from dataclasses import fields
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-import main
 from air import AIR
-from air.cli import config
+from air.cli.config import (
+    COMPILE_MIN_STEPS,
+    check_config,
+    resolve_config,
+    with_image_size,
+)
+from air.cli.flags import DEFAULTS
+from air.cli.presets import PRESETS
+from air.model_settings import ModelSettings
+from air.storage.checkpoint import CheckpointError
 from air.training.settings import TrainingSettings
-
-
-def test_defaults_are_those_of_the_code() -> None:
-    signature = inspect.signature(AIR).parameters
-    for name, flag in config.AIR_ARGUMENTS.items():
-        assert config.DEFAULTS[flag] == signature[name].default
-    for field in fields(TrainingSettings):
-        assert config.DEFAULTS[field.name] == field.default
+from multi_mnist import SceneSettings
 
 
 @pytest.fixture
 def saved() -> dict[str, Any]:
-    return {**config.DEFAULTS, "seed": 4, "num_steps": 10, "likelihood_sd": 0.2, "counts": [1]}
+    return {**DEFAULTS, "seed": 4, "num_steps": 10, "likelihood_sd": 0.2, "counts": [1]}
 
 
-def test_a_run_that_goes_on_keeps_its_settings(saved: dict[str, Any]) -> None:
-    merged = config.merge_resumed(saved, {"resume": "run", "num_steps": 20, "seed": 4})
-    assert (merged["num_steps"], merged["seed"], merged["counts"]) == (20, 4, [1])
+def test_every_default_is_stated_once() -> None:
+    signature = inspect.signature(AIR).parameters
+    for name, value in asdict(ModelSettings()).items():
+        assert signature[name].default == value
+    assert {**DEFAULTS, **asdict(TrainingSettings())} == DEFAULTS
+
+
+def test_no_two_settings_share_a_key_but_the_size_of_the_images() -> None:
+    assert DEFAULTS["x_size"] == ModelSettings().x_size == SceneSettings().x_size
+    assert (DEFAULTS["seed"], DEFAULTS["data_seed"]) == (TrainingSettings().seed, 0)
+
+
+def test_precedence(saved: dict[str, Any]) -> None:
+    preset = {"preset": "dsprites"}
+    model = {**saved, "window_size": 30, "decoder_output_bias": -1.0}
+    assert resolve_config({})["window_size"] == ModelSettings().window_size
+    assert resolve_config(preset)["window_size"] == 18
+    assert resolve_config(preset, model=model)["window_size"] == 30
+    assert resolve_config({**preset, "window_size": 9}, model=model)["window_size"] == 9
+    assert resolve_config({}, run=model)["window_size"] == 30
+
+
+def test_a_resumed_run_keeps_its_settings(saved: dict[str, Any]) -> None:
+    resolved = resolve_config({"resume": "run", "num_steps": 20, "seed": 4}, run=saved)
+    assert (resolved["num_steps"], resolved["seed"], resolved["counts"]) == (20, 4, [1])
     with pytest.raises(ValueError, match=r"--resume keeps the settings .* where batch_size is 64"):
-        config.merge_resumed(saved, {"batch_size": 32})
+        resolve_config({"batch_size": 32}, run=saved)
 
 
-def test_a_run_of_a_program_with_fewer_flags_goes_on(saved: dict[str, Any]) -> None:
+def test_a_resumed_run_names_no_files_to_write_and_no_servers(saved: dict[str, Any]) -> None:
+    saved |= {"save": "x.pt", "viz": True, "visdom_server": "http://elsewhere", "cache_dir": "x"}
+    resolved = resolve_config({}, run=saved)
+    for key in ("save", "viz", "visdom_server", "cache_dir"):
+        assert resolved[key] == DEFAULTS[key]
+
+
+def test_a_run_of_a_program_with_fewer_flags_is_resumed(saved: dict[str, Any]) -> None:
     del saved["lr_schedule"]
-    merged = config.merge_resumed(saved, {"num_steps": 20})
-    assert merged["lr_schedule"] == TrainingSettings().lr_schedule
+    resolved = resolve_config({"num_steps": 20}, run=saved)
+    assert resolved["lr_schedule"] == TrainingSettings().lr_schedule
 
 
 def test_the_number_of_steps_is_part_of_a_cosine_schedule(saved: dict[str, Any]) -> None:
     saved["lr_schedule"] = "cosine"
-    config.merge_resumed(saved, {"num_steps": 10})
+    resolve_config({"num_steps": 10}, run=saved)
     with pytest.raises(ValueError, match="where num_steps is 10, got 20"):
-        config.merge_resumed(saved, {"num_steps": 20})
+        resolve_config({"num_steps": 20}, run=saved)
 
 
-def test_a_model_that_is_loaded_brings_its_own_settings(saved: dict[str, Any]) -> None:
-    merged = config.merge_new(saved, {"batch_size": 32, "z_pres_prior": 0.1})
-    assert merged["likelihood_sd"] == 0.2
-    assert (merged["batch_size"], merged["z_pres_prior"]) == (32, 0.1)
-    assert not {"seed", "num_steps", "counts"} & merged.keys()
-    assert config.merge_new({}, {"batch_size": 32}) == {"batch_size": 32}
+def test_a_loaded_model_brings_its_own_settings(saved: dict[str, Any]) -> None:
+    resolved = resolve_config({"batch_size": 32, "z_pres_prior": 0.1}, model=saved)
+    assert resolved["likelihood_sd"] == 0.2
+    assert (resolved["batch_size"], resolved["z_pres_prior"]) == (32, 0.1)
+    for key in ("seed", "num_steps", "counts"):  # they are not the model's
+        assert resolved[key] == DEFAULTS[key]
 
 
-def test_a_model_is_loaded_with_its_prior_as_it_stood_unless_another_is_given(
+def test_a_model_is_loaded_with_its_prior_at_the_saved_step_unless_another_is_given(
     saved: dict[str, Any],
 ) -> None:
     saved |= {"anneal_prior": "exp", "z_pres_prior": 0.9, "z_pres_prior_raw": True}
-    saved |= {"count_prior": [4, 3, 2, 1]}  # as the checkpoint has it
-    assert config.merge_new(saved, {})["count_prior"] == [4, 3, 2, 1]
-    assert "anneal_prior" not in config.merge_new(saved, {})
+    saved |= {"count_prior": [4, 3, 2, 1]}  # as read from a checkpoint
+    assert resolve_config({}, model=saved)["count_prior"] == [4, 3, 2, 1]
+    assert resolve_config({}, model=saved)["anneal_prior"] == "none"
     for given in ({"z_pres_prior": 0.1}, {"model_steps": 6}, {"count_prior": [1, 1, 1, 1]}):
-        merged = config.merge_new(saved, given)
-        assert merged.get("count_prior") == given.get("count_prior")
-        assert ("z_pres_prior_raw" in merged) == ("z_pres_prior" not in given)
-    merged = config.merge_new({}, {"preset": "dsprites", "scale_mean": 2.0})
-    assert "sides" not in merged
+        resolved = resolve_config(given, model=saved)
+        assert resolved["count_prior"] == given.get("count_prior")
+        assert resolved["z_pres_prior_raw"] == ("z_pres_prior" not in given)
+    assert resolve_config({"preset": "dsprites"})["sides"] == [9, 18]
+    assert resolve_config({"preset": "dsprites", "scale_mean": 2.0})["sides"] is None
 
 
-@pytest.mark.parametrize("preset", config.PRESETS)
-def test_a_preset_stands_for_what_is_not_given(preset: str, saved: dict[str, Any]) -> None:
-    assert config.PRESETS[preset].keys() <= main.DEFAULTS.keys()
-    merged = config.merge_new({}, {"preset": preset, "window_size": 9})
-    assert merged == {**config.PRESETS[preset], "preset": preset, "window_size": 9}
-    loaded = config.merge_new({**saved, "window_size": 30}, {"preset": preset})
-    assert (loaded["window_size"], loaded["x_size"]) == (30, 64)
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_stands_for_flags_that_are_not_given(name: str) -> None:
+    assert PRESETS[name].keys() <= DEFAULTS.keys()
+    check_config(PRESETS[name], Path("preset"))
+    resolved = resolve_config({"preset": name, "window_size": 9})
+    assert resolved == {
+        **DEFAULTS, **PRESETS[name], "preset": name, "window_size": 9,
+        "compile": resolved["compile"],
+    }  # fmt: skip
 
 
-def test_long_runs_are_compiled_unless_told_otherwise(saved: dict[str, Any]) -> None:
-    long = {**saved, "num_steps": config.COMPILE_MIN_STEPS}
-    assert config.is_compiled(long)
-    assert not config.is_compiled({**long, "num_steps": config.COMPILE_MIN_STEPS - 1})
-    assert not config.is_compiled({**long, "jit": True})
-    assert not config.is_compiled({**long, "compile": False})
-    assert config.is_compiled({**saved, "compile": True})
+def test_long_runs_are_compiled_unless_told_otherwise() -> None:
+    def compiles(**cli_args: Any) -> bool:  # noqa: ANN401
+        return bool(resolve_config(cli_args)["compile"])
+
+    assert compiles(num_steps=COMPILE_MIN_STEPS)
+    assert not compiles(num_steps=COMPILE_MIN_STEPS - 1)
+    assert not compiles(num_steps=COMPILE_MIN_STEPS, jit=True)
+    assert not compiles(num_steps=COMPILE_MIN_STEPS, compile=False)
+    assert compiles(num_steps=1, compile=True)
 
 
-@pytest.mark.parametrize("name", ["toaster", "cuda:77", "meta", ""])
-def test_a_device_that_is_not_there(name: str) -> None:
-    with pytest.raises(ValueError, match="--device: cannot use"):
-        config.pick_device(name)
+def test_a_run_on_data_of_ones_own_records_their_size_and_no_scenes_that_were_not_made() -> None:
+    made = with_image_size(resolve_config({"x_size": 64}), 64, 1)
+    assert (made["x_size"], made["channels"], made["recipe"]) == (64, 1, "air")
+    own = with_image_size(resolve_config({"data": "mine.npz"}), 12, 3)
+    assert (own["x_size"], own["channels"]) == (12, 3)
+    assert not {"recipe", "counts", "num_scenes", "data_seed"} & own.keys()
+    check_config(own, Path("file"))
+
+
+def test_configurations_in_files_are_checked() -> None:
+    for whole in (DEFAULTS, {}):
+        check_config(whole, Path("file"))
+    for key, value in [
+        ("batch_size", "8"), ("batch_size", 8.5), ("counts", [1, "x"]), ("counts", 3), ("viz", 1),
+        ("device", 5), ("estimator", "no"), ("learning_rate", -1.0), ("use_masking", "yes"),
+        ("seed", True), ("window_size", None), ("non_linearity", "Nonsense"), ("cache_dir", 3),
+        ("preset", "none"),
+    ]:  # fmt: skip
+        with pytest.raises(CheckpointError, match=r"^file: --\S+: expected .*, got "):
+            check_config({key: value}, Path("file"))

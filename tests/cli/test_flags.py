@@ -2,7 +2,7 @@
 
 import pytest
 
-from air.cli import config, flags
+from air.cli import flags
 from air.training.settings import TrainingSettings
 
 TUTORIAL = (
@@ -12,7 +12,7 @@ TUTORIAL = (
 
 
 def parse(line: str) -> dict[str, object]:
-    return vars(flags.build_parser("").parse_args(line.split()))
+    return vars(flags.build_parser().parse_args(line.split()))
 
 
 def test_the_tutorials_command() -> None:
@@ -29,12 +29,14 @@ def test_only_what_is_given_leaves_a_value() -> None:
 
 
 def test_every_default_has_a_flag_and_every_flag_a_default() -> None:
-    actions = flags.build_parser("")._actions
-    assert {a.dest for a in actions} - {"help"} == set(config.DEFAULTS)
+    actions = flags.build_parser()._actions
+    assert {a.dest for a in actions} - {"help"} == set(flags.DEFAULTS) - {"x_size", "channels"} | {
+        "x_size"
+    }
 
 
 def test_help_shows_each_default() -> None:
-    text = " ".join(flags.build_parser("").format_help().split())
+    text = " ".join(flags.build_parser().format_help().split())
     steps = str(TrainingSettings().num_steps)
     for shown in (steps, "True", "0.001", "200", "ReLU", "-2.0", "auto", "runs/<time>-seed<k>"):
         assert f"(default: {shown})" in text
@@ -52,6 +54,7 @@ def test_help_shows_each_default() -> None:
         ("--non-linearity Linear", "expected the name of an activation of torch.nn"),
         ("--non-linearity os", "expected the name of an activation of torch.nn"),
         ("--anneal-prior cos", "argument --anneal-prior: invalid choice: 'cos'"),
+        ("--preset none", "expected small-digits or dsprites, got 'none'"),
         ("--batch 3", "unrecognized arguments: --batch 3"),  # no abbreviations
         ("--encoder-net 10 0", "argument --encoder-net: expected a whole number of at least 1"),
     ],
@@ -71,3 +74,20 @@ def test_whole_numbers_may_be_written_as_floats() -> None:
     assert parse("--anneal-prior-duration 1e6")["anneal_prior_duration"] == 1_000_000
     assert parse(f"--seed {2**32 - 1}")["seed"] == 2**32 - 1
     assert parse("--encoder-net")["encoder_net"] == []
+
+
+def test_the_line_of_pyros_own_test_suite() -> None:
+    assert parse("--num-steps=1 --no-baseline") == {"num_steps": 1, "use_baselines": False}
+
+
+def test_every_switch_can_be_turned_on_and_off() -> None:
+    assert parse("--no-masking --baselines --no-z-pres-prior-raw --no-evaluate") == {
+        "use_masking": False, "use_baselines": True, "z_pres_prior_raw": False, "evaluate": False,
+    }  # fmt: skip
+
+
+def test_only_rank_0_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ("-b 0", "--help"):
+        with pytest.raises(SystemExit):
+            flags.build_parser(quiet=True).parse_args(line.split())
+    assert capsys.readouterr() == ("", "")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import EVALUATION, PROGRESS, trainer
 
-from air.cli.config import DEFAULTS
+from air.cli.flags import DEFAULTS
 from air.cli.recorder import Recorder
 from air.storage.checkpoint import read_weights
 from air.storage.run_folder import RunFolder
@@ -31,7 +31,7 @@ class Page:
     def due(self, step: int) -> bool:
         return step % self.every == 0
 
-    def draw(self, snapshot: Snapshot, seconds: float = 0.0) -> None:
+    def draw(self, snapshot: Snapshot) -> None:
         self.drawn.append((snapshot.step, len(snapshot.scenes.images)))
 
 

@@ -1,4 +1,4 @@
-"""The digits: MNIST in any dress is the same, what is spoilt is named, a download is checked."""
+"""Digits are the same from every form of MNIST's files; damaged files and downloads are refused."""
 
 import gzip
 import hashlib
@@ -13,10 +13,9 @@ import pytest
 from helpers import write_idx
 
 import air.data.digits
+from air.data.arrays import Array, DataError
 from air.data.digits import (
     MNIST_FILES,
-    Array,
-    DataError,
     download_mnist,
     load_embedded,
     resize_digit,
@@ -38,7 +37,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_digits_are_turned_about_their_centre(digits: list[Array]) -> None:
+def test_digits_are_rotated_about_their_centre(digits: list[Array]) -> None:
     for digit in digits[0][::400]:
         turned = rotate_digit(digit, 90.0)
         assert np.array_equal(turned, np.rot90(digit))
@@ -46,14 +45,15 @@ def test_digits_are_turned_about_their_centre(digits: list[Array]) -> None:
         assert abs(there_and_back - digit).mean() < 0.15 * digit.mean()
 
 
-def test_resizing_averages_areas(digits: list[Array]) -> None:
+def test_resizing_averages_over_areas(digits: list[Array]) -> None:
     for digit, side in product(digits[0][::400], [4, 9, 16, 21, 22, 28, 31, 50]):
-        fine = np.kron(digit.astype(int), np.ones((side, side), int))  # a grid both sizes share
+        # On a grid that divides both the old and the new pixels.
+        fine = np.kron(digit.astype(int), np.ones((side, side), int))
         sums = fine.reshape(side, 28, side, 28).sum((1, 3))
         assert np.array_equal(resize_digit(digit, side), (sums + 392) // 784)
 
 
-def test_idx_files_in_any_dress_are_the_same(digits: list[Array], tmp_path: Path) -> None:
+def test_every_form_of_idx_files_gives_the_same_scenes(digits: list[Array], tmp_path: Path) -> None:
     load = partial(load_scenes, SMALL(digits="mnist"), cache_dir=tmp_path / "cache")
     write_idx(tmp_path / "torch" / "MNIST" / "raw", digits)
     embedded = load_scenes(SMALL(), cache_dir=tmp_path / "cache").sha256
@@ -67,7 +67,7 @@ def test_idx_files_in_any_dress_are_the_same(digits: list[Array], tmp_path: Path
             load(mnist_dir=folder)
 
 
-def test_spoilt_idx_is_named(digits: list[Array], tmp_path: Path) -> None:
+def test_a_damaged_idx_file_is_named(digits: list[Array], tmp_path: Path) -> None:
     for name, old, new, problem in (
         (TRAIN_IMAGES, slice(-1, None), b"", "cannot reshape array"),
         (TRAIN_IMAGES, slice(9, None), b"", "buffer is smaller"),
@@ -82,7 +82,9 @@ def test_spoilt_idx_is_named(digits: list[Array], tmp_path: Path) -> None:
             load_scenes(SMALL(digits="mnist"), cache_dir=tmp_path / "c", mnist_dir=tmp_path)
 
 
-def test_download(digits: list[Array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_is_checked_and_tries_the_next_mirror(
+    digits: list[Array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served, folder = write_idx(tmp_path / "served", digits), tmp_path / "mnist"
     sums = {n: hashlib.sha256((served / f"{n}.gz").read_bytes()).hexdigest() for n in MNIST_FILES}
     monkeypatch.setattr(air.data.digits, "MNIST_FILES", sums)

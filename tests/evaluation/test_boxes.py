@@ -1,4 +1,4 @@
-"""Box scores against cases worked out by hand."""
+"""Box scores against cases computed by hand."""
 
 import math
 
@@ -18,51 +18,51 @@ def tensors(*values: object) -> list[Tensor]:
     return [torch.tensor(value) for value in values]
 
 
-def test_iou_by_hand() -> None:
+def test_iou_equals_a_computation_by_hand() -> None:
     found = pairwise_iou(torch.tensor([A, HALF_A, B]), torch.tensor([A, [5.0, 0.0, 15.0, 10.0]]))
     torch.testing.assert_close(found, torch.tensor([[1.0, 1 / 3], [0.5, 0.2], [0.0, 0.0]]))
     assert pairwise_iou(torch.tensor([[5.0, 5.0, 5.0, 5.0]]), torch.tensor([A])).item() == 0
 
 
-def test_tight_boxes_surround_what_is_bright() -> None:
+def test_tight_boxes_surround_the_bright_pixels() -> None:
     objects = torch.zeros(2, 2, 9, 9)
     objects[0, 0, 2:5, 3:8] = 0.5
-    objects[0, 0, 8, 8] = 0.04  # too dark beside it
+    objects[0, 0, 8, 8] = 0.04  # too dark beside the rest of the object
     objects[0, 1, 0, 0] = 1e-3
     boxes = tight_boxes(objects)
     assert boxes[0].tolist() == [[3, 2, 8, 5], [0, 0, 1, 1]]
     assert (boxes[1, :, :2] == boxes[1, :, 2:]).all(), "black objects have empty boxes"
 
 
-def test_perfect_boxes_in_any_order() -> None:
+def test_perfect_boxes_score_one_in_any_order() -> None:
     scores = score_boxes(*tensors([[B, A]], [[0.9, 0.8]], [2], [[A, B]], [2]))
     assert scores == (1.0, 1.0, 1.0)
 
 
-def test_a_missed_an_extra_and_a_poor_box() -> None:
+def test_a_missed_an_extra_and_a_poor_box_lower_the_scores() -> None:
     boxes = [[A, FAR], [B, FAR], [HALF_A, FAR]]
     probs = [[0.9, 0.1], [0.8, 0.7], [0.6, 0.2]]
     true = [[A, C], [B, [NAN] * 4], [A, [NAN] * 4]]
     scores = score_boxes(*tensors(boxes, probs, [1, 2, 1], true, [2, 1, 1]))
     assert scores.iou == pytest.approx((1 + 1 + 0.5) / 3)
     assert scores.f1 == pytest.approx(2 * 3 / (4 + 4))
-    # ranked: hit 0.9, hit 0.8, miss 0.7, hit 0.6, then misses; four objects
+    # by probability: hit 0.9, hit 0.8, miss 0.7, hit 0.6, then misses; four objects
     assert scores.ap == pytest.approx((1 + 1 + 3 / 4) / 4)
 
 
-def test_one_object_is_found_once() -> None:
+def test_an_object_counts_as_found_once() -> None:
     scores = score_boxes(*tensors([[A, A]], [[0.9, 0.8]], [2], [[A]], [1]))
     assert scores.f1 == pytest.approx(2 / 3)
-    assert scores.ap == pytest.approx(1.0)  # the second comes after the object was found
+    assert scores.ap == pytest.approx(1.0)  # the box that finds the object ranks first
 
 
-def test_the_assignment_is_the_best_over_all_pairs() -> None:
+def test_boxes_are_matched_by_the_largest_sum_of_ious() -> None:
     first, second = [0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 8.0]
     truth = [[0.0, 0.0, 10.0, 9.0], [0.0, 0.0, 10.0, 20.0]]
     scores = score_boxes(*tensors([[second, first]], [[0.9, 0.8]], [2], [truth], [2]))
     assert scores.iou == pytest.approx((8 / 9 + 10 / 20) / 2)
 
 
-def test_nothing_to_score() -> None:
+def test_scores_are_nan_without_boxes_and_objects() -> None:
     scores = score_boxes(*tensors([[A]], [[0.1]], [0], [[[NAN] * 4]], [0]))
     assert all(math.isnan(score) for score in scores)

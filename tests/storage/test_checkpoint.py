@@ -1,9 +1,6 @@
 """Files of weights: whole or as before, read without trust, refused in one line."""
 
-import copy
-import os
 import pickle
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,13 +10,10 @@ from helpers import small_air
 from air import AIR
 from air.storage.checkpoint import (
     FORMAT,
-    MAX_BYTES,
     CheckpointError,
     load_weights,
     read_state,
-    read_weights,
     save_weights,
-    write_atomically,
 )
 
 
@@ -27,20 +21,6 @@ def test_weights_alone_are_a_plain_state_dict(tmp_path: Path, air: AIR) -> None:
     save_weights(air, tmp_path / "weights.pt")
     assert set(torch.load(tmp_path / "weights.pt", weights_only=True)) == set(air.state_dict())
     load_weights(small_air(), tmp_path / "weights.pt")
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    target = tmp_path / "checkpoint.pt"
-    target.write_text("good")
-
-    def fail(path: Path) -> None:
-        path.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(target, fail)
-    assert target.read_text() == "good"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_no_pickle_is_ever_executed(tmp_path: Path, air: AIR) -> None:
@@ -112,43 +92,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, air: AIR) -> None:
             load_weights(air, path)
 
 
-def test_a_file_that_unpacks_to_more_than_is_sane_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "bomb.pt"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as bomb:
-        zeros = bytes(1 << 26)
-        for part in range(MAX_BYTES // len(zeros) + 1):
-            if part < 2:
-                bomb.writestr(f"archive/data/{part}", zeros)
-            else:  # the same bytes again, under another name
-                info = copy.copy(bomb.filelist[0])
-                info.filename = f"archive/data/{part}"
-                bomb.filelist.append(info)
-    assert path.stat().st_size < 1 << 20
-    with pytest.raises(CheckpointError, match=r"bomb\.pt unpacks to .* bytes, more than"):
-        read_weights(path)
-
-
-def test_the_file_before_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, previous = tmp_path / "now", tmp_path / "before"
-
-    def write(text: str) -> None:
-        write_atomically(path, lambda file: file.write_text(text), previous)
-
-    write("one")
-    assert not previous.exists()
-    write("two")
-    assert (path.read_text(), previous.read_text()) == ("two", "one")
-    monkeypatch.delattr(os, "link")  # a file system without links
-
-    def no_link(*_: object) -> None:
-        raise OSError("Operation not permitted")
-
-    monkeypatch.setattr(os, "link", no_link, raising=False)
-    write("three")
-    assert (path.read_text(), previous.read_text()) == ("three", "two")
-    assert {file.name for file in tmp_path.iterdir()} == {"now", "before"}
-
-
 def test_constants_of_the_prior_must_be_those_of_the_flags(tmp_path: Path) -> None:
     save_weights(small_air(scale_prior_sd=0.1), tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match=r"z_where_scale_prior is \[0.1.* by the flags \[0.2"):
@@ -158,7 +101,8 @@ def test_constants_of_the_prior_must_be_those_of_the_flags(tmp_path: Path) -> No
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     save_weights(small_air(z_what_size=4), tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match=r"do not fit these settings: .* expected .* more"):
+    several = r"do not fit these settings and nets: .* expected .* more"
+    with pytest.raises(CheckpointError, match=several):
         load_weights(small_air(), tmp_path / "weights.pt")
     save_weights(small_air(embed_net=[5]), tmp_path / "embedded.pt")
     with pytest.raises(CheckpointError, match=r"embed\.seq\.0\.weight is unknown"):

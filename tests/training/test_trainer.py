@@ -4,18 +4,17 @@ import io
 import math
 import warnings
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pyro
 import pytest
 import torch
-from helpers import SETTINGS, trainer, weights
+from helpers import SETTINGS, capture_only, trainer, weights
 from pyro.infer import JitTraceGraph_ELBO
 
 from air.inference import infer
 from air.priors import continue_probs_from_counts, geometric_count_prior
-from air.training.compiled_svi import CompiledSVI
+from air.storage.checkpoint import check_progress
 from air.training.events import CheckpointDue, Evaluated, Progress, SnapshotDue
 from air.training.schedules import learning_rate_factor
 from air.training.settings import Estimator, TrainingSettings
@@ -92,19 +91,17 @@ def test_same_seed_same_run_and_evaluations_change_nothing() -> None:
 def test_resumed_is_as_if_never_stopped(
     stop: int, captured: bool, estimator: Estimator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled = partial(CompiledSVI, compiler=lambda graph: graph)
-    monkeypatch.setattr("air.training.trainer.CompiledSVI", compiled)
     settings = replace(SETTINGS, compile=captured, estimator=estimator, lr_schedule="cosine")
-    whole = trainer(settings)
+    whole = trainer(settings, compiler=capture_only)
     expected = [without_times(e) for e in whole.train() if e.step > stop]
 
-    stopped = trainer(settings)
+    stopped = trainer(settings, compiler=capture_only)
     for event in trainer_events_until(stopped, stop):
         assert event.step <= stop
     file = io.BytesIO()
     torch.save(stopped.state_dict(), file)
     file.seek(0)
-    resumed = trainer(settings, seed=7)
+    resumed = trainer(settings, seed=7, compiler=capture_only)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     found = [without_times(e) for e in resumed.train()]
 
@@ -182,10 +179,13 @@ def test_a_state_of_something_else_is_refused() -> None:
         ({"step": True}, "step is True"),
         ({"seconds": "abc"}, "seconds are 'abc'"),
         ({"seconds": math.nan}, "seconds are nan"),
-        ({"miscounted": [10**9]}, "not among those held out"),
+        ({"miscounted": [-1]}, r"miscounted scenes are \[-1\]"),
     ]:
         with pytest.raises(ValueError, match=message):
-            trainer().load_state_dict({**done.state_dict(), **changes})
+            check_progress({**done.state_dict(), **changes})
+    check_progress(done.state_dict())
+    with pytest.raises(ValueError, match="not among the held-out scenes"):
+        trainer().load_state_dict({**done.state_dict(), "miscounted": [10**9]})
     state = done.state_dict()
     for moments in state["optimizer"]["state"].values():
         moments["exp_avg"] = torch.zeros(1)

@@ -1,10 +1,10 @@
-"""Which points a curve has, and which span of them is shown."""
+"""Curves have the right points, and their axes show the right span."""
 
 import math
 
 import numpy as np
 import pytest
-from helpers import EVALUATION, PROGRESS
+from helpers import EVALUATION, PROGRESS, RECORDS
 
 from air.training.events import Evaluated
 from air.visualization import curves
@@ -29,14 +29,24 @@ def test_many_points_are_thinned_evenly_and_the_last_one_is_there() -> None:
     history = History()
     for step in range(1, 12_346):
         history.add({"step": step, "elbo": 2.0 * step})
-        if step in (5, 999, 1001, 5000):
+        if step in (5, 999, 1000, 1001, 5000):
             steps, values = history.points("elbo")
+            assert len(steps) == min(step, MAX_POINTS)
             assert steps[-1] == step
             assert values == [2.0 * s for s in steps]
     steps, _ = history.points("elbo")
-    assert MAX_POINTS / 2 <= len(steps) <= MAX_POINTS + 1
-    assert len(set(np.diff(steps[:-1]))) == 1
+    assert len(steps) == MAX_POINTS
+    assert np.ptp(np.diff(steps)) <= 1
     assert (steps[0], steps[-1]) == (1, 12_345)
+
+
+def test_a_copy_does_not_change_with_its_original() -> None:
+    history = History(RECORDS)
+    copied = history.copy()
+    history.add({"step": 20, "elbo": 1.0, "confusion": [[1]]})
+    history.add({"step": 21, "elbo": 2.0})
+    assert copied.points("elbo") == History(RECORDS).points("elbo")
+    assert copied.latest == History(RECORDS).latest
 
 
 def test_a_step_that_comes_again_takes_the_place_of_the_first() -> None:
@@ -46,7 +56,7 @@ def test_a_step_that_comes_again_takes_the_place_of_the_first() -> None:
     assert history.points("eval_elbo") == ([3], [2.0])
 
 
-def test_what_is_not_finite_is_a_gap() -> None:
+def test_a_value_that_is_not_finite_is_a_gap() -> None:
     records = [{"step": i, "elbo": v} for i, v in enumerate([1.0, math.nan, -math.inf, 2.0])]
     assert History(records).points("elbo") == ([0, 1, 2, 3], [1.0, None, None, 2.0])
 

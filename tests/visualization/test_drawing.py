@@ -1,4 +1,4 @@
-"""Pictures: sharp, with boxes where they belong and nothing else touched."""
+"""Pictures are sharp, have boxes at the right places, and are otherwise unchanged."""
 
 import math
 

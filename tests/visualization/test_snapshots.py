@@ -1,4 +1,4 @@
-"""Snapshots: that they show what the model infers, and come back from their files unchanged."""
+"""Snapshots show what the model infers, and are read back from their files unchanged."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def test_windows_are_what_the_encoder_is_given(guide_input: str, channels: int) 
 def test_a_snapshot_shows_what_is_inferred(air: AIR) -> None:
     scenes = held_out()
     state = torch.get_rng_state()
-    snapshot = take_snapshot(air, scenes, 40, seed=3, number=10)
+    snapshot = take_snapshot(air, scenes, 40, seed=3, num_scenes=10)
     assert torch.equal(state, torch.get_rng_state())
     assert snapshot.step == 40
     order = [1, 2, 4, 5, 7, 8, 0, 3, 6, 9]  # the empty ones last
@@ -83,7 +83,7 @@ def test_only_what_is_still_counted_wrongly_is_an_error() -> None:
     count_on(air, 0, 9.0)  # three everywhere
     assert scenes.counts is not None
     scenes.counts[7] = 1
-    snapshot = take_snapshot(air, scenes, 0, 0, miscounted=[2, 7], number=4)
+    snapshot = take_snapshot(air, scenes, 0, 0, miscounted=[2, 7], num_scenes=4)
     np.testing.assert_array_equal(snapshot.errors.images, scenes.images[7:8])
     np.testing.assert_array_equal(snapshot.errors.true_counts, [1])
     assert len(snapshot.scenes.images) == 4
@@ -98,7 +98,7 @@ def test_intensities_become_bytes() -> None:
 
 
 @pytest.mark.parametrize("wrong", [0, 1])
-def test_files_hold_all_of_it(tmp_path: Path, wrong: int) -> None:
+def test_snapshots_are_read_back_unchanged(tmp_path: Path, wrong: int) -> None:
     for step in (500, 20, 10_000_000_000):
         save_snapshot(tmp_path / "made", make_snapshot(step, wrong=wrong))
     files = snapshot_files(tmp_path / "made")

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, panes, trainer, visdom_server
+from helpers import ROOT, SMALL, panes, visdom_server
 from helpers import run as run_main
 
-from air.cli.faults import exit_code, explain, stop_on_signals, terminate_like_interrupt
+from air.cli.errors import explain
 from air.storage.checkpoint import CheckpointError
 from air.storage.run_folder import RunFolder
 from air.training.compiled_svi import RecordingError
@@ -50,19 +50,6 @@ def test_out_of_memory_is_told_with_what_to_lower(run: RunFolder) -> None:
     for error in (caught.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
         for known in (run, None):
             assert "out of memory; lower --batch-size" in str(explain(error, known))
-
-
-def test_signals_stop_after_the_step_and_then_at_once() -> None:
-    running = trainer()
-    with terminate_like_interrupt(), stop_on_signals(running) as received:
-        signal.raise_signal(signal.SIGTERM)
-        assert running.stop_requested
-        assert received == [signal.SIGTERM]
-        with pytest.raises(KeyboardInterrupt) as ended:
-            signal.raise_signal(signal.SIGTERM)
-        assert exit_code(ended.value) == 143
-    assert exit_code(KeyboardInterrupt()) == 130
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def mounted(folder: Path, options: str) -> None:
@@ -176,14 +163,11 @@ def test_ctrl_c_while_compiling_ends_the_run_saved(
 ) -> None:
     """A terminal sends it to the compiler's processes too."""
     code = (  # Inductor works on something small before the step, which takes it a minute
-        "import sys, main, torch, air.training.trainer\n"
-        "from functools import partial\n"
+        "import sys, main, torch\n"
         "def compiler(graph):\n"
         "    torch.compile(lambda x: x.sin() + x.cos().sum())(torch.rand(1000))\n"
         "    return graph\n"
-        "from air.training import trainer\n"
-        "trainer.CompiledSVI = partial(trainer.CompiledSVI, compiler=compiler)\n"
-        "sys.exit(main.main(sys.argv[1:]))"
+        "sys.exit(main.main(sys.argv[1:], compiler=compiler))"
     )
     line = f"{SMALL} -t 1 -n 50 --compile --output-dir run"
     compiling = tmp_path / "inductor"

@@ -1,4 +1,4 @@
-"""Training by two processes under torchrun: what it computes, and how it ends."""
+"""Several processes: what each has of its own, what they compute together, how they end."""
 
 import copy
 import json
@@ -14,12 +14,13 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from helpers import ROOT, SMALL
+from helpers import ROOT, SECOND_OF_TWO, SMALL
 from helpers import run as run_main
 from two_ranks import CASES, STEPS, make_trainer, one_step, train
 
 from air.storage.checkpoint import read_state
-from air.training.ranks import Ranks
+from air.subsampling import draw_indices
+from air.training.parallel import SINGLE_PROCESS, process_group
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
@@ -31,14 +32,50 @@ def start(*words: str, environment: dict[str, str] = os.environ) -> "subprocess.
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, str]:
-    """What each of two ranks found, and what a rank that cannot begin made rank 0 say."""
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """What each of two ranks computed."""
     folder = tmp_path_factory.mktemp("ranks")
     process = start("tests/two_ranks.py", str(folder))
     _, complained = process.communicate(timeout=200)
     assert process.returncode == 0, complained
     first, second = (torch.load(folder / f"{k}.pt", weights_only=True) for k in (0, 1))
-    return first, second, (folder / "problem.txt").read_text()
+    return first, second
+
+
+@pytest.mark.parametrize("size", [7, 60])
+def test_shards_are_drawn_from_as_the_whole_is(size: int) -> None:
+    rows = torch.arange(size)
+    shards = [SINGLE_PROCESS.shard(rows), SECOND_OF_TWO.shard(rows)]
+    assert torch.equal(shards[0], rows)
+    assert len(shards[1]) == -(-size // 2)
+    assert shards[1][-1] == rows[-1]
+    if size % 2 == 0:  # a batch's indices fall into the same strata
+        torch.manual_seed(0)
+        whole = torch.stack([draw_indices(size, 4, rows.device) for _ in range(4000)])
+        part = torch.stack([draw_indices(size // 2, 2, rows.device) for _ in range(4000)])
+        for k in range(2):
+            low, high = size // 4 * k, size // 4 * (k + 1)
+            drawn = part[:, k], whole[:, k]
+            assert all(((low <= d) & (d < high)).all() for d in drawn)
+            counts = [torch.bincount(d - low, minlength=high - low).double() for d in drawn]
+            assert (counts[0] - counts[1]).abs().max() < 5 * (2 * 4000 / (high - low)) ** 0.5
+
+
+def test_each_rank_draws_random_numbers_of_its_own() -> None:
+    groups = SINGLE_PROCESS, SECOND_OF_TWO
+    assert len({group.seed(seed, 0) for group in groups for seed in range(50)}) == 100
+
+
+def test_a_plain_start_joins_no_process_group() -> None:
+    with process_group() as group:
+        assert group is SINGLE_PROCESS
+        assert not torch.distributed.is_initialized()
+        assert group.all_gather(3) == [3]
+        assert group.any(True)
+        assert not group.any(False)
+        assert group.all_reduce is None
+        with group.main_first():
+            pass
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -52,7 +89,7 @@ def test_a_step_of_two_ranks_is_that_of_one_process_on_the_joined_batch(
     captured: bool,
 ) -> None:
     pyro.enable_validation(False)
-    alone, case = one_step(estimator, captured, Ranks()), str((estimator, captured))
+    alone, case = one_step(estimator, captured, SINGLE_PROCESS), str((estimator, captured))
     assert same(found[0][case], found[1][case])
     assert len([name for name in alone if name.startswith("bl_")]) == (
         10 if estimator == "score" else 0
@@ -65,7 +102,7 @@ def test_a_step_of_two_ranks_is_that_of_one_process_on_the_joined_batch(
 
 @pytest.mark.parametrize("estimator", ["marginal", "score"])
 def test_ranks_stay_the_same_and_draw_their_own(found: Any, estimator: str) -> None:  # noqa: ANN401
-    first, second, _ = found
+    first, second = found
     for what in ("weights", "elbos", "prior"):
         one, other = first[f"{what} {estimator}"], second[f"{what} {estimator}"]
         assert same(one, other) if what == "weights" else one == other
@@ -76,12 +113,12 @@ def test_ranks_stay_the_same_and_draw_their_own(found: Any, estimator: str) -> N
 
 
 def test_two_ranks_go_on_as_if_they_had_not_stopped(found: Any) -> None:  # noqa: ANN401
-    for rank in found[:2]:
+    for rank in found:
         assert same(rank["whole"], rank["second"])
 
 
 def test_one_process_goes_on_from_two(found: Any) -> None:  # noqa: ANN401
-    trainers = [make_trainer(10, Ranks()) for _ in range(2)]
+    trainers = [make_trainer(10, SINGLE_PROCESS) for _ in range(2)]
     for trainer in trainers:
         trainer.load_state_dict(copy.deepcopy(found[0]["state"]))  # it trains what it got
         torch.manual_seed(int(torch.randint(1000, ())))  # its stream is its own, and no chance
@@ -90,8 +127,9 @@ def test_one_process_goes_on_from_two(found: Any) -> None:  # noqa: ANN401
     assert same(*(trainer.air.state_dict() for trainer in trainers))
 
 
-def test_what_one_rank_lacks_the_first_says(found: Any) -> None:  # noqa: ANN401
-    assert found[2] == "rank 1: no scenes on rank 1, whose device is cpu"
+def test_rank_0_runs_a_block_first(found: Any) -> None:  # noqa: ANN401
+    assert found[0]["ran first"] < found[1]["ran first"]
+    assert found[0]["gathered"] == found[1]["gathered"] == [{"rank": 0}, {"rank": 1}]
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
@@ -145,7 +183,7 @@ def test_ranks_that_end_lose_no_run(tmp_path: Path, environment: dict[str, str])
     assert time.monotonic() - killed_at < 60
     assert process.returncode == 1
     (line,) = own_lines(complained)
-    assert "another rank is gone" in line
+    assert "another rank has ended" in line
     assert f"--resume {folder}" in line
     assert complained.count("Traceback") == 1  # torchrun's
 
@@ -163,6 +201,7 @@ def test_ranks_that_end_lose_no_run(tmp_path: Path, environment: dict[str, str])
     ("flags", "problem", "code"),
     [
         ("--output-dir tests", "--output-dir must be a new or empty folder", 2),
+        ("--counts 0 99", "expected a whole number of at least 0, at most 50", 2),
         ("--likelihood-sd 1e-30 -n 40 --output-dir {}", "not finite for 20 steps in a row", 1),
     ],
 )

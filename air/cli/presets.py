@@ -1,0 +1,47 @@
+"""Presets: a kind of scenes, and the settings that suit it. Keys are those of config.json."""
+
+from typing import Any
+
+_SMALL_OBJECTS: dict[str, Any] = {
+    "x_size": 64,
+    "sides": [9, 18],
+    "num_scenes": 30_000,
+    "num_test_scenes": 5000,
+    # Windows begin larger than the objects, all over the scene and nearly black, and the prior at
+    # first favours using every step. Otherwise few windows meet an object, and the guide gives
+    # them up before they help.
+    "window_size": 18,
+    "scale_prior_mean": 3.0,
+    "scale_prior_sd": 1.0,
+    "pos_prior_sd": 1.5,
+    "decoder_output_bias": -3.0,
+    "z_pres_prior": 0.99,
+    "z_pres_prior_raw": True,
+    "anneal_prior": "exp",
+    "anneal_prior_to": 1e-4,
+    "anneal_prior_duration": 1500,
+    # The guide does not see the objects already found, so it finds every object as it found the
+    # first.
+    "guide": "difference",
+    "clip_grad_norm": 100.0,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    # With the annealed prior, AIR overlooks the smallest digits; with a learnt prior, it adds blank
+    # windows between two digits until the learning rate has fallen.
+    "small-digits": {
+        **_SMALL_OBJECTS,
+        "recipe": "air",
+        "binary": True,
+        "learn_count_prior_from": 3000,
+        "lr_schedule": "cosine",
+    },
+    # Three bright channels explain so much that with the default likelihood_sd AIR would use
+    # several windows for one object. Without the embedding, 12,288 pixels would be slow.
+    "dsprites": {
+        **_SMALL_OBJECTS,
+        "recipe": "dsprites",
+        "rotation": 180.0,
+        "likelihood_sd": 0.5,
+        "embed_net": [200],
+    },
+}

@@ -1,0 +1,73 @@
+"""The ELBO of images, sampled and split into its terms, and a tighter bound of log p(x)."""
+
+import math
+from typing import Any, NamedTuple
+
+import pyro.poutine as poutine
+import torch
+from torch import Tensor
+
+from air.air import AIR
+from air.priors import PresencePrior
+
+
+class ElboTerms(NamedTuple):
+    """The terms of one sample of the ELBO for each image, in nats, [B] each."""
+
+    log_likelihood: Tensor
+    kl_pres: Tensor  # log q(z_pres) - log p(z_pres) of the sample
+    kl_where: Tensor
+    kl_what: Tensor
+    counts: Tensor  # objects in the sample
+    baseline_squares: Tensor  # squared errors of the baseline, summed over the steps that use it
+
+    @property
+    def elbo(self) -> Tensor:
+        """The sampled ELBO, [B], which is also the log of an importance weight p(x, z) / q(z)."""
+        return self.log_likelihood - self.kl_pres - self.kl_where - self.kl_what
+
+
+@torch.no_grad()
+def sample_elbo(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None = None) -> ElboTerms:
+    """Samples z from the guide once for each image, [B, (C,) H, H]."""
+    arguments: Any = {"data": images, "z_pres_prior_p": z_pres_prior_p}
+    guide: Any = poutine.trace(air.guide).get_trace(**arguments)
+    model: Any = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(**arguments)
+    guide.compute_log_prob()
+    model.compute_log_prob()
+    presence = [guide.nodes[f"z_pres_{t}"] for t in range(air.num_steps)]
+
+    def costs(kind: str) -> Tensor:  # [T, B]
+        names = [f"{kind}_{t}" for t in range(air.num_steps)]
+        return torch.stack([guide.nodes[n]["log_prob"] - model.nodes[n]["log_prob"] for n in names])
+
+    pres, where, what = costs("z_pres"), costs("z_where"), costs("z_what")
+    likelihood = model.nodes["obs"]["log_prob"]
+    squares = torch.zeros_like(likelihood)
+    if air.use_baselines:
+        baseline = torch.stack([node["infer"]["baseline"]["baseline_value"] for node in presence])
+        # The baseline of z_pres_t predicts the terms that depend on z_pres_t: the likelihood, and
+        # the costs of step t and of all later steps.
+        dependent = likelihood - (pres + where + what).flip(0).cumsum(0).flip(0)
+        used = torch.stack([torch.ones_like(squares)] + [n["value"][:, 0] for n in presence[:-1]])
+        squares = (used * (dependent - baseline) ** 2).sum(0)
+    counts = sum(node["value"][:, 0] for node in presence).long()
+    return ElboTerms(likelihood, pres.sum(0), where.sum(0), what.sum(0), counts, squares)
+
+
+@torch.no_grad()
+def importance_weighted_bound(
+    air: AIR, images: Tensor, samples: int, z_pres_prior_p: PresencePrior | None = None
+) -> Tensor:
+    """A lower bound of log p(x) for each image in nats, [B]: the log of the mean importance weight.
+
+    With more samples the bound rises from the ELBO to log p(x) (Burda et al. 2016,
+    arXiv:1509.00519); with none it is minus infinity. The samples are drawn one after another, so
+    that memory does not grow with their number.
+    """
+    images = images.to(air.h_init.device)
+    log_sum = torch.full((len(images),), -math.inf, device=images.device)
+    for _ in range(samples):
+        log_weights = sample_elbo(air, images, z_pres_prior_p).elbo
+        log_sum = torch.logaddexp(log_sum.to(log_weights), log_weights)
+    return log_sum - math.log(max(samples, 1))

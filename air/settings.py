@@ -1,0 +1,223 @@
+"""Settings: each is declared once, with its default, its help and its bounds beside it.
+
+A settings class is a frozen dataclass whose fields are made by `setting`, and whose
+``__post_init__`` calls `check_settings`. So one check serves Python, files and command lines, and
+`add_flags` makes the flags of a command line. Needs no torch.
+"""
+
+import argparse
+import math
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+class SettingError(ValueError):
+    """A setting cannot have the value it was given.
+
+    Attributes:
+        name: The field of the settings class.
+        problem: What was expected, and what was given.
+    """
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"{name}: {problem}")
+        self.name, self.problem = name, problem
+
+
+def setting(
+    default: Any,  # noqa: ANN401
+    help: str,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+    length: tuple[int, int | None] = (0, None),
+    accepts: Callable[[Any], bool] = lambda value: True,
+    expected: str | None = None,
+    key: str | None = None,
+    flag: str | None = None,
+    short: str | None = None,
+    metavar: str | None = None,
+) -> Any:  # noqa: ANN401
+    """A dataclass field that is a setting.
+
+    Args:
+        default: Its default; a default of None means that the setting may be left open.
+        help: What it means, for the help of a command line.
+        low: Least number, or least number of a list.
+        high: Greatest number, or greatest number of a list.
+        above: Exclusive lower bound of a number, or of each number of a list.
+        length: Least and greatest length of a list.
+        accepts: A further check of a value, or of each value of a list.
+        expected: What a value must be, in words; None to derive it from type and bounds.
+        key: Its name in a configuration; None for the name of the field.
+        flag: Its long flag; None for the key with dashes, "" for no flag.
+        short: Its short flag.
+        metavar: Its placeholder in the help.
+    """
+    about = {name: value for name, value in locals().items() if name != "default"}
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of one field of a settings class."""
+
+    name: str
+    key: str
+    default: Any
+    about: Mapping[str, Any]  # the arguments of `setting`
+    scalar: type  # int, float, str or bool; of a list, that of its elements
+    is_list: bool
+    is_optional: bool
+    choices: tuple[str, ...]
+
+    @property
+    def flags(self) -> list[str]:
+        """Its flags, none if it has no flag."""
+        if self.about["flag"] == "":
+            return []
+        long = self.about["flag"] or "--" + self.key.replace("_", "-")
+        return [self.about["short"], long] if self.about["short"] else [long]
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words."""
+        if self.about["expected"] or self.choices:
+            return self.about["expected"] or " or ".join(self.choices)
+        words = {int: "a whole number", float: "a number", str: "a text", bool: "yes or no"}
+        text = words[self.scalar]
+        if self.about["above"] > -math.inf:
+            text += f" above {self.about['above']:g}"
+        if self.about["low"] > -math.inf:
+            text += f" of at least {self.about['low']:g}"
+        return text + (f", at most {self.about['high']:g}" if self.about["high"] < math.inf else "")
+
+    def parse(self, text: str) -> Any:  # noqa: ANN401
+        """The value that a word of a command line stands for; 1e4 is a whole number too.
+
+        Raises:
+            argparse.ArgumentTypeError: If it stands for none.
+        """
+        value: Any = text
+        if self.scalar in (int, float):
+            try:
+                value = float(text)
+            except ValueError:
+                value = math.nan
+            if math.isfinite(value) and self.scalar is int and value == int(value):
+                value = int(text) if text.lstrip("+-").isdigit() else int(value)
+        if not self._accepts(value):
+            raise argparse.ArgumentTypeError(f"expected {self.expected}, got {text!r}")
+        return value
+
+    def check(self, value: Any) -> None:  # noqa: ANN401
+        """Checks a value from Python or from a file.
+
+        Raises:
+            SettingError: If the setting cannot have it.
+        """
+        if value is None and (self.is_optional or self.default is None):
+            return
+        fits = isinstance(value, list | tuple) == self.is_list
+        elements = value if self.is_list and fits else [value]
+        if self.is_list and fits:
+            least, most = self.about["length"]
+            fits = least <= len(elements) <= (most or math.inf)
+        if not fits or not all(self._accepts(element) for element in elements):
+            raise SettingError(self.name, f"expected {self.expected}, got {reprlib.repr(value)}")
+
+    def _accepts(self, value: Any) -> bool:  # noqa: ANN401
+        """Whether the setting can have this value, or its list this element."""
+        if self.scalar is bool or isinstance(value, bool):
+            return self.scalar is bool and isinstance(value, bool)
+        if self.scalar is str:
+            fits = isinstance(value, str) and (not self.choices or value in self.choices)
+        else:
+            fits = isinstance(value, int | float if self.scalar is float else int)
+            fits = fits and -math.inf < value < math.inf and value > self.about["above"]
+            fits = fits and self.about["low"] <= value <= self.about["high"]
+        return fits and self.about["accepts"](value)
+
+
+def settings_of(cls: type) -> tuple[Setting, ...]:
+    """The settings of a settings class, in their order."""
+    hints, found = get_type_hints(cls), []
+    for spec in fields(cls):
+        hint = hints[spec.name]
+        options = [option for option in get_args(hint) if option is not NoneType]
+        is_optional = NoneType in get_args(hint)
+        if is_optional:
+            (hint,) = options
+        is_list = isinstance(get_origin(hint), type)  # tuple[int, ...] or Sequence[int]
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        scalar = str if choices else get_args(hint)[0] if is_list else hint
+        key = spec.metadata["key"] or spec.name
+        found.append(
+            Setting(
+                spec.name, key, spec.default, spec.metadata, scalar, is_list, is_optional, choices
+            )
+        )
+    return tuple(found)
+
+
+def check_settings(settings: object) -> None:
+    """Checks every field of a settings object.
+
+    Raises:
+        SettingError: For the first that has a value it cannot have.
+    """
+    for spec in settings_of(type(settings)):
+        spec.check(getattr(settings, spec.name))
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """The defaults of a settings class by key, as JSON has them."""
+    return {
+        spec.key: list(spec.default) if isinstance(spec.default, tuple) else spec.default
+        for spec in settings_of(cls)
+    }
+
+
+def from_config(cls: type, config: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """An object of a settings class from values by key; keys that are missing have defaults.
+
+    Raises:
+        SettingError: If one of the values does not fit.
+    """
+    known = [spec for spec in settings_of(cls) if spec.key in config]
+    return cls(**{spec.name: config[spec.key] for spec in known})
+
+
+def as_arguments(settings: Any) -> dict[str, Any]:  # noqa: ANN401
+    """The values of a settings object by the names of its fields."""
+    return {spec.name: getattr(settings, spec.name) for spec in settings_of(type(settings))}
+
+
+def add_flags(parser: argparse.ArgumentParser, title: str, cls: type) -> None:
+    """Adds a group of flags, one for each setting. A flag that is not given leaves no value."""
+    group = parser.add_argument_group(title, argument_default=argparse.SUPPRESS)
+    for spec in settings_of(cls):
+        if not spec.flags:
+            continue
+        options: dict[str, Any] = {"type": spec.parse, "metavar": spec.about["metavar"]}
+        if spec.scalar is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif spec.choices:
+            options = {"choices": spec.choices}
+        elif spec.is_list:
+            least, most = spec.about["length"]
+            options["nargs"] = most or ("+" if least else "*")
+        shown = _shown(spec.default)
+        help = spec.about["help"] + (f" (default: {shown})" if shown else "")
+        group.add_argument(*spec.flags, dest=spec.key, help=help.replace("%", "%%"), **options)
+
+
+def _shown(default: Any) -> str:  # noqa: ANN401
+    if default is None:
+        return ""
+    is_list = isinstance(default, Sequence) and not isinstance(default, str)
+    return " ".join(map(str, default)) if is_list else str(default)

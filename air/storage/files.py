@@ -1,0 +1,83 @@
+"""Files that are written as a whole or not at all, and a guard against huge archives."""
+
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+MAX_BYTES = 8 << 30  # of a file of weights or scenes, unpacked
+
+
+class UnusableFileError(ValueError):
+    """A file or folder cannot be used; the message is one line for the user."""
+
+
+def write_atomically(
+    path: Path, write: Callable[[Path], object], previous: Path | None = None
+) -> None:
+    """Calls ``write(temporary path)``, then renames the temporary file to `path`.
+
+    A reader, a killed run and a run whose power failed find the old file or the new one, never a
+    part, for the new file is flushed to the disk before it is renamed.
+
+    Args:
+        path: To be written.
+        write: Writes it.
+        previous: Keeps the former file under this name; None to drop it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            copy_atomically(path, previous)
+        temporary.replace(path)
+        _flush_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def copy_atomically(path: Path, other: Path) -> None:
+    """Gives a file a second name in one step, by a hard link or, without links, by a copy."""
+    temporary = other.with_name(f".{other.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        temporary.replace(other)
+        _flush_folder(other.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flushes the names in a folder to the disk."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def check_unpacked_size(path: Path) -> None:
+    """Reads a zip file's table of contents, before anything is unpacked.
+
+    Raises:
+        UnusableFileError: If the file is damaged, or unpacks to more than `MAX_BYTES`.
+    """
+    if path.is_file() and zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as file:
+                size = sum(part.file_size for part in file.infolist())
+        except Exception as error:  # zipfile raises errors of many types for foreign bytes
+            raise UnusableFileError(f"{path} is damaged: {error}") from error
+        if size > MAX_BYTES:
+            raise UnusableFileError(
+                f"{path} unpacks to {size:,} bytes, more than the {MAX_BYTES:,} of this program"
+            )

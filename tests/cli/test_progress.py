@@ -1,0 +1,16 @@
+"""Progress: lines where there is no terminal, and nothing from ranks that are silent."""
+
+import pytest
+from helpers import PROGRESS
+
+from air.cli.progress import ProgressBar
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_lines_come_from_rank_0_alone(silent: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar(total=1000, initial=0, silent=silent) as bar:
+        bar.show(PROGRESS)
+        bar.show(PROGRESS)  # too early for another line
+        bar.write("an evaluation")
+    said = capsys.readouterr().out
+    assert said == ("" if silent else f"step 20 of 1,000: {PROGRESS}\nan evaluation\n")

@@ -1,0 +1,159 @@
+"""Nets of one's own: with both estimators, captured, resumed, loaded, detecting."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from helpers import SMALL, capture_only, run
+from pyro.infer import SVI, TraceGraph_ELBO
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from air import AIR
+from air.detect import detect
+from air.model_settings import ModelSettings
+from air.storage.checkpoint import CheckpointError, load_air
+
+
+class ConvEncoder(nn.Module):
+    """q(z_what | window): [B, C * W * W] to mean and standard deviation, [B, Z] each."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.shape = settings.channels, settings.window_size, settings.window_size
+        self.conv = nn.Conv2d(settings.channels, 4, 5, stride=2)
+        side = (settings.window_size - 5) // 2 + 1
+        self.linear = nn.Linear(4 * side**2, 2 * settings.z_what_size)
+
+    def forward(self, window: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.relu(self.conv(window.view(-1, *self.shape))).flatten(1)
+        loc, scale = self.linear(hidden).chunk(2, 1)
+        return loc, softplus(scale) + 1e-4
+
+
+class Narrow(nn.Module):
+    """An embedding with running statistics, which are no constants of the prior."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.linear = nn.Linear(settings.channels * settings.x_size**2, 6)
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.linear(images))
+
+
+class Where(nn.Module):
+    """q(z_pres, z_where | h)."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.linear = nn.Linear(settings.rnn_hidden_size, 7)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pres, loc, scale = self.linear(h).split([1, 3, 3], 1)
+        return torch.sigmoid(pres), loc, softplus(scale) + 1e-4
+
+
+def nets(settings: ModelSettings) -> dict[str, nn.Module]:
+    window_pixels = settings.channels * settings.window_size**2
+    decode = nn.Sequential(nn.Linear(settings.z_what_size, window_pixels), nn.Sigmoid())
+    return {"encode": ConvEncoder(settings), "decode": decode, "predict": Where(settings)}
+
+
+SETTINGS = ModelSettings(x_size=12, window_size=9, z_what_size=5, rnn_hidden_size=11)
+
+
+def test_the_contract_of_pyros_svi_holds_with_nets_of_ones_own(images: Tensor) -> None:
+    air = AIR.from_settings(SETTINGS, nets)
+    assert isinstance(air.encode, ConvEncoder)
+    svi = SVI(air.model, air.guide, pyro.optim.Adam({"lr": 1e-3}), TraceGraph_ELBO())
+    before = {name: p.detach().clone() for name, p in air.named_parameters()}
+    for _ in range(2):
+        svi.step(images, batch_size=8)
+    for name, p in air.named_parameters():
+        assert p.grad is not None, name
+        assert not torch.equal(p, before[name]), name
+
+
+def test_the_baseline_embeds_by_a_copy_of_ones_own_embedding() -> None:
+    air = AIR(**{"x_size": 12, "window_size": 9}, embed=Narrow(SETTINGS))  # type: ignore[arg-type]
+    assert air.rnn.weight_ih.shape[1] == 6 + 1 + 3 + 50
+    own, copied = air.embed.linear.weight, air.bl_embed.linear.weight
+    assert torch.equal(own, copied)
+    assert own is not copied
+    assert any(copied is p for p in air.baseline_parameters())
+    assert torch.equal(air.embed.norm.running_mean, torch.zeros(6))  # not moved by the check
+
+
+def test_other_nets_begin_with_the_same_weights() -> None:
+    torch.manual_seed(0)
+    ours = AIR.from_settings(SETTINGS)
+    made = nets(SETTINGS)
+    torch.manual_seed(0)
+    own = AIR.from_settings(SETTINGS, lambda settings: made)
+    for name, weight in own.state_dict().items():
+        if not name.startswith(("encode", "decode", "predict")):
+            assert torch.equal(weight, ours.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "net", "message"),
+    [
+        ("encode", nn.Linear(81, 10), r"encode: expected outputs of \[5, 5\] columns for inputs"),
+        ("decode", nn.Linear(5, 80), r"decode: expected outputs of \[81\] .* got \[80\]"),
+        ("predict", nn.Linear(11, 7), r"predict: expected outputs of \[1, 3, 3\] .* got \[7\]"),
+        ("decode", nn.Unflatten(1, (5, 1)), r"expected outputs \[2, columns\] .* got \[2, 5, 1\]"),
+    ],
+)
+def test_a_net_with_other_outputs_is_refused(name: str, net: nn.Module, message: str) -> None:
+    def factory(settings: ModelSettings) -> Mapping[str, nn.Module]:
+        return {name: net}
+
+    with pytest.raises(ValueError, match=message):
+        AIR.from_settings(SETTINGS, factory)
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--estimator score", "--compile", "--estimator score --compile"]
+)
+def test_a_run_trains_resumes_loads_and_detects(
+    flags: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    options: dict[str, Any] = {"nets": nets, "compiler": capture_only}
+    line = f"{SMALL} {flags} --window-size 9"
+    assert run(f"{line} --output-dir whole -n 6", tmp_path, environment, **options).returncode == 0
+    assert run(f"{line} --output-dir run -n 3", tmp_path, environment, **options).returncode == 0
+    done = run("--resume run -n 6", tmp_path, environment, **options)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "run" / "checkpoint.pt"
+    air, whole = (load_air(p, nets=nets) for p in (path, tmp_path / "whole" / "checkpoint.pt"))
+    assert isinstance(air.encode, ConvEncoder)
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, air.state_dict()[name]), name
+    assert len(detect(air, torch.rand(2, 50, 50))) == 2
+    with pytest.raises(CheckpointError, match="do not fit these settings and nets"):
+        load_air(path)
+    without = run("--resume run -n 8", tmp_path, environment)
+    assert without.returncode == 2
+    assert "do not fit these settings and nets: " in without.stderr
+
+
+def test_running_statistics_are_loaded(tmp_path: Path) -> None:
+    def factory(settings: ModelSettings) -> dict[str, nn.Module]:
+        return {"embed": Narrow(settings)}
+
+    air = AIR.from_settings(SETTINGS, factory)
+    assert isinstance(air.embed, Narrow)
+    air.embed.norm.running_mean += 3.0
+    buffer = io.BytesIO()
+    config = {"x_size": 12, "channels": 1, "window_size": 9, "encoder_latent_size": 5}
+    state = {"format": 3, "config": {**config, "rnn_hidden_size": 11}, "step": 0}
+    torch.save({**state, "model": air.state_dict(), "optimizer": {}}, buffer)
+    (tmp_path / "checkpoint.pt").write_bytes(buffer.getvalue())
+    loaded = load_air(tmp_path / "checkpoint.pt", nets=factory)
+    assert torch.equal(loaded.embed.norm.running_mean, torch.full((6,), 3.0))

@@ -1,0 +1,109 @@
+"""The package that ``pip install .`` makes: complete, with its requirements, usable elsewhere."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PathDistribution
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+from packaging.requirements import Requirement
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOWER_BOUNDS = {">=", ">", "~=", "=="}
+LOAD_COMMANDS = """
+from importlib.metadata import distribution
+for command in distribution("air").entry_points:
+    function = command.load()
+    assert callable(function)
+    print(command.name, __import__("sys").modules[function.__module__].__file__)
+"""
+
+
+def requirements(name: str) -> set[Requirement]:
+    lines = [line.split(" #")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    return {Requirement(line) for line in lines if line and not line.startswith(("#", "-r"))}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the installed package, built from a copy: building writes into its sources."""
+    sources, target = (tmp_path_factory.mktemp(name) for name in ("sources", "target"))
+    for path in ROOT.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, sources)
+    shutil.copytree(ROOT / "air", sources / "air", ignore=shutil.ignore_patterns("__pycache__"))
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target"]
+    command = [sys.executable, "-m", "pip", "install", *options, str(target), str(sources)]
+    subprocess.run(command, check=True)
+    return target
+
+
+@pytest.fixture
+def distribution(installed: Path) -> PathDistribution:
+    (folder,) = installed.glob("air-*.dist-info")
+    return PathDistribution(folder)
+
+
+def elsewhere(installed: Path, folder: Path, *arguments: str) -> str:
+    """The output of Python in another folder, where only the installed copy can be imported."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={"PYTHONPATH": str(installed), "PATH": "", "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_module_is_installed(installed: Path) -> None:
+    ours = {path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "air").rglob("*.py")]}
+    assert {path for path in ours if not (installed / path).is_file()} == set()
+
+
+def test_the_metadata_is_complete(distribution: PathDistribution) -> None:
+    metadata = distribution.metadata
+    for key, field in (("name", "Name"), ("version", "Version"), ("description", "Summary")):
+        assert metadata[field] == PROJECT[key]
+    assert metadata["License-Expression"] == PROJECT["license"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == PROJECT["requires-python"]
+    assert distribution.read_text("licenses/LICENSE") == (ROOT / "LICENSE").read_text()
+
+
+def test_the_package_requires_what_requirements_txt_lists(distribution: PathDistribution) -> None:
+    assert {Requirement(line) for line in distribution.requires or ()} == requirements(
+        "requirements.txt"
+    )
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_every_requirement_has_a_lower_bound(name: str) -> None:
+    listed = requirements(name)
+    assert listed
+    for requirement in listed:
+        assert {bound.operator for bound in requirement.specifier} & LOWER_BOUNDS, requirement
+
+
+def test_every_command_resolves_to_the_installed_copy(installed: Path, tmp_path: Path) -> None:
+    lines = elsewhere(installed, tmp_path, "-c", LOAD_COMMANDS).splitlines()
+    homes = dict(line.split(" ", 1) for line in lines)
+    assert homes.keys() == PROJECT["scripts"].keys()
+    for name, home in homes.items():
+        module = PROJECT["scripts"][name].split(":")[0]
+        assert Path(home) == installed / f"{module.replace('.', '/')}.py"
+
+
+def test_the_package_works_in_another_folder(installed: Path, tmp_path: Path) -> None:
+    code = "from air import AIR; import air; print(air.__file__, AIR.__name__)"
+    assert elsewhere(installed, tmp_path, "-c", code) == f"{installed}/air/__init__.py AIR\n"
+    assert "--load" in elsewhere(installed, tmp_path, "-m", "air.detect", "--help")
+
+
+def test_the_citation_has_the_version_and_licence_of_the_package() -> None:
+    fields = dict(re.findall(r"^(\w+): (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M))
+    assert (fields["version"], fields["license"]) == (PROJECT["version"], PROJECT["license"])

@@ -1,0 +1,124 @@
+"""The README keeps its promises: its commands, flags, links and programs work as written."""
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, SMALL, run
+
+import air.detect
+from air.cli.flags import build_parser
+from air.storage.checkpoint import load_air
+
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "tests/benchmarks/README.md"
+FLAGS_OF_OTHER_PROGRAMS = {"--nproc-per-node", "--out", "--figure", "--gif", "--help"}
+
+
+def block(before: str, language: str) -> str:
+    """The first fenced block of that language after some text."""
+    found = re.search(rf"^```{language}\n(.*?)^```$", README.split(before, 1)[1], re.M | re.S)
+    assert found, f"no {language} block after {before!r}"
+    return found[1]
+
+
+def start(program: Path, *arguments: str, environment: dict[str, str]) -> None:
+    command = [sys.executable, str(program), *arguments]
+    subprocess.run(
+        command, cwd=program.parent, env={**environment, "PYTHONPATH": str(ROOT)}, check=True
+    )
+
+
+def module_from(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.encode()) <= 10_000
+
+
+@pytest.mark.parametrize("marker", ["<!-- train -->", "<!-- test -->"])
+def test_the_first_commands_are_valid_shell(marker: str) -> None:
+    assert re.search(rf"^{marker}\n```sh$", README, re.M)
+    subprocess.run(["bash", "-n"], input=block(marker, "sh").encode(), check=True)
+
+
+def test_every_command_of_main_parses() -> None:
+    lines = re.findall(r"(?:python|torchrun [^`\n]*?) main\.py([^`\n]*)", README)
+    lines += re.findall(r"^\| `main\.py([^`]*)`", README, re.M)
+    assert len(lines) >= 8
+    for line in lines:
+        build_parser().parse_args(shlex.split(line, comments=True))
+
+
+def test_every_flag_exists() -> None:
+    known = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", build_parser().format_help()))
+    named = set(re.findall(r"(?<![\w!<-])--[a-z][a-z-]*", README))
+    named |= set(re.findall(r"`(-[a-z]+)[ `]", README))
+    assert named - FLAGS_OF_OTHER_PROGRAMS <= known
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", RESULTS], ids=["front", "results"])
+def test_every_link_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text())
+    assert links
+    for name, anchor in links:
+        target = page.parent / name if name else page
+        assert target.exists(), name
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
+
+
+def test_every_file_of_the_reading_order_exists() -> None:
+    named = re.findall(r"`([\w/]+\.(?:py|txt))`", README)
+    assert len(named) > 10
+    assert all((ROOT / name).exists() for name in named)
+
+
+def test_the_python_example_runs(tmp_path: Path, environment: dict[str, str]) -> None:
+    program = tmp_path / "example.py"
+    check = "\nassert len(found.counts) == 10 and loss == loss and len(z[0]) == 3\n"
+    program.write_text(block("## From Python", "python") + check)
+    start(program, environment=environment)
+
+
+@pytest.mark.parametrize("estimator", ["marginal", "score"])
+def test_a_net_of_ones_own_trains_resumes_and_detects(
+    estimator: str,
+    tmp_path: Path,
+    environment: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    program = tmp_path / "my_air.py"
+    program.write_text(block("## Your own net", "python"))
+    flags = f"{SMALL} --estimator {estimator} --output-dir run"
+    start(program, *flags.split(), environment=environment)
+    my_air = module_from(program)
+    resumed = run("--resume run -n 6", tmp_path, environment, nets=my_air.nets)
+    assert resumed.returncode == 0, resumed.stderr
+
+    checkpoint = tmp_path / "run/checkpoint.pt"
+    model = load_air(checkpoint, nets=my_air.nets)
+    assert isinstance(model.encode, my_air.ConvEncoder)
+    images = np.zeros((2, 50, 50), np.uint8)
+    found = air.detect.detect(model, torch.from_numpy(images))
+    np.savez(tmp_path / "scenes.npz", x=images)
+    capsys.readouterr()
+    arguments = ["--load", str(checkpoint), str(tmp_path / "scenes.npz")]
+    assert air.detect.main(arguments, nets=my_air.nets) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [image["count"] for image in printed] == [each.count for each in found]
