@@ -152,9 +152,11 @@ def prepare(
             session = start_over(collapsed, context, exit_stack)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         problem = str(error)
-    for rank, its_problem in enumerate(context.group.all_gather(problem)):
-        if its_problem is not None:
-            parser.error(its_problem if rank == 0 else f"rank {rank}: {its_problem}")
+    problems = context.group.all_gather(problem)
+    failed = [rank for rank, its_problem in enumerate(problems) if its_problem is not None]
+    if failed:  # the first rank that failed reports it
+        parser.quiet = context.group.rank != failed[0]
+        parser.error(f"{problem}" if failed[0] == 0 else f"rank {failed[0]}: {problem}")
     assert session is not None
     return session
 
@@ -238,7 +240,9 @@ def build_trainer(config: Config, context: Context) -> tuple[Trainer, Config, st
         settings = from_config(ModelSettings, {**config, "use_baselines": uses_baselines})
     air = AIR.from_settings(settings, context.nets)
     images = StreamedImages(x, device) if isinstance(x, Shards) else torch.from_numpy(x).to(device)
-    held_out = HeldOut.from_numpy(test.x, test.counts, test.boxes, test.overlaps)
+    held_out = HeldOut.from_numpy(
+        test.x, counts=test.counts, boxes=test.boxes, overlaps=test.overlaps
+    )
     with settings_named_by_flag(TrainingSettings):
         training = from_config(TrainingSettings, config)
         trainer = Trainer(air.to(device), images, held_out, training, group, context.compiler)

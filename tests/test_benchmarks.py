@@ -24,6 +24,8 @@ from air.storage.checkpoint import save_weights
 from tests.benchmarks import downstream
 from tests.benchmarks.plain_torch import LOSSES
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 TINY = (
     "--num-scenes 20 --num-test-scenes 12 --rnn-hidden-size 16 --encoder-latent-size 5 "

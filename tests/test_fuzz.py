@@ -27,6 +27,8 @@ from air.storage.checkpoint import CheckpointError, read_weights
 from air.storage.run_folder import RunFolder
 from air.training.events import SnapshotDue
 
+pytestmark = pytest.mark.slow
+
 TINY = (
     "-b 4 --rnn-hidden-size 6 --encoder-latent-size 3 --encoder-net 4 --decoder-net 4 "
     "--predict-net 4 --bl-predict-net 4 --window-size 6 -n 2"
@@ -143,7 +145,10 @@ def use(path: Path) -> None:
     try:
         found = main.load_scenes({"data": str(path), "num_steps": 1})
         held_out = HeldOut.from_numpy(
-            found.test.x, found.test.counts, found.test.boxes, found.test.overlaps
+            found.test.x,
+            counts=found.test.counts,
+            boxes=found.test.boxes,
+            overlaps=found.test.overlaps,
         )
     except ValueError:
         return

@@ -10,6 +10,8 @@ import pytest
 import torch
 from helpers import ROOT, capture_only, panes, run, visdom_server
 
+pytestmark = pytest.mark.slow
+
 FLAGS = (
     "--num-scenes 300 --num-test-scenes 20 -b 8 --rnn-hidden-size 16 --encoder-latent-size 5 "
     "--encoder-net 12 --decoder-net 12 --predict-net 8 --bl-predict-net 8 -t 2 --estimator score "

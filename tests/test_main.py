@@ -146,6 +146,7 @@ def test_a_run_leaves_what_the_readme_says(tmp_path: Path, environment: dict[str
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -204,6 +205,7 @@ def test_resume_refuses_what_would_be_another_run(
     assert metrics(tmp_path / "run") == once  # nothing was left to do, and nothing is said twice
 
 
+@pytest.mark.slow
 def test_a_run_of_a_preset_goes_on_and_is_loaded(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -283,6 +285,7 @@ def test_wrong_input_ends_in_one_line_with_exit_code_2(
     assert (tmp_path / "taken" / "mine.txt").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_a_collapsed_run_starts_over_from_the_next_seed(
     tmp_path: Path, environment: dict[str, str], refused: Callable[[str], str]
 ) -> None:
@@ -305,6 +308,7 @@ def test_a_collapsed_run_starts_over_from_the_next_seed(
     assert "run-seed8 is not empty" in refused("--resume run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("collapses", [False, True])
 def test_a_signal_during_an_evaluation_ends_the_run(
     collapses: bool,
@@ -358,6 +362,7 @@ def test_viz_without_a_server_ends_before_training(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_viz_on_a_server_that_dies_and_comes_back(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -400,6 +405,7 @@ def test_viz_on_a_server_that_dies_and_comes_back(
     assert len(recorded) > len(ORDER)
 
 
+@pytest.mark.slow
 def test_a_run_starts_over_though_its_server_is_gone(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -420,6 +426,7 @@ def test_a_run_starts_over_though_its_server_is_gone(
     assert metrics(tmp_path / "run-seed1")[-1]["step"] == 60
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_its_curves(
     tmp_path: Path, environment: dict[str, str], refused: Callable[[str], str]
 ) -> None:

@@ -120,6 +120,7 @@ def test_the_mean_loss_agrees_with_the_loss_with_sampled_z_pres(steps: int) -> N
     assert abs(sampled - exact) < 4 * (sampled_se**2 + exact_se**2) ** 0.5
 
 
+@pytest.mark.slow
 def test_the_mean_gradient_agrees_with_the_score_function() -> None:
     air, images = small_air(num_steps=2), torch.rand(20, 12, 12)
     parameter = air.predict.mlp.seq[-1].bias

@@ -118,6 +118,7 @@ def test_a_net_with_other_outputs_is_refused(name: str, net: nn.Module, message:
         AIR.from_settings(SETTINGS, factory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", ["", "--estimator score", "--compile", "--estimator score --compile"]
 )

@@ -12,6 +12,8 @@ import pytest
 from helpers import ROOT
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.slow
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOWER_BOUNDS = {">=", ">", "~=", "=="}
 LOAD_COMMANDS = """

@@ -18,6 +18,8 @@ import air.detect
 from air.cli.flags import build_parser
 from air.storage.checkpoint import load_air
 
+pytestmark = pytest.mark.slow
+
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "tests/benchmarks/README.md"
 FLAGS_OF_OTHER_PROGRAMS = {"--nproc-per-node", "--out", "--figure", "--gif", "--help"}

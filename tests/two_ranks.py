@@ -3,14 +3,17 @@
 torchrun --nproc-per-node 2 tests/two_ranks.py FOLDER
 """
 
+import io
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, redirect_stderr
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -19,11 +22,13 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, this is not a package
+import main as program
 from air import AIR
+from air.cli.flags import build_parser
 from air.evaluation.metrics import HeldOut
 from air.marginal import MarginalAIR
 from air.training import trainer as trainer_module
-from air.training.compiled_svi import CompiledSVI
+from air.training.compiled_svi import CompiledSVI, inductor
 from air.training.parallel import ProcessGroup, process_group
 from air.training.settings import TrainingSettings
 from air.training.svi import SVI, make_optimizer
@@ -95,6 +100,21 @@ def train(trainer: Trainer) -> Iterator[float]:
         yield from [event.elbo] if hasattr(event, "elbo") else []
 
 
+def refuse(group: ProcessGroup, folder: Path) -> tuple[Any, str]:
+    """The exit code and the words of main.py on data that rank 1 alone lacks."""
+    path = folder / f"scenes-{group.rank}.npz"
+    if group.is_main:
+        np.savez(path, x=np.zeros((30, 12, 12), np.uint8))
+    parser, said = build_parser(quiet=not group.is_main), io.StringIO()
+    context = program.Context(group, nets=None, compiler=inductor)
+    with ExitStack() as exit_stack, redirect_stderr(said):
+        try:
+            program.prepare(parser, {"data": str(path)}, context, None, exit_stack)
+        except SystemExit as ended:
+            return ended.code, said.getvalue()
+    return 0, said.getvalue()
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -120,6 +140,7 @@ def main() -> None:
                 time.sleep(0.2)
             found["ran first"] = time.monotonic()
         found["gathered"] = group.all_gather({"rank": group.rank})
+        found["refused"] = refuse(group, folder)
         torch.save(found, folder / f"{group.rank}.pt")
 
 

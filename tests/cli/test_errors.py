@@ -23,6 +23,8 @@ from air.storage.run_folder import RunFolder
 from air.training.compiled_svi import RecordingError
 from air.visualization.visdom_panes import ORDER
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:

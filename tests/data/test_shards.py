@@ -98,6 +98,7 @@ def test_arrays_that_are_no_scenes_are_refused(tmp_path: Path) -> None:
         load_data(tmp_path / "objects.npy")
 
 
+@pytest.mark.slow
 def test_the_program_trains_on_a_folder_as_on_the_file(
     npz: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:

@@ -35,6 +35,7 @@ def test_a_batch_that_is_no_smaller_than_the_data_is_all_of_them(tmp_path: Path)
     assert np.array_equal(streamed[15:20], X[15:20])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("estimator", "compiled"), [("marginal", False), ("score", False), ("marginal", True)]
 )

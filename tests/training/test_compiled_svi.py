@@ -112,6 +112,7 @@ def test_what_cannot_be_compiled_runs_uncompiled(
     assert caplog.messages == ["steps run uncompiled: RuntimeError: no compiler"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["score", "marginal"])
 def test_learning_curves_of_captured_and_eager_steps_agree(estimator: str) -> None:
     """At first to rounding; over 200 steps far better than the curves of two seeds.

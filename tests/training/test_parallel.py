@@ -22,6 +22,8 @@ from air.storage.checkpoint import read_state
 from air.subsampling import draw_indices
 from air.training.parallel import SINGLE_PROCESS, process_group
 
+pytestmark = pytest.mark.slow
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
 
@@ -130,6 +132,14 @@ def test_one_process_goes_on_from_two(found: Any) -> None:  # noqa: ANN401
 def test_rank_0_runs_a_block_first(found: Any) -> None:  # noqa: ANN401
     assert found[0]["ran first"] < found[1]["ran first"]
     assert found[0]["gathered"] == found[1]["gathered"] == [{"rank": 0}, {"rank": 1}]
+
+
+def test_input_that_one_rank_lacks_ends_all_and_this_rank_says_so(found: Any) -> None:  # noqa: ANN401
+    assert [rank["refused"][0] for rank in found] == [2, 2]
+    assert found[0]["refused"][1] == ""
+    (line,) = found[1]["refused"][1].splitlines()
+    assert "rank 1: " in line
+    assert "scenes-1.npz" in line
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:

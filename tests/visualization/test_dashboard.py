@@ -23,6 +23,8 @@ from air.visualization.dashboard import Dashboard, connect
 from air.visualization.drawing import STEP_COLOURS
 from air.visualization.visdom_panes import ORDER
 
+pytestmark = pytest.mark.slow
+
 LOCAL = "http://127.0.0.1"
 EVERYTHING = sorted(ORDER)
 
