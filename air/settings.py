@@ -19,7 +19,7 @@ class SettingError(ValueError):
 
     Attributes:
         name: The field of the settings class.
-        problem: What was expected, and what was given.
+        problem: The accepted values and the given value, in words.
     """
 
     def __init__(self, name: str, problem: str) -> None:
@@ -46,13 +46,13 @@ def setting(
 
     Args:
         default: Its default; a default of None means that the setting may be left open.
-        help: What it means, for the help of a command line.
+        help: Its meaning, for the help of a command line.
         low: Least number, or least number of a list.
         high: Greatest number, or greatest number of a list.
         above: Exclusive lower bound of a number, or of each number of a list.
         length: Least and greatest length of a list.
         accepts: A further check of a value, or of each value of a list.
-        expected: What a value must be, in words; None to derive it from type and bounds.
+        expected: The accepted values in words; None to derive them from type and bounds.
         key: Its name in a configuration; None for the name of the field.
         flag: Its long flag; None for the key with dashes, "" for no flag.
         short: Its short flag.
@@ -64,7 +64,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of one field of a settings class."""
+    """The declaration of one field of a settings class."""
 
     name: str
     key: str
@@ -85,16 +85,18 @@ class Setting:
 
     @property
     def expected(self) -> str:
-        """What a value must be, in words."""
+        """The accepted values, or the accepted elements of a list, in words."""
         if self.about["expected"] or self.choices:
             return self.about["expected"] or " or ".join(self.choices)
         words = {int: "a whole number", float: "a number", str: "a text", bool: "yes or no"}
         text = words[self.scalar]
         if self.about["above"] > -math.inf:
-            text += f" above {self.about['above']:g}"
+            text += f" above {_number(self.about['above'])}"
         if self.about["low"] > -math.inf:
-            text += f" of at least {self.about['low']:g}"
-        return text + (f", at most {self.about['high']:g}" if self.about["high"] < math.inf else "")
+            text += f" of at least {_number(self.about['low'])}"
+        if self.about["high"] < math.inf:
+            text += f", at most {_number(self.about['high'])}"
+        return text
 
     def parse(self, text: str) -> Any:  # noqa: ANN401
         """The value that a word of a command line stands for; 1e4 is a whole number too.
@@ -128,7 +130,11 @@ class Setting:
             least, most = self.about["length"]
             fits = least <= len(elements) <= (most or math.inf)
         if not fits or not all(self._accepts(element) for element in elements):
-            raise SettingError(self.name, f"expected {self.expected}, got {reprlib.repr(value)}")
+            length = (
+                f"a list of {self.about['length'][1] or 'values'}, each " if self.is_list else ""
+            )
+            given = reprlib.repr(value)
+            raise SettingError(self.name, f"expected {length}{self.expected}, got {given}")
 
     def _accepts(self, value: Any) -> bool:  # noqa: ANN401
         """Whether the setting can have this value, or its list this element."""
@@ -214,6 +220,10 @@ def add_flags(parser: argparse.ArgumentParser, title: str, cls: type) -> None:
         shown = _shown(spec.default)
         help = spec.about["help"] + (f" (default: {shown})" if shown else "")
         group.add_argument(*spec.flags, dest=spec.key, help=help.replace("%", "%%"), **options)
+
+
+def _number(bound: float) -> str:
+    return str(int(bound)) if float(bound).is_integer() else f"{bound:g}"
 
 
 def _shown(default: Any) -> str:  # noqa: ANN401

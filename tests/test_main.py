@@ -19,6 +19,7 @@ from helpers import NAMES, ROOT, SCENES, SMALL, panes, run, visdom_server
 import viz
 from air.evaluation.metrics import evaluate
 from air.priors import continue_probs_from_counts
+from air.storage.checkpoint import load_air
 from air.visualization.visdom_panes import ORDER
 from main import build_parser, main
 
@@ -251,6 +252,38 @@ def test_a_loaded_model_is_evaluated_as_it_was_trained_on_all_of_a_file(
     ]:
         assert message in refused(f"{load} {flags} --output-dir third")
         assert not (tmp_path / "third").exists()
+
+
+def test_a_run_on_data_of_ones_own_records_what_is_true_of_it(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    write_scenes(tmp_path / "mine.npz", size=30)
+    tiny = "-n 2 -b 8 --rnn-hidden-size 16 --encoder-net 12 --decoder-net 12 --predict-net 8"
+    done = run(f"{tiny} --data mine.npz --output-dir run", tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    for config in (json.loads((tmp_path / "run" / "config.json").read_text()), state["config"]):
+        assert (config["x_size"], config["channels"], config["data"]) == (30, 1, "mine.npz")
+        assert not {"recipe", "counts", "num_scenes", "sides", "data_seed"} & config.keys()
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "mine.npz").rename(tmp_path / "moved" / "mine.npz")
+    done = run("--resume run -n 4 --data moved/mine.npz", tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    assert load_air(tmp_path / "run" / "checkpoint.pt").x_size == 30
+
+
+def test_a_checkpoint_without_the_size_of_its_images_is_loaded(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    line = f"{SMALL} --preset dsprites --num-scenes 20 --num-test-scenes 5 --output-dir run"
+    assert run(line, tmp_path, environment).returncode == 0
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    del state["config"]["channels"]  # an earlier program did not record it
+    state["config"]["x_size"] = 50  # and of --data it recorded this default
+    torch.save(state, path)
+    air = load_air(path)
+    assert (air.x_size, air.channels) == (64, 3)
 
 
 def test_wrong_input_ends_in_one_line_with_exit_code_2(

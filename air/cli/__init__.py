@@ -1,1 +1,1 @@
-"""What the command lines share: flags, configurations, errors, signals."""
+"""Shared by the command lines: flags, configurations, errors, signals."""

@@ -37,13 +37,15 @@ class ProgramSettings:
     )
     preset: str | None = setting(
         None,
-        "a kind of scenes, with windows and priors that suit it; other flags override the preset",
+        "kind of scenes, with windows and priors that suit it; other flags override the preset",
         accepts=PRESETS.__contains__,
         expected=" or ".join(PRESETS),
         metavar=f"{{{','.join(PRESETS)}}}",
     )
     restarts: int = setting(0, "times to start over with the next seed after a collapse", low=0)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ... or mps; auto is cuda if available")
+    device: str = setting(
+        "auto", "device: auto, cpu, cuda, cuda:1, ... or mps; auto is cuda if available"
+    )
     # More threads gain little on these small nets, and lose much on a busy machine.
     threads: int = setting(1, "threads of a CPU; more may be faster on an idle machine", low=1)
     evaluate: bool = setting(
@@ -70,7 +72,7 @@ class ProgramSettings:
         "address of the visdom server; a login is taken from VISDOM_USERNAME and VISDOM_PASSWORD",
         metavar="URL",
     )
-    visdom_port: int = setting(8097, "its port", low=1, high=65535)
+    visdom_port: int = setting(8097, "port of the visdom server", low=1, high=65535)
     verbose: bool = setting(False, "print the nets and every setting", short="-v")
 
     def __post_init__(self) -> None:
@@ -107,6 +109,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser(description: str = "", quiet: bool = False) -> Parser:
     """A parser of all flags. A flag that is not given leaves no value."""
     parser = Parser(
+        usage="%(prog)s [FLAG [VALUE ...]] ...",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,

@@ -1,1 +1,1 @@
-"""What a run keeps on disk: checkpoints, metrics, pictures."""
+"""A run on disk: checkpoints, metrics, the folder that holds them."""

@@ -20,12 +20,12 @@ class TrainingSettings:
 
     num_steps: int = setting(10_000, "optimisation steps", low=0, short="-n")
     batch_size: int = setting(64, "images in a step, of all processes together", low=1, short="-b")
-    learning_rate: float = setting(1e-3, "of model and guide", above=0, short="-lr")
+    learning_rate: float = setting(1e-3, "learning rate of model and guide", above=0, short="-lr")
     baseline_learning_rate: float = setting(
-        1e-2, "of the baseline's nets (score)", above=0, short="-blr"
+        1e-2, "learning rate of the baseline's nets (score)", above=0, short="-blr"
     )
     lr_schedule: Schedule = setting(
-        "constant", "of both rates: constant, or falling to a hundredth at the last step"
+        "constant", "both learning rates: constant, or falling to a hundredth at the last step"
     )
     clip_grad_norm: float | None = setting(
         None,
@@ -34,8 +34,8 @@ class TrainingSettings:
     )
     estimator: Estimator = setting(
         "marginal",
-        "of the gradient through z_pres: score function with baselines, as in the paper, or the "
-        "exact expectation over the count",
+        "estimator of the gradient through z_pres: score function with baselines, as in the "
+        "paper, or the exact expectation over the count",
     )
     z_pres_prior: float = setting(
         DEFAULT_COUNT_RATIO, "ratio k of the count prior p(n) ∝ k^n", above=0, high=1
@@ -59,10 +59,10 @@ class TrainingSettings:
     )
     anneal_prior: Annealing = setting(
         "none",
-        "move the probabilities of z_pres during training: linearly, or exponentially",
+        "move the prior probabilities of z_pres during training, linearly or exponentially",
     )
     anneal_prior_to: float = setting(
-        1e-7, "their final value (at least 1.2e-7, the rounding of float32)", above=0, high=1
+        1e-7, "final prior probability (at least 1.2e-7, the rounding of float32)", above=0, high=1
     )
     anneal_prior_begin: int = setting(0, "step at which annealing begins", low=0)
     anneal_prior_duration: int = setting(100_000, "steps that annealing takes", low=1)
@@ -70,7 +70,9 @@ class TrainingSettings:
         None, "compile the step, a minute or two (default: if --num-steps is 5000 or more)"
     )
     jit: bool = setting(False, "trace the step once by torch.jit")
-    seed: int = setting(0, "of the weights, the batches and the samples", low=0, high=2**32 - 1)
+    seed: int = setting(
+        0, "seed of the weights, the batches and the samples", low=0, high=2**32 - 1
+    )
     progress_every: int = setting(10, "steps between progress records; 0: only the last", low=0)
     eval_every: int = setting(500, "steps between evaluations; 0: only at the end", low=0)
     eval_scenes: int = setting(

@@ -288,9 +288,9 @@ class Trainer:
         return state
 
     def _restore_random_state(self, state: dict[str, Any]) -> None:
-        """Restores this rank's random state, if it was saved by as many ranks on such a device.
+        """Restores this rank's random state, if as many ranks saved theirs on such a device.
 
-        Otherwise one process goes on from the state of rank 0, several from new seeds.
+        Otherwise a single process continues with the state of rank 0, and several with new seeds.
         """
         states = [state, *state.get("streams", [])]
         device = self.images.device
