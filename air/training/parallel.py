@@ -45,7 +45,7 @@ class ProcessGroup:
     rank: int = 0
     world_size: int = 1
     local_rank: int | None = None
-    gloo: dist.ProcessGroup | None = None
+    gloo: "dist.ProcessGroup | None" = None  # quoted: some builds of torch have none
 
     @property
     def is_main(self) -> bool:
@@ -105,7 +105,7 @@ SINGLE_PROCESS = ProcessGroup()
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
     """The group of the processes that torchrun started: by NCCL on GPUs, by Gloo on CPUs."""
-    if not dist.is_torchelastic_launched():
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield SINGLE_PROCESS
         return
     has_gpus = torch.cuda.is_available() and dist.is_nccl_available()
