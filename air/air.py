@@ -55,8 +55,8 @@ def output_sizes(net: nn.Module, in_size: int) -> list[int]:
     """
     parameter = next(net.parameters(), torch.zeros(0))
     with torch.no_grad():  # a copy, so that running means and modes stay as they are
-        found = copy.deepcopy(net).eval()(parameter.new_zeros(2, in_size))
-    outputs = [found] if isinstance(found, Tensor) else list(found)
+        output = copy.deepcopy(net).eval()(parameter.new_zeros(2, in_size))
+    outputs = [output] if isinstance(output, Tensor) else list(output)
     for output in outputs:
         if output.dim() != 2 or len(output) != 2:
             raise ValueError(f"expected outputs [2, columns] of a net, got {list(output.shape)}")
@@ -181,10 +181,10 @@ class AIR(nn.Module):
         ):
             if net is None:
                 continue
-            if (found := output_sizes(net, in_size)) != out_sizes:
+            if (sizes := output_sizes(net, in_size)) != out_sizes:
                 raise ValueError(
                     f"{name}: expected outputs of {out_sizes} columns for inputs of {in_size}, "
-                    f"got {found}"
+                    f"got {sizes}"
                 )
             setattr(self, name, net)
         if embed is not None:

@@ -54,8 +54,8 @@ def infer(air: AIR, images: Tensor) -> Inference:
     counts = count_probs.argmax(1)
 
     z_where, z_what = (
-        [trace.nodes[f"{kind}_{t}"]["value"] for t in range(air.num_steps)]
-        for kind in ("z_where", "z_what")
+        [trace.nodes[f"{site}_{t}"]["value"] for t in range(air.num_steps)]
+        for site in ("z_where", "z_what")
     )
     objects = air.paint(z_where, z_what).transpose(0, 1)
     in_use = torch.arange(air.num_steps, device=counts.device) < counts[:, None]
@@ -74,13 +74,13 @@ def mean_count_probs(air: AIR, images: Tensor) -> list[float]:
 
 @torch.no_grad()
 def sample_prior(
-    air: AIR, number: int, seed: int, count_prior: Sequence[float] | None = None
+    air: AIR, num_scenes: int, seed: int, count_prior: Sequence[float] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Samples scenes from the prior.
 
     Args:
         air: The model.
-        number: Number N of scenes.
+        num_scenes: Number of scenes, N.
         seed: Seed of the samples; the global generators are restored afterwards.
         count_prior: p(n), n = 0..T. None makes all counts equally likely, because nearly all
             scenes would be empty under the default prior of training.
@@ -90,7 +90,7 @@ def sample_prior(
     """
     presence = continue_probs_from_counts(count_prior or [1.0] * (air.num_steps + 1))
     with forked_rng(seed, air.h_init.device):
-        (z_where, z_pres), canvas = air.prior(number, presence.__getitem__)
+        (z_where, z_pres), canvas = air.prior(num_scenes, presence.__getitem__)
     boxes = window_boxes(torch.stack(z_where, 1), air.x_size)
     return canvas, boxes, torch.cat(z_pres, 1).sum(1).long()
 

@@ -151,7 +151,8 @@ class Setting:
 
 def settings_of(cls: type) -> tuple[Setting, ...]:
     """The settings of a settings class, in their order."""
-    hints, found = get_type_hints(cls), []
+    hints = get_type_hints(cls)
+    declared = []
     for spec in fields(cls):
         hint = hints[spec.name]
         options = [option for option in get_args(hint) if option is not NoneType]
@@ -162,12 +163,12 @@ def settings_of(cls: type) -> tuple[Setting, ...]:
         choices = get_args(hint) if get_origin(hint) is Literal else ()
         scalar = str if choices else get_args(hint)[0] if is_list else hint
         key = spec.metadata["key"] or spec.name
-        found.append(
+        declared.append(
             Setting(
                 spec.name, key, spec.default, spec.metadata, scalar, is_list, is_optional, choices
             )
         )
-    return tuple(found)
+    return tuple(declared)
 
 
 def check_settings(settings: object) -> None:

@@ -37,8 +37,8 @@ def sample_elbo(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None =
     model.compute_log_prob()
     presence = [guide.nodes[f"z_pres_{t}"] for t in range(air.num_steps)]
 
-    def costs(kind: str) -> Tensor:  # [T, B]
-        names = [f"{kind}_{t}" for t in range(air.num_steps)]
+    def costs(site: str) -> Tensor:  # [T, B]
+        names = [f"{site}_{t}" for t in range(air.num_steps)]
         return torch.stack([guide.nodes[n]["log_prob"] - model.nodes[n]["log_prob"] for n in names])
 
     pres, where, what = costs("z_pres"), costs("z_where"), costs("z_what")

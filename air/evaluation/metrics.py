@@ -48,9 +48,9 @@ class HeldOut(NamedTuple):
         arrays = (images, counts, boxes, overlaps)
         return cls._make(array if array is None else torch.from_numpy(array) for array in arrays)
 
-    def first(self, number: int) -> "HeldOut":
+    def first(self, num_scenes: int) -> "HeldOut":
         """The first `number` scenes."""
-        return HeldOut._make(part if part is None else part[:number] for part in self)
+        return HeldOut._make(part if part is None else part[:num_scenes] for part in self)
 
 
 class Evaluation(NamedTuple):

@@ -107,8 +107,8 @@ class SVI:
     def _pack(self, loss: Tensor) -> Tensor:
         """Gradients, loss and number of images as one flat tensor."""
         gradients = [p.grad.flatten() for p in self._parameters if p.grad is not None]
-        number: Any = self.num_images
-        return torch.cat([*gradients, loss.view(1), torch.full_like(loss.view(1), number)])
+        num_images: Any = self.num_images
+        return torch.cat([*gradients, loss.view(1), torch.full_like(loss.view(1), num_images)])
 
     def _unpack(self, message: Tensor) -> Tensor:
         """Takes gradients and number of images from a message, and returns the loss."""

@@ -82,13 +82,13 @@ def take_snapshot(
     first = torch.argsort(is_empty.int(), stable=True)
     chosen = torch.cat((first, torch.tensor(miscounted, dtype=torch.long)))
     images = air.to_images(held_out.images[chosen].to(air.h_init.device))
-    found = infer(air, images)
+    inference = infer(air, images)
     true_counts = None if held_out.counts is None else held_out.counts[chosen].cpu().numpy()
     inferred = InferredScenes(
         as_bytes(images),
-        as_bytes(found.reconstructions),
-        found.boxes.cpu().numpy(),
-        found.counts.cpu().numpy(),
+        as_bytes(inference.reconstructions),
+        inference.boxes.cpu().numpy(),
+        inference.counts.cpu().numpy(),
         true_counts,
     )
     further = inferred.pick(slice(len(first), None))
@@ -96,15 +96,15 @@ def take_snapshot(
     canvases, boxes, counts = sample_prior(air, num_scenes, seed, count_prior)
     samples = as_bytes(canvases)
     decomposed = slice(min(DECOMPOSED_SCENES, len(first)))
-    objects = found.objects[decomposed]
+    objects = inference.objects[decomposed]
     return Snapshot(
         step=step,
         scenes=inferred.pick(slice(len(first))),
         errors=further.pick(is_error),
         samples=InferredScenes(samples, samples, boxes.cpu().numpy(), counts.cpu().numpy()),
-        windows=as_bytes(_windows(air, images[decomposed], found.z_where[decomposed], objects)),
+        windows=as_bytes(_windows(air, images[decomposed], inference.z_where[decomposed], objects)),
         objects=as_bytes(objects),
-        presence=at_least_probs(found.count_probs[decomposed]).cpu().numpy(),
+        presence=at_least_probs(inference.count_probs[decomposed]).cpu().numpy(),
     )
 
 
@@ -141,8 +141,8 @@ def save_snapshot(folder: Path, snapshot: Snapshot) -> None:
 
 def snapshot_files(folder: Path) -> dict[int, Path]:
     """The snapshots in a folder by step, in ascending order."""
-    found = {int(path.stem): path for path in folder.glob("*.npz") if path.stem.isdecimal()}
-    return dict(sorted(found.items()))
+    files = {int(path.stem): path for path in folder.glob("*.npz") if path.stem.isdecimal()}
+    return dict(sorted(files.items()))
 
 
 def load_snapshot(path: Path) -> Snapshot:
