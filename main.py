@@ -14,7 +14,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -42,7 +42,7 @@ from air.data.shards import Shards, load_data
 from air.data.streaming import StreamedImages
 from air.evaluation import HeldOut
 from air.model_settings import ModelSettings, NetFactory
-from air.settings import from_config
+from air.settings import as_arguments, from_config
 from air.storage.checkpoint import load_weights_strict, read_weights
 from air.storage.files import check_unpacked_size
 from air.storage.run_folder import RunFolder, versions
@@ -258,7 +258,7 @@ def load_scenes(config: Config) -> multi_mnist.SceneSplits:
     with settings_named_by_flag(multi_mnist.SceneSettings):
         settings = from_config(multi_mnist.SceneSettings, config)
     folders = from_config(multi_mnist.FolderSettings, config)
-    return multi_mnist.load_scenes(settings, **folders.paths())
+    return multi_mnist.load_scenes(settings, **as_arguments(folders))
 
 
 def open_run(
@@ -297,7 +297,10 @@ def train(session: Session) -> tuple[Outcome, int | None]:
     collapsed = False
     bar = ProgressBar(config["num_steps"], trainer.step, silent=not group.is_main)
     under_torchrun = group.local_rank is not None
-    with stop_on_signals(trainer.request_stop, ignore_second=under_torchrun) as signals, bar:
+    with (
+        stop_on_signals(trainer.request_stop, ignore_second=under_torchrun) as signals,
+        closing(bar),
+    ):
         try:
             for event in trainer.train():
                 if session.recorder:

@@ -34,7 +34,15 @@ from air.data.digits import (
 )
 from air.data.scenes import Scenes, SceneSplits, load_file, write_scenes
 from air.data.sprites import SHAPES, draw_sprite, tint
-from air.settings import SettingError, add_flags, check_settings, from_config, setting, settings_of
+from air.settings import (
+    SettingError,
+    add_flags,
+    as_arguments,
+    check_settings,
+    from_config,
+    setting,
+    settings_of,
+)
 
 __all__ = ["DataError", "SceneSettings", "SceneSplits", "Scenes", "load_file", "load_scenes"]
 
@@ -273,7 +281,10 @@ def _draw(settings: SceneSettings, test: bool, images: Array, labels: Array) -> 
 
 
 def load_scenes(
-    settings: SceneSettings, *, cache_dir: Path | None = None, mnist_dir: Path | None = None
+    settings: SceneSettings,
+    *,
+    cache_dir: Path | str | None = None,
+    mnist_dir: Path | str | None = None,
 ) -> SceneSplits:
     """Loads scenes from the cache; makes and caches them if they are not there.
 
@@ -286,12 +297,12 @@ def load_scenes(
         ValueError: If there is no room for the objects, or `mnist_dir` is given without use.
         DataError: If digits or scenes cannot be read, or scenes cannot be written.
     """
-    folder = cache_dir or Path(os.environ.get("AIR_CACHE") or Path.home() / ".cache" / "air")
+    folder = Path(cache_dir or os.environ.get("AIR_CACHE") or Path.home() / ".cache" / "air")
     if settings.digits == "embedded" and mnist_dir:
         raise ValueError("mnist_dir: expected only with digits mnist, got digits embedded")
     if settings.digits == "mnist" and mnist_dir is None:
         download_mnist(folder / "mnist")
-    digits = _load_digits(settings, mnist_dir or folder / "mnist")
+    digits = _load_digits(settings, Path(mnist_dir or folder / "mnist"))
     key = f"3 {settings} {sha256(digits)}"  # raise 3 if the same settings give other scenes
     path = folder / f"scenes-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     if not path.exists():
@@ -315,13 +326,6 @@ class FolderSettings:
     def __post_init__(self) -> None:
         check_settings(self)
 
-    def paths(self) -> dict[str, Path | None]:
-        """The arguments of `load_scenes`."""
-        return {
-            "mnist_dir": Path(self.mnist_dir) if self.mnist_dir else None,
-            "cache_dir": Path(self.cache_dir) if self.cache_dir else None,
-        }
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes a new file of scenes; ends with one line and exit code 2 if that fails."""
@@ -343,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if out.exists():
             raise DataError(f"{out}: expected a new file for --out, got one that exists")
         settings = from_config(SceneSettings, args)
-        splits = load_scenes(settings, **from_config(FolderSettings, args).paths())
+        splits = load_scenes(settings, **as_arguments(from_config(FolderSettings, args)))
         write_scenes(out, splits.train, splits.test)
     except ValueError as error:
         parser.error(" ".join(str(error).split()))

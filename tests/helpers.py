@@ -25,6 +25,7 @@ from air import AIR
 from air.data.arrays import Array
 from air.data.digits import MNIST_FILES
 from air.evaluation.metrics import Evaluation, HeldOut
+from air.storage.checkpoint import load_weights_strict, read_weights
 from air.training.events import Progress
 from air.training.parallel import ProcessGroup
 from air.training.settings import TrainingSettings
@@ -199,6 +200,11 @@ SETTINGS = TrainingSettings(
     num_steps=12, batch_size=4, progress_every=3, eval_every=4, eval_scenes=5, save_every=5,
     anneal_prior="lin", anneal_prior_to=1e-3, anneal_prior_duration=10, z_pres_prior=0.5,
 )  # fmt: skip
+
+
+def load_weights(module: torch.nn.Module, path: Path) -> None:
+    """Loads the weights in a checkpoint or a file of weights, as the program does."""
+    load_weights_strict(module, read_weights(path)[0], path)
 
 
 def capture_only(graph: fx.GraphModule) -> Any:  # noqa: ANN401

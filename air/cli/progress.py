@@ -1,7 +1,6 @@
 """Progress on a terminal, or in lines where there is none."""
 
 import time
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -28,15 +27,8 @@ class ProgressBar:
         )
         self._shown_at = -LINE_SECONDS
 
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Ends the bar; `contextlib.closing` calls it."""
         self._bar.close()
 
     def show(self, progress: Progress) -> None:

@@ -185,11 +185,6 @@ def _image_size(weights: Mapping[str, Tensor], settings: ModelSettings) -> dict[
     return {"channels": channels, "x_size": math.isqrt(pixels // channels)}
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Loads the weights that `read_weights` finds, strictly."""
-    load_weights_strict(module, read_weights(path)[0], path)
-
-
 def load_weights_strict(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Loads weights strictly, and says in one line which do not fit.
 

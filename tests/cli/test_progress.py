@@ -1,5 +1,7 @@
 """Progress: lines where there is no terminal, and nothing from ranks that are silent."""
 
+from contextlib import closing
+
 import pytest
 from helpers import PROGRESS
 
@@ -8,7 +10,7 @@ from air.cli.progress import ProgressBar
 
 @pytest.mark.parametrize("silent", [False, True])
 def test_lines_come_from_rank_0_alone(silent: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressBar(total=1000, initial=0, silent=silent) as bar:
+    with closing(ProgressBar(total=1000, initial=0, silent=silent)) as bar:
         bar.show(PROGRESS)
         bar.show(PROGRESS)  # too early for another line
         bar.write("an evaluation")

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import small_air
+from helpers import load_weights, small_air
 
 from air import AIR
 from air.storage.checkpoint import (
     FORMAT,
     CheckpointError,
-    load_weights,
     read_state,
     save_weights,
 )

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, small_air
+from helpers import ROOT, load_weights, small_air
 
 from air import AIR
-from air.storage.checkpoint import CheckpointError, load_weights, read_state
+from air.storage.checkpoint import CheckpointError, read_state
 from air.storage.run_folder import RunFolder
 
 
