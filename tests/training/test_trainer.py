@@ -4,6 +4,7 @@ import io
 import math
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pyro
@@ -198,6 +199,22 @@ def test_a_state_of_a_gpu_is_taken_up_on_a_cpu() -> None:
     list(done.train())
     other.load_state_dict({**done.state_dict(), "cuda_rng": torch.zeros(16, dtype=torch.uint8)})
     assert all(torch.equal(x, y) for x, y in zip(weights(done), weights(other), strict=True))
+
+
+def test_on_mps_the_random_state_is_saved_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the device: none is at hand."""
+    restored: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([7]))
+    monkeypatch.setattr(torch.mps, "set_rng_state", restored.append)
+    saving, resuming = trainer(), trainer()
+    for running in (saving, resuming):
+        running.images = SimpleNamespace(device=torch.device("mps"))  # type: ignore[assignment]
+    state = saving._random_state()
+    resuming._restore_random_state(state)
+    assert [int(each) for each in restored] == [7]
+    del state["mps_rng"]  # of a run on a CPU
+    resuming._restore_random_state(state)
+    assert len(restored) == 1
 
 
 def test_a_resumed_run_knows_which_scenes_it_miscounted() -> None:
