@@ -111,8 +111,18 @@ def process_group() -> Iterator[ProcessGroup]:
     has_gpus = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo")
     gloo = dist.new_group(backend="gloo", timeout=WAIT_FOR_RANK_0)
-    yield ProcessGroup(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), gloo)
-    dist.destroy_process_group()  # not after an error, where others may wait for this rank
+    group = ProcessGroup(
+        dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), gloo
+    )
+    try:
+        yield group
+    except BaseException:
+        # Gloo's threads must end before the interpreter does, or the process aborts. NCCL might
+        # wait for ranks that this one leaves in the middle of a collective.
+        if not has_gpus:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _all_reduce(tensor: Tensor) -> None:
