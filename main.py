@@ -10,7 +10,6 @@ torchrun every rank runs this program; rank 0 alone writes, draws and prints.
 
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ import multi_mnist
 import viz
 from air import AIR
 from air.cli.config import (
+    IMAGE_KEYS,
     SCENE_KEYS,
     check_config,
     resolve_config,
@@ -37,14 +37,19 @@ from air.cli.errors import explain
 from air.cli.flags import DEFAULTS, Config, Parser, build_parser, settings_named_by_flag
 from air.cli.progress import ProgressBar
 from air.cli.recorder import Recorder, restore_trainer
-from air.cli.signals import exit_code, stop_on_signals, terminate_like_interrupt
-from air.data.shards import Shards, load_data
+from air.cli.suggestion import print_suggestion
+from air.data.arrays import DataError
+from air.data.hints import data_hints
+from air.data.preparation import ImageSettings
+from air.data.shards import Shards
+from air.data.sources import load_data
 from air.data.streaming import StreamedImages
 from air.evaluation import HeldOut
 from air.model_settings import ModelSettings, NetFactory
+from air.process.signals import Signals, exit_code, interrupt_on_signals
+from air.process.streams import steady_streams
 from air.settings import as_arguments, from_config
-from air.storage.checkpoint import load_weights_strict, read_weights
-from air.storage.files import check_unpacked_size
+from air.storage.checkpoint import check_image_size, load_weights_strict, read_weights
 from air.storage.run_folder import RunFolder, versions
 from air.training import Trainer, TrainingSettings
 from air.training.compiled_svi import Compiler, inductor
@@ -94,18 +99,20 @@ def main(
         nets: Makes nets of one's own from the settings of the model; see `AIR`.
         compiler: Compiles the captured step.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s")
     warnings.filterwarnings("ignore", "Encountered NaN")  # Pyro's; such steps are skipped
-    with process_group() as group, terminate_like_interrupt():
+    with steady_streams(), process_group() as group, interrupt_on_signals() as signals:
+        logging.basicConfig(format="%(levelname)s: %(message)s")
         context = Context(group, nets, compiler)
         parser = build_parser(__doc__ or "", quiet=not group.is_main)
         cli_args = to_json_types(vars(parser.parse_args(argv)))
+        if cli_args.get("suggest"):
+            return print_suggestion(parser, cli_args, argv)
         session: Session | None = None
         try:
             while True:
                 with ExitStack() as exit_stack:
                     session = prepare(parser, cli_args, context, session, exit_stack)
-                    outcome, signaled = train(session)
+                    outcome, signaled = train(session, signals)
                     if outcome is not Outcome.COLLAPSED:
                         return finish(session, signaled)
                     leave_collapsed(session)
@@ -117,13 +124,13 @@ def main(
             line = explain(error, session.run if session else None)
             if line is None:
                 raise
+            if group.world_size > 1:  # torchrun sends SIGTERM when a rank ends: too early
+                signals.ignore()
             end_by_error(parser, group, error, line)
 
 
 def end_by_error(parser: Parser, group: ProcessGroup, error: Exception, line: str) -> NoReturn:
     """Prints the line and exits. Other ranks are silent about errors that rank 0 reports."""
-    if group.world_size > 1:  # torchrun sends SIGTERM when one rank ends, too early for the line
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not group.is_main and not isinstance(error, RankLostError | FloatingPointError):
         print(f"{parser.prog}: rank {group.rank}: {line}", file=sys.stderr)
     parser.exit(1, f"{parser.prog}: error: {line}\n")
@@ -177,7 +184,9 @@ def prepare_run(cli_args: Config, context: Context, exit_stack: ExitStack) -> Se
     check_flags(config, cli_args, state["config"] if state else DEFAULTS)
     trainer, config, data_sha256 = build_trainer(config, context)
     if weights is not None:
-        load_weights_strict(trainer.air, weights, run.source if run else Path(config["load"]))
+        source = run.source if run else Path(config["load"])
+        check_image_size(trainer.air, weights, model or {}, source)
+        load_weights_strict(trainer.air, weights, source)
     if run and state:
         restore_trainer(trainer, state, run.source, data_sha256)
     if trainer.step > config["num_steps"]:
@@ -208,10 +217,12 @@ def start_over(collapsed: Session, context: Context, exit_stack: ExitStack) -> S
 
 def check_flags(config: Config, cli_args: Config, before: Config) -> None:
     """Refuses flags without effect, and files that would overwrite those of another run."""
-    for key in SCENE_KEYS if config["data"] else []:
+    about = "scenes made here, but --data brings its own"
+    if not config["data"]:
+        about = "images of one's own; name them by --data"
+    for key in SCENE_KEYS if config["data"] else set(IMAGE_KEYS) - {"x_size"}:
         if key in cli_args and cli_args[key] != before.get(key, DEFAULTS[key]):
-            flag = "--" + key.replace("_", "-")
-            raise ValueError(f"{flag} is about scenes made here, but --data brings its own")
+            raise ValueError(f"--{key.replace('_', '-')} is about {about}")
     for key, flag in (("save", "--save"), ("viz_log", "--viz-log")):
         path = config[key] and Path(config[key])
         if path and path.exists() and config[key] != before.get(key):
@@ -229,6 +240,8 @@ def build_trainer(config: Config, context: Context) -> tuple[Trainer, Config, st
     device = pick_device(config["device"], group.local_rank)
     with group.main_first():  # which makes the scenes, where they are not cached yet
         scenes = load_scenes(config)
+    for hint in data_hints(scenes, config["model_steps"]) if group.is_main else ():
+        logging.getLogger("air").warning(hint)
     x, test = group.shard(scenes.train.x), scenes.test
     channels = x.shape[1] if x.ndim == 4 else 1
     config = with_image_size(config, x.shape[-1], channels)
@@ -251,14 +264,20 @@ def build_trainer(config: Config, context: Context) -> tuple[Trainer, Config, st
 
 def load_scenes(config: Config) -> multi_mnist.SceneSplits:
     """The scenes of --data, or those that the flags describe, which are made if need be."""
-    if config["data"]:
-        path = Path(config["data"])
-        check_unpacked_size(path)
-        return load_data(path, hold_out_all=config["num_steps"] == 0)
-    with settings_named_by_flag(multi_mnist.SceneSettings):
-        settings = from_config(multi_mnist.SceneSettings, config)
-    folders = from_config(multi_mnist.FolderSettings, config)
-    return multi_mnist.load_scenes(settings, **as_arguments(folders))
+    try:
+        if config["data"]:
+            with settings_named_by_flag(ImageSettings):
+                images = from_config(ImageSettings, config)
+            return load_data(config["data"], images, hold_out_all=config["num_steps"] == 0)
+        with settings_named_by_flag(multi_mnist.SceneSettings):
+            settings = from_config(multi_mnist.SceneSettings, config)
+        folders = from_config(multi_mnist.FolderSettings, config)
+        return multi_mnist.load_scenes(settings, **as_arguments(folders))
+    except DataError as error:
+        if config.get("resume"):  # its paths may be relative to another folder
+            moved = "--data" if config["data"] else "--mnist-dir"
+            raise DataError(f"{error}; if it has moved, say by {moved} where it is now") from error
+        raise
 
 
 def open_run(
@@ -286,7 +305,7 @@ def open_run(
 # Training and finishing a run.
 
 
-def train(session: Session) -> tuple[Outcome, int | None]:
+def train(session: Session, signals: Signals) -> tuple[Outcome, int | None]:
     """Trains to the last step, a signal, or a collapse that allows another start.
 
     Returns:
@@ -296,11 +315,8 @@ def train(session: Session) -> tuple[Outcome, int | None]:
     announce(session)
     collapsed = False
     bar = ProgressBar(config["num_steps"], trainer.step, silent=not group.is_main)
-    under_torchrun = group.local_rank is not None
-    with (
-        stop_on_signals(trainer.request_stop, ignore_second=under_torchrun) as signals,
-        closing(bar),
-    ):
+    signals.ask_by(trainer.request_stop, ignore_repeated=group.local_rank is not None)
+    with closing(bar):
         try:
             for event in trainer.train():
                 if session.recorder:
@@ -318,9 +334,9 @@ def train(session: Session) -> tuple[Outcome, int | None]:
             if session.recorder:
                 session.recorder.save()
             raise
-    signals_of_ranks = group.all_gather(list(signals))
-    if any(signals_of_ranks):
-        return Outcome.INTERRUPTED, next(number for number, *_ in filter(None, signals_of_ranks))
+    signaled = signals.first(group.all_gather)
+    if signaled is not None:
+        return Outcome.INTERRUPTED, signaled
     return (Outcome.COLLAPSED if group.any(collapsed) else Outcome.FINISHED), None
 
 

@@ -32,8 +32,12 @@ from air.data.digits import (
     resize_digit,
     rotate_digit,
 )
+from air.data.pictures import write_pictures
 from air.data.scenes import Scenes, SceneSplits, load_file, write_scenes
+from air.data.sources import HELD_OUT_FOLDER
 from air.data.sprites import SHAPES, draw_sprite, tint
+from air.process.signals import exit_code, interrupt_on_signals
+from air.process.streams import steady_streams
 from air.settings import (
     SettingError,
     add_flags,
@@ -309,7 +313,10 @@ def load_scenes(
         train = _draw(settings, False, *digits[:2])
         test = _draw(settings, True, *digits[2:])
         write_scenes(path, train, test)
-    return load_file(path)
+    try:
+        return load_file(path)
+    except DataError as error:
+        raise DataError(f"{error}; delete the file, and it is made again") from error
 
 
 @dataclass(frozen=True)
@@ -328,9 +335,19 @@ class FolderSettings:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes a new file of scenes; ends with one line and exit code 2 if that fails."""
-    parser = argparse.ArgumentParser(description="Makes a file of scenes.", usage=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, required=True, help="a new .npz file")
+    """Writes scenes to disk; ends with one line and exit code 2 if that fails."""
+    with steady_streams(), interrupt_on_signals():
+        _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    parser = argparse.ArgumentParser(description="Makes scenes.", usage=argparse.SUPPRESS)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="a new .npz file, or a new folder, for one PNG file per scene",
+    )
     add_flags(parser, "scenes", SceneSettings)
     add_flags(parser, "folders", FolderSettings)
     seed = next(spec for spec in settings_of(SceneSettings) if spec.name == "seed")
@@ -345,14 +362,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = args["out"]
     try:
         if out.exists():
-            raise DataError(f"{out}: expected a new file for --out, got one that exists")
+            raise DataError(f"{out}: expected a new file or folder for --out, got one that exists")
         settings = from_config(SceneSettings, args)
         splits = load_scenes(settings, **as_arguments(from_config(FolderSettings, args)))
-        write_scenes(out, splits.train, splits.test)
+        if out.suffix == ".npz":
+            write_scenes(out, splits.train, splits.test)
+        else:
+            write_pictures(out, {"": splits.train, HELD_OUT_FOLDER: splits.test})
     except ValueError as error:
-        parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted; nothing was written\n")
+        parser.error(" ".join(str(error).splitlines()))
+    except KeyboardInterrupt as interrupt:
+        parser.exit(exit_code(interrupt), f"{parser.prog}: interrupted; {out} is not complete\n")
     print(f"{out}: {settings}, SHA-256 {splits.sha256}")
 
 

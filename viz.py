@@ -21,6 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from air.process.streams import steady_streams
 from air.storage.files import write_atomically
 from air.storage.run_folder import RunFolder
 from air.visualization.curves import PANELS, History, Panel
@@ -218,17 +219,18 @@ def _frame(snapshot: Snapshot) -> Pictures:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draws the run that the command line names; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Draws the figures of a run again.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
-    parser.add_argument("--gif", action="store_true", help="also draw learning.gif")
-    arguments = parser.parse_args(argv)
-    run = RunFolder(arguments.run)
-    try:
-        draw_run(run, arguments.gif)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print(f"Pictures and curves are in {run.figures}.")
-    return 0
+    with steady_streams():
+        parser = argparse.ArgumentParser(description="Draws the figures of a run again.")
+        parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
+        parser.add_argument("--gif", action="store_true", help="also draw learning.gif")
+        arguments = parser.parse_args(argv)
+        run = RunFolder(arguments.run)
+        try:
+            draw_run(run, arguments.gif)
+        except (ValueError, OSError) as error:
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
+        print(f"Pictures and curves are in {run.figures}.")
+        return 0
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ The paper is at the top of this package, some 1,200 lines. Read it in this order
     air/inference.py            the objects in an image; samples of the prior
 
 Then, for training, air/training/trainer.py, air/training/svi.py and main.py. Below the paper:
-`data` (scenes, files), `evaluation`, `storage` (checkpoints, runs), `training`, `visualization`
-and `cli` (flags, errors). Imports run downwards only.
+`data` (scenes, pictures, files), `evaluation`, `storage` (checkpoints, runs), `training`,
+`visualization`, `cli` (flags, errors) and `process` (streams, signals). Imports run downwards only.
 """
 
 from importlib import import_module

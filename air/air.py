@@ -7,7 +7,7 @@ paper's. Shapes are those of the glossary in ``air/__init__.py``.
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -15,9 +15,18 @@ import torch
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor, nn
 
+from air.arguments import (
+    check_as_many,
+    check_call,
+    check_whole,
+    output_sizes,
+    refuse_outer_plates,
+)
+from air.images import check_range, check_type, to_intensities
 from air.likelihoods import Likelihood, make_likelihood
 from air.model_settings import GuideInput, ModelSettings, NetFactory
-from air.priors import DEFAULT_COUNT_RATIO, PresencePrior, geometric_count_prior
+from air.param_store import register_parameters
+from air.priors import DEFAULT_COUNT_RATIO, PresencePrior, geometric_count_prior, probs_of_steps
 from air.settings import as_arguments
 from air.spatial_transformer import image_to_window, window_to_image
 from air.subsampling import subsample_indices
@@ -26,6 +35,7 @@ from modules import MLP, Decoder, Encoder, ImageLSTMCell, Predict, Projection
 Latents = tuple[list[Tensor], list[Tensor]]  # z_where, T times [B, 3]; z_pres, T times [B, 1]
 
 Z_PRES_SIZE, Z_WHERE_SIZE = 1, 3
+MODEL_ARGUMENTS = frozenset(ModelSettings.__dataclass_fields__)
 
 
 class GuideInputs(NamedTuple):
@@ -47,22 +57,6 @@ class GuideState(NamedTuple):
     bl_rnn: tuple[Tensor, Tensor]
 
 
-def output_sizes(net: nn.Module, in_size: int) -> list[int]:
-    """The number of columns of each output of a net, for inputs [B, in_size].
-
-    Raises:
-        ValueError: If an output is not [B, columns].
-    """
-    parameter = next(net.parameters(), torch.zeros(0))
-    with torch.no_grad():  # a copy, so that running means and modes stay as they are
-        output = copy.deepcopy(net).eval()(parameter.new_zeros(2, in_size))
-    outputs = [output] if isinstance(output, Tensor) else list(output)
-    for output in outputs:
-        if output.dim() != 2 or len(output) != 2:
-            raise ValueError(f"expected outputs [2, columns] of a net, got {list(output.shape)}")
-    return [output.size(1) for output in outputs]
-
-
 class AIR(nn.Module):
     """Attend, Infer, Repeat: `model` and `guide` for ``pyro.infer.SVI``.
 
@@ -79,7 +73,7 @@ class AIR(nn.Module):
                  copy of it
 
     Raises:
-        ValueError: If a name is unknown, or a net has outputs of other shapes.
+        ValueError: If an argument has a value it cannot have, or a net has outputs of other shapes.
     """
 
     z_where_loc_prior: Tensor
@@ -118,50 +112,47 @@ class AIR(nn.Module):
         predict: nn.Module | None = None,
         embed: nn.Module | None = None,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name in MODEL_ARGUMENTS}
+        # Pyro's example says by an empty list that there are no such layers.
+        s = ModelSettings(**{**given, "embed_net": embed_net if embed_net else None})
         super().__init__()
-        self.num_steps = num_steps
-        self.z_what_size = z_what_size
-        self.x_size = x_size
-        self.window_size = window_size
-        self.channels = channels
-        self.use_masking = use_masking
-        self.use_baselines = use_baselines
-        self.baseline_scalar = 1.0 if baseline_scalar is None else baseline_scalar
-        self.guide_input = guide_input
-        if guide_input not in get_args(GuideInput):
-            raise ValueError(f"guide_input must be image or difference, got {guide_input!r}")
-        self.likelihood = make_likelihood(likelihood, likelihood_sd, decoder_output_use_sigmoid)
-        self.default_continue_probs = geometric_count_prior(DEFAULT_COUNT_RATIO, num_steps)
+        self.num_steps = s.num_steps
+        self.z_what_size = z_what_size = s.z_what_size
+        self.x_size = s.x_size
+        self.window_size = s.window_size
+        self.channels = s.channels
+        self.use_masking = s.use_masking
+        self.use_baselines = s.use_baselines
+        self.baseline_scalar = 1.0 if s.baseline_scalar is None else s.baseline_scalar
+        self.guide_input = s.guide_input
+        self.likelihood = make_likelihood(
+            s.likelihood, s.likelihood_sd, s.decoder_output_use_sigmoid
+        )
+        self.default_continue_probs = geometric_count_prior(DEFAULT_COUNT_RATIO, s.num_steps)
 
         # Constants of the model, kept with the weights as Pyro's example does.
-        where_loc = torch.tensor([scale_prior_mean, pos_prior_mean, pos_prior_mean])
-        where_scale = torch.tensor([scale_prior_sd, pos_prior_sd, pos_prior_sd])
-        self.register_buffer("z_where_loc_prior", where_loc)
-        self.register_buffer("z_where_scale_prior", where_scale)
-        nl: type[nn.Module] = getattr(nn, non_linearity)
-        window_pixels, image_pixels = channels * window_size**2, channels * x_size**2
-        embed_sizes = embed_net or ()
+        where_loc = (s.scale_prior_mean, s.pos_prior_mean, s.pos_prior_mean)
+        where_scale = (s.scale_prior_sd, s.pos_prior_sd, s.pos_prior_sd)
+        self.register_buffer("z_where_loc_prior", torch.tensor([*map(float, where_loc)]))
+        self.register_buffer("z_where_scale_prior", torch.tensor([*map(float, where_scale)]))
+        nl: type[nn.Module] = getattr(nn, s.non_linearity)
+        window_pixels, image_pixels = s.channels * s.window_size**2, s.channels * s.x_size**2
+        embed_sizes, rnn_hidden_size = s.embed_net or (), s.rnn_hidden_size
         embedded_size = [image_pixels, *embed_sizes][-1]
         if embed is not None:
             (embedded_size,) = output_sizes(embed, image_pixels)
         latent_size = Z_WHERE_SIZE + z_what_size + Z_PRES_SIZE
 
         # The generative model.
-        self.decode: nn.Module = Decoder(
-            window_pixels,
-            decoder_net,
-            z_what_size,
-            decoder_output_bias,
-            decoder_output_use_sigmoid,
-            nl,
-        )
+        output = s.decoder_output_bias, s.decoder_output_use_sigmoid
+        self.decode: nn.Module = Decoder(window_pixels, s.decoder_net, z_what_size, *output, nl)
         # The inference network.
         self.embed: nn.Module = MLP(image_pixels, embed_sizes, nl, output_non_linearity=True)
         self.rnn = ImageLSTMCell(embedded_size, latent_size, rnn_hidden_size)
         self.predict: nn.Module = Predict(
-            rnn_hidden_size, predict_net, Z_PRES_SIZE, Z_WHERE_SIZE, nl
+            rnn_hidden_size, s.predict_net, Z_PRES_SIZE, Z_WHERE_SIZE, nl
         )
-        self.encode: nn.Module = Encoder(window_pixels, encoder_net, z_what_size, nl)
+        self.encode: nn.Module = Encoder(window_pixels, s.encoder_net, z_what_size, nl)
         self.h_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
         self.c_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
         self.z_where_init = nn.Parameter(torch.zeros(1, Z_WHERE_SIZE))
@@ -169,7 +160,7 @@ class AIR(nn.Module):
         # The baseline.
         self.bl_embed: nn.Module = MLP(image_pixels, embed_sizes, nl, output_non_linearity=True)
         self.bl_rnn = ImageLSTMCell(embedded_size, latent_size, rnn_hidden_size)
-        self.bl_predict = MLP(rnn_hidden_size, [*bl_predict_net, 1], nl)
+        self.bl_predict = MLP(rnn_hidden_size, [*s.bl_predict_net, 1], nl)
         self.bl_h_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
         self.bl_c_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
         # Nets of one's own, which take the places of those above.
@@ -208,10 +199,11 @@ class AIR(nn.Module):
         num_images: int | None = None,
     ) -> None:
         """p(x, z). See `guide` for the arguments."""
+        check_call(data, batch_size, z_pres_prior_p, num_images)
         register_parameters(self)
         with pyro.plate("data", num_images or len(data), device=str(data.device)) as ix:
             images = self.to_images(data[ix])
-            _, canvas = self.prior(len(images), z_pres_prior_p)
+            _, canvas = self._draw_scenes(len(images), z_pres_prior_p)
             pixel_dist = self.likelihood.distribution(canvas.flatten(1))
             pyro.sample("obs", pixel_dist.to_event(1), obs=images.flatten(1))
 
@@ -219,18 +211,33 @@ class AIR(nn.Module):
         """Draws n scenes: the latents (z_where, z_pres) and the canvases, [n, (C,) H, H].
 
         With Normal pixels intensities add where objects overlap, so that a canvas can exceed one.
+
+        Raises:
+            ValueError: If `n` is negative, or the prior is no function from steps to probabilities.
         """
-        continue_p = z_pres_prior_p or self.default_continue_probs.__getitem__
+        check_whole("n", n, 0)
+        refuse_outer_plates(batch=n)
+        register_parameters(self)
+        return self._draw_scenes(n, z_pres_prior_p)
+
+    def _draw_scenes(self, n: int, z_pres_prior_p: PresencePrior | None) -> tuple[Latents, Tensor]:
+        continue_p = self.continue_probs(z_pres_prior_p)
         z_pres = self.h_init.new_ones(n, Z_PRES_SIZE)
         objects, all_pres = [], []
         for t in range(self.num_steps):
-            pres = dist.Bernoulli(continue_p(t) * z_pres)
+            pres = dist.Bernoulli(continue_p[t] * z_pres)
             z_pres = pyro.sample(f"z_pres_{t}", self._masked(pres, z_pres))
             objects.append(self.sample_object(t, z_pres))
             all_pres.append(z_pres)
         all_where, all_what = map(list, zip(*objects, strict=True))
         painted = self.paint(all_where, all_what)
         return (all_where, all_pres), self.likelihood.compose(painted, torch.cat(all_pres, 1).t())
+
+    def continue_probs(self, z_pres_prior_p: PresencePrior | None) -> Sequence[float | Tensor]:
+        """The prior probability of a further object at each step."""
+        if z_pres_prior_p is None:
+            return self.default_continue_probs
+        return probs_of_steps(z_pres_prior_p, self.num_steps)
 
     def sample_object(self, t: int, z_pres: Tensor) -> tuple[Tensor, Tensor]:
         """p(z_where_t) p(z_what_t): the t-th object's place, [n, 3], and code, [n, Z]."""
@@ -242,6 +249,7 @@ class AIR(nn.Module):
 
     def paint(self, z_where: Sequence[Tensor], z_what: Sequence[Tensor]) -> Tensor:
         """Each object on a black image of its own, [T, B, (C,) H, H]; in one pass, to be fast."""
+        check_as_many(z_where=z_where, z_what=z_what)
         where, windows = torch.cat(tuple(z_where)), self.decode(torch.cat(tuple(z_what)))
         painted = window_to_image(where, self.window_size, self.x_size, windows)
         return painted.view(len(z_where), len(z_where[0]), *painted.shape[1:])
@@ -266,7 +274,11 @@ class AIR(nn.Module):
 
         Returns:
             (z_where, z_pres): lists over steps of [B, 3] and [B, 1].
+
+        Raises:
+            ValueError: If an argument cannot be used, or a plate vectorises the call (particles).
         """
+        check_call(data, batch_size, z_pres_prior_p, num_images)
         register_parameters(self)
         size = num_images or len(data)
         indices = subsample_indices(data, batch_size, num_images)
@@ -354,30 +366,35 @@ class AIR(nn.Module):
         return [p for name, p in self.named_parameters() if name.startswith("bl_")]
 
     def to_images(self, batch: Tensor) -> Tensor:
-        """Bytes or floats, [B, (C,) H, H], to floats in [0, 1], as the likelihood takes them.
+        """Images, [B, (C,) H, H], as floats in [0, 1], as the likelihood takes them.
+
+        Args:
+            batch: uint8 in [0, 255], bool, or floats in [0, 1]. The range of floats is checked
+                while Pyro's validation is enabled, as it is by default.
 
         Raises:
-            ValueError: If the images have another shape.
+            ValueError: If the images have another shape, type or range.
         """
+        return self.likelihood.prepare(to_intensities(self._as_batch(batch), self.h_init.dtype))
+
+    def check_images(self, images: Tensor) -> None:
+        """Checks the shape, type and range of images, [N, (C,) H, H]; reads from the device.
+
+        Raises:
+            ValueError: If `to_images` cannot take them.
+        """
+        check_range(self._as_batch(images))
+
+    def _as_batch(self, images: Tensor) -> Tensor:
+        """Images, [B, (C,) H, H] or [B, 1, H, H], without an axis for a single channel."""
+        check_type(images)
         shape = [self.x_size, self.x_size]
         if self.channels > 1:
             shape = [self.channels, *shape]
-        if list(batch.shape[1:]) == [1, *shape]:
-            batch = batch[:, 0]
-        if list(batch.shape[1:]) != shape:
-            raise ValueError(f"images must be {['B', *shape]}, got {list(batch.shape)}")
-        images = batch.to(self.h_init.dtype)
-        return self.likelihood.prepare(images if batch.is_floating_point() else images / 255)
-
-
-def register_parameters(module: nn.Module) -> None:
-    """Registers a module's parameters with Pyro, under the names they have in the module.
-
-    Pyro's store is global. A name that belongs to another module there is taken over: otherwise
-    Pyro would go on training the other module without a warning.
-    """
-    store = pyro.get_param_store()
-    for name, parameter in module.named_parameters():
-        if name in store and store[name] is not parameter:
-            del store[name]
-        pyro.param(name, parameter)
+        if list(images.shape[1:]) == [1, *shape]:
+            images = images[:, 0]
+        if list(images.shape[1:]) != shape:
+            alone = list(images.shape) == shape
+            hint = "; make a batch of a single image by image[None]" if alone else ""
+            raise ValueError(f"images must be {['B', *shape]}, got {list(images.shape)}{hint}")
+        return images

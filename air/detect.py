@@ -1,38 +1,57 @@
 """Finds the objects in images with a trained AIR.
 
-    python -m air.detect --load runs/RUN/checkpoint.pt a.png b.png scenes.npz > found.json
-    python -m air.detect --load runs/RUN/checkpoint.pt a.png --figure found.png
+    python -m air.detect --load runs/RUN/checkpoint.pt pictures/ > found.jsonl
+    python -m air.detect --load runs/RUN/checkpoint.pt a.png b.npz --csv a.csv --figure a.png
 
-Images are files of the size and channels that the model was trained on, grey or RGB, or the array
-x, uint8 [N, (C,) H, H], of an .npz file. Prints a JSON list with one object for each image.
+Images are any source that `air.data.sources` reads. They are brought to the size and channels of
+the model as they were for its training; boxes are in pixels of the original image. Prints one JSON
+object in a line for each image.
 """
 
+import argparse
+import csv
 import json
+import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from air.air import AIR
 from air.cli.device import pick_device
 from air.cli.flags import Parser
-from air.data.pictures import read_pictures
+from air.data.arrays import Array, DataError
+from air.data.hints import brightness_hints
+from air.data.pictures import SUFFIXES
+from air.data.preparation import ImageSettings, Placement
+from air.data.sources import PreparedImage, find_pictures, is_folder_of_pictures, read_images
 from air.evaluation.boxes import tight_boxes
 from air.inference import infer
 from air.model_settings import NetFactory
 from air.priors import at_least_probs
-from air.storage.checkpoint import load_air
-from air.storage.files import check_unpacked_size, write_atomically
+from air.process.signals import exit_code, interrupt_on_signals
+from air.process.streams import steady_streams
+from air.settings import from_config
+from air.storage.checkpoint import load_air, read_weights
+from air.storage.files import write_atomically
 from air.visualization.drawing import draw_boxes, tile
 
 __all__ = ["DetectedObject", "Detection", "detect", "load_air", "main"]
 
+BATCH = 100  # images in memory
 MAX_DRAWN = 64  # images in a figure
+CSV_COLUMNS = [
+    "image", "count", "probability", "step", "object_probability", "x0", "y0", "x1", "y1",
+    "window_x0", "window_y0", "window_x1", "window_y1",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,11 +72,21 @@ class Detection:
     probability: float  # q(count)
     objects: list[DetectedObject]  # `count` objects
 
+    def in_original(self, placement: Placement) -> "Detection":
+        """The detection with boxes in pixels of the image before it was prepared."""
+        to_original = placement.to_original
+        objects = [
+            replace(each, box=to_original(each.box), window=to_original(each.window))
+            for each in self.objects
+        ]
+        return replace(self, objects=objects)
 
-def detect(air: AIR, images: Tensor) -> list[Detection]:
+
+def detect(air: AIR, images: Tensor | Array) -> list[Detection]:
     """Finds the objects in images, [N, (C,) H, H], floats in [0, 1] or uint8, on any device."""
+    images = torch.as_tensor(images)
     detections = []
-    for batch in torch.split(images, 500):
+    for batch in torch.split(images, 500) if len(images) else ():
         inference = infer(air, batch.to(air.h_init.device))
         painted = inference.objects.amax(-3) if air.channels > 1 else inference.objects
         reached = at_least_probs(inference.count_probs).tolist()
@@ -73,66 +102,166 @@ def detect(air: AIR, images: Tensor) -> list[Detection]:
     return detections
 
 
-def read_images(paths: Sequence[Path], air: AIR) -> tuple[list[str], Tensor]:
-    """Reads image files and .npz files: a name for each image, and all images in one tensor."""
-    names = []
-    images = []
-    for path in paths:
-        check_unpacked_size(path)
-        for name, image in read_pictures(path, air.x_size, air.channels):
-            names.append(name)
-            images.append(torch.from_numpy(image))
-    return names, torch.stack(images)
-
-
-def draw(images: Tensor, detections: Sequence[Detection], path: Path) -> None:
-    """Draws the first `MAX_DRAWN` images, uint8 [N, (C,) H, H], with windows and counts, as PNG."""
-    shown = detections[:MAX_DRAWN]
-    pixels = images[:MAX_DRAWN].numpy()
-    counts = np.array([detection.count for detection in shown])
-    boxes = np.full((len(shown), max(counts.max(), 1), 4), np.nan)
-    for i, detection in enumerate(shown):
+def draw(images: Array, detections: Sequence[Detection], path: Path) -> None:
+    """Draws images, uint8 [N, (C,) H, H], with windows and counts, as PNG."""
+    counts = np.array([detection.count for detection in detections])
+    boxes = np.full((len(detections), max(counts.max(), 1), 4), np.nan)
+    for i, detection in enumerate(detections):
         for t, each in enumerate(detection.objects):
             boxes[i, t] = each.window
-    zoom = max(1, 200 // pixels.shape[-1])
-    sheet = Image.fromarray(tile(draw_boxes(pixels, boxes, counts, zoom), 8))
+    zoom = max(1, 200 // images.shape[-1])
+    sheet = Image.fromarray(tile(draw_boxes(images, boxes, counts, zoom), 8))
     write_atomically(path, lambda file: sheet.save(file, "PNG"))
+
+
+class Reader:
+    """Reads the images of all sources, and reports the sources that cannot be read."""
+
+    def __init__(self, paths: Sequence[Path], settings: ImageSettings, prog: str) -> None:
+        self.paths, self.settings, self.prog = paths, settings, prog
+        self.failed = False
+
+    def read(self) -> Iterator[PreparedImage]:
+        """Yields the images, with a progress bar on a terminal."""
+        sources = [source for path in self.paths for source in self._files_in(path)]
+        are_pictures = all(source.suffix.lower() in SUFFIXES for source in sources)
+        total = len(sources) if are_pictures else None
+        with tqdm(total=total, unit="image", disable=None) as bar:
+            for source in sources:
+                try:
+                    for image in read_images(source, self.settings):
+                        yield image
+                        bar.update()
+                except DataError as error:
+                    self._report(error)
+
+    def _files_in(self, path: Path) -> list[Path]:
+        try:
+            return find_pictures(path) if is_folder_of_pictures(path) else [path]
+        except DataError as error:
+            self._report(error)
+            return []
+
+    def _report(self, error: Exception) -> None:
+        self.failed = True
+        tqdm.write(f"{self.prog}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+
+
+def batches(images: Iterator[PreparedImage]) -> Iterator[list[PreparedImage]]:
+    """The images, `BATCH` at a time."""
+    batch = []
+    for image in images:
+        batch.append(image)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def csv_rows(name: str, detection: Detection) -> list[list[Any]]:
+    """The rows of an image: one for each object, or one without an object."""
+    start = [name, detection.count, detection.probability]
+    rows = [
+        [*start, each.step, each.probability, *each.box, *each.window] for each in detection.objects
+    ]
+    return rows or [start + [""] * (len(CSV_COLUMNS) - len(start))]
+
+
+def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
+    """Detects and writes; returns the exit code."""
+    for flag, path in (("--figure", args.figure), ("--csv", args.csv)):
+        if path and path.exists():
+            raise ValueError(f"{flag} never overwrites, and {path} exists")
+    air = load_air(args.load, pick_device(args.device), nets)
+    reader = Reader(args.images, image_settings(args, air), prog)
+    shown: list[tuple[Array, Detection]] = []
+    with ExitStack() as exit_stack:
+        table = None
+        if args.csv:
+            file: TextIO = exit_stack.enter_context(
+                args.csv.open("x", newline="", encoding="utf-8")
+            )
+            table = csv.writer(file)
+            table.writerow(CSV_COLUMNS)
+        for number, batch in enumerate(batches(reader.read())):
+            pixels = np.stack([image.pixels for image in batch])
+            for hint in brightness_hints(pixels) if number == 0 else ():
+                logging.getLogger("air").warning(hint)
+            for image, detection in zip(batch, detect(air, pixels), strict=True):
+                if args.figure and len(shown) < MAX_DRAWN:
+                    shown.append((image.pixels, detection))
+                original = detection.in_original(image.placement)
+                print(json.dumps({"image": image.name} | asdict(original)))
+                if table:
+                    table.writerows(csv_rows(image.name, original))
+            sys.stdout.flush()
+    if shown:
+        draw(np.stack([pixels for pixels, _ in shown]), [found for _, found in shown], args.figure)
+    return 2 if reader.failed else 0
+
+
+def image_settings(args: argparse.Namespace, air: AIR) -> ImageSettings:
+    """How to prepare images: as for the training of the model, unless flags say otherwise."""
+    _, config = read_weights(args.load)
+    given = {key: getattr(args, key) for key in ("crop", "invert", "alpha_over")}
+    asked = {key: value for key, value in given.items() if value is not None}
+    sizes = {"x_size": air.x_size, "channels": air.channels, "count_pattern": None}
+    settings: ImageSettings = from_config(ImageSettings, {**config, **asked, **sizes})
+    return settings
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(prog="air.detect", description="Finds the objects in images.")
+    parser.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGES",
+        help="a picture, a folder of pictures, or an .npz, .npy, .h5 or .pt file",
+    )  # fmt: skip
+    parser.add_argument("--load", type=Path, required=True, metavar="FILE", help="a checkpoint.pt")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a new CSV file too")
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help="draw the objects into a new PNG file"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
+    as_trained = "(default: as for training)"
+    parser.add_argument(
+        "--crop",
+        action=argparse.BooleanOptionalAction,
+        help=f"cut the middle out of images of another size, or resize them {as_trained}",
+    )
+    parser.add_argument(
+        "--invert", action=argparse.BooleanOptionalAction, help=f"turn light into dark {as_trained}"
+    )
+    parser.add_argument(
+        "--alpha-over",
+        choices=("black", "white"),
+        help=f"colour behind transparent pixels {as_trained}",
+    )
+    return parser
 
 
 def main(argv: Sequence[str] | None = None, nets: NetFactory | None = None) -> int:
     """Runs the command line; returns the exit code.
 
+    Images that cannot be read are named, and the others are done; the exit code is then 2.
+
     Args:
         argv: The words of the command line; None for those of this process.
         nets: The nets that the model was trained with, if they are not the default nets; see `AIR`.
     """
-    parser = Parser(prog="air.detect", description="Finds the objects in images.")
-    parser.add_argument(
-        "images", nargs="+", type=Path, metavar="IMAGE", help="an image file or an .npz file"
-    )
-    parser.add_argument("--load", type=Path, required=True, metavar="FILE", help="a checkpoint.pt")
-    parser.add_argument(
-        "--figure", type=Path, metavar="FILE", help="draw the objects into a new PNG file"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
-    args = parser.parse_args(argv)
-    try:
-        if args.figure and args.figure.exists():
-            raise ValueError(f"--figure never overwrites, and {args.figure} exists")
-        air = load_air(args.load, pick_device(args.device), nets)
-        names, images = read_images(args.images, air)
-        detections = detect(air, images)
-        if args.figure:
-            draw(images, detections, args.figure)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    records = [
-        {"image": name} | asdict(detection)
-        for name, detection in zip(names, detections, strict=True)
-    ]
-    json.dump(records, sys.stdout, indent=1)
-    print()
-    return 0
+    with steady_streams(stdout_may_fail=True), interrupt_on_signals():
+        logging.basicConfig(format="%(levelname)s: %(message)s")
+        parser = build_parser()
+        args = parser.parse_args(argv)
+        try:
+            return run(args, parser.prog, nets)
+        except BrokenPipeError:  # the reader of the lines has seen enough
+            return 128 + 13  # as if by SIGPIPE
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        except KeyboardInterrupt as interrupt:
+            parser.exit(exit_code(interrupt), f"{parser.prog}: interrupted\n")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from air.air import AIR, Latents
+from air.arguments import check_whole
+from air.images import to_tensor
 from air.marginal import AllStepsActive
 from air.priors import continue_probs_from_counts, count_probs_from_continue
 from air.spatial_transformer import window_boxes
@@ -42,12 +45,21 @@ class Inference(NamedTuple):
 
 
 @torch.no_grad()
-def infer(air: AIR, images: Tensor) -> Inference:
-    """Infers counts, windows and reconstructions for images, [B, (C,) H, H].
+def infer(air: AIR, images: Tensor | NDArray[Any]) -> Inference:
+    """Infers counts, windows and reconstructions for images, [B, (C,) H, H], on any device.
 
     The guide depends on z_pres only through stopping. So one run with every step active, and with
     z_where and z_what at their means, gives all q_t = q(z_pres_t = 1 | z_pres_{t-1} = 1, x).
+
+    Raises:
+        ValueError: If the images have another shape, type or range than `AIR.to_images` takes.
     """
+    images = to_tensor(images)
+    air.check_images(images)
+    images = images.to(air.h_init.device)
+    if not len(images):
+        blank = images.new_zeros(1, *images.shape[1:])
+        return Inference._make(part[:0] for part in infer(air, blank))
     steps = AllStepsActive(use_means=True)
     trace: Any = poutine.trace(steps(air.guide)).get_trace(images)
     count_probs = count_probs_from_continue(torch.cat(steps.continue_probs, 1))
@@ -65,8 +77,15 @@ def infer(air: AIR, images: Tensor) -> Inference:
     return Inference(count_probs, counts, where, what, boxes, objects, canvas)
 
 
-def mean_count_probs(air: AIR, images: Tensor) -> list[float]:
-    """The mean of q(n) over images, [N, (C,) H, H], for n = 0..T; every probability is above 0."""
+def mean_count_probs(air: AIR, images: Tensor | NDArray[Any]) -> list[float]:
+    """The mean of q(n) over images, [N, (C,) H, H], for n = 0..T; every probability is above 0.
+
+    Raises:
+        ValueError: If there are no images, or `infer` cannot take them.
+    """
+    images = to_tensor(images)
+    if not images.numel():
+        raise ValueError(f"images: expected one image or more, got {list(images.shape)}")
     parts = [infer(air, part).count_probs.cpu() for part in torch.split(images, 500)]
     mean = torch.cat(parts).double().mean(0).clamp(min=MIN_LEARNT_PROB)
     return [float(p) for p in mean / mean.sum()]
@@ -87,8 +106,18 @@ def sample_prior(
 
     Returns:
         Canvases, [N, (C,) H, H], boxes as in `Inference`, [N, T, 4], and counts, [N].
+
+    Raises:
+        ValueError: If `num_scenes` is negative, or `count_prior` is not T + 1 numbers above zero.
     """
-    presence = continue_probs_from_counts(count_prior or [1.0] * (air.num_steps + 1))
+    check_whole("num_scenes", num_scenes, 0)
+    size = air.num_steps + 1
+    weights = [1.0] * size if count_prior is None else [float(p) for p in count_prior]
+    if len(weights) != size:
+        raise ValueError(
+            f"count_prior: expected {size} numbers, p(0) to p({air.num_steps}), got {len(weights)}"
+        )
+    presence = continue_probs_from_counts(weights)
     with forked_rng(seed, air.h_init.device):
         (z_where, z_pres), canvas = air.prior(num_scenes, presence.__getitem__)
     boxes = window_boxes(torch.stack(z_where, 1), air.x_size)

@@ -63,7 +63,7 @@ class NormalLikelihood(PixelLikelihood):
     def log_prob(self, images: Tensor, canvas: Tensor) -> Tensor:
         # ``dist.Normal`` would take the logarithm of the same sd for every pixel.
         squares = (images - canvas).flatten(1).square().sum(1)
-        constant = images[0].numel() * math.log(self.sd * math.sqrt(2 * math.pi))
+        constant = math.prod(images.shape[1:]) * math.log(self.sd * math.sqrt(2 * math.pi))
         return -squares / (2 * self.sd**2) - constant
 
 
@@ -102,8 +102,11 @@ def make_likelihood(name: Likelihood, sd: float, bounded: bool = True) -> PixelL
         bounded: Whether the intensities of painted objects are in [0, 1].
 
     Raises:
-        ValueError: If the name is unknown, or the likelihood needs bounded intensities.
+        ValueError: If the name is unknown, the standard deviation is not above zero and finite, or
+            the likelihood needs bounded intensities.
     """
+    if not 0 < sd < math.inf:
+        raise ValueError(f"likelihood_sd: expected a number above 0, got {sd}")
     if name == "normal":
         return NormalLikelihood(sd)
     if name != "bernoulli":

@@ -21,8 +21,10 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from air.air import AIR, Latents, register_parameters
-from air.priors import PresencePrior, count_log_probs
+from air.air import AIR, Latents
+from air.arguments import check_call
+from air.param_store import register_parameters
+from air.priors import PresencePrior, check_presence_prior, count_log_probs
 
 
 class AllStepsActive(Messenger):
@@ -79,6 +81,7 @@ class MarginalAIR:
         num_images: int | None = None,
     ) -> Latents:
         """q(z_where, z_what | x) for T objects, and the probability of each object."""
+        check_presence_prior(z_pres_prior_p)
         with AllStepsActive() as steps:
             latents = self.air.guide(data, batch_size, num_images=num_images)
         # A point mass hands q_t to the model; its log probability is zero.
@@ -94,14 +97,15 @@ class MarginalAIR:
     ) -> None:
         """p(x, z_where, z_what), with the expectation over n under the guide's q(n)."""
         air = self.air
+        check_call(data, batch_size, z_pres_prior_p, num_images)
         register_parameters(air)
         n = min(batch_size or len(data), len(data))
         anything = dist.Normal(air.h_init.new_zeros(n, air.num_steps), 1.0).to_event(2)
         with poutine.mask(mask=False):  # costs nothing, since the value comes from the guide
             continue_probs = pyro.sample("continue_probs", anything)
-        presence_p = z_pres_prior_p or air.default_continue_probs.__getitem__
         # Not as_tensor, which would copy each number from the host to the device.
-        steps = [continue_probs.new_ones(()) * presence_p(t) for t in range(air.num_steps)]
+        one = continue_probs.new_ones(())
+        steps = [one * p for p in air.continue_probs(z_pres_prior_p)]
         log_prior, log_q = count_log_probs(torch.stack(steps)), count_log_probs(continue_probs)
         with pyro.plate("data", num_images or len(data), device=str(data.device)) as ix:
             images = air.to_images(data[ix])

@@ -7,7 +7,8 @@ the same information. The functions below convert one into the other.
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from typing import Literal
+from numbers import Real
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +25,47 @@ DEFAULT_COUNT_RATIO = 1e-4
 MIN_COUNT_PROB = 1e-30  # no count is impossible
 
 
+def check_presence_prior(z_pres_prior_p: object) -> None:
+    """Checks that a prior is a function.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if z_pres_prior_p is None or callable(z_pres_prior_p):
+        return
+    of_list = "; for a list, give its __getitem__" if isinstance(z_pres_prior_p, Sequence) else ""
+    raise ValueError(
+        "z_pres_prior_p: expected a function from a step to the probability of a further object, "
+        f"got {z_pres_prior_p!r}{of_list}"
+    )
+
+
+def probs_of_steps(prior: PresencePrior, num_steps: int) -> list[float | Tensor]:
+    """The probability of a further object at each step.
+
+    Raises:
+        ValueError: If the prior is no function, has no probability for a step, or one that is not
+            in [0, 1].
+    """
+    check_presence_prior(prior)
+    probs: list[float | Tensor] = []
+    for step in range(num_steps):
+        try:
+            prob = prior(step)
+        except LookupError as error:
+            raise ValueError(
+                f"z_pres_prior_p: expected a probability for each of {num_steps} steps, got none "
+                f"for step {step}"
+            ) from error
+        # A tensor is not checked, for that would wait for the device.
+        if not isinstance(prob, Tensor) and not (isinstance(prob, Real) and 0 <= prob <= 1):
+            raise ValueError(
+                f"z_pres_prior_p: expected a probability for step {step}, got {prob!r}"
+            )
+        probs.append(prob)
+    return probs
+
+
 def geometric_count_prior(ratio: float, num_steps: int) -> list[float]:
     """Per-step probabilities of the truncated geometric p(n) ∝ ratio^n, n = 0..num_steps.
 
@@ -31,10 +73,12 @@ def geometric_count_prior(ratio: float, num_steps: int) -> list[float]:
     gives the uniform distribution.
 
     Raises:
-        ValueError: If the ratio is not in (0, 1].
+        ValueError: If the ratio is not in (0, 1], or there is no step.
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"the ratio of the count prior must be in (0, 1], got {ratio}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     # S_t / ratio^t, computed from the last step backwards, does not underflow.
     tails = [1.0]
     for _ in range(num_steps):
@@ -130,6 +174,13 @@ class AnnealedPresencePrior:
         duration: int = 100_000,
         device: torch.device | str = "cpu",
     ) -> None:
+        if kind not in get_args(Annealing):
+            raise ValueError(f"kind must be one of {get_args(Annealing)}, got {kind!r}")
+        if not all(0 <= p <= 1 for p in (*probs, final)) or duration < 1:
+            raise ValueError(
+                "expected probabilities in [0, 1] and a duration of one step or more, "
+                f"got {list(probs)}, final {final} and duration {duration}"
+            )
         self.kind: Annealing = kind
         self.initial = tuple(probs)
         self.final, self.begin, self.duration = final, begin, duration

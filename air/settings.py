@@ -172,13 +172,17 @@ def settings_of(cls: type) -> tuple[Setting, ...]:
 
 
 def check_settings(settings: object) -> None:
-    """Checks every field of a settings object.
+    """Checks every field of a settings object, in which NumPy's numbers become Python's.
 
     Raises:
         SettingError: For the first that has a value it cannot have.
     """
     for spec in settings_of(type(settings)):
-        spec.check(getattr(settings, spec.name))
+        value = getattr(settings, spec.name)
+        plain = _to_plain(value)
+        if plain is not value:
+            object.__setattr__(settings, spec.name, plain)  # the object is frozen
+        spec.check(plain)
 
 
 def defaults(cls: type) -> dict[str, Any]:
@@ -221,6 +225,16 @@ def add_flags(parser: argparse.ArgumentParser, title: str, cls: type) -> None:
         shown = _shown(spec.default)
         help = spec.about["help"] + (f" (default: {shown})" if shown else "")
         group.add_argument(*spec.flags, dest=spec.key, help=help.replace("%", "%%"), **options)
+
+
+def _to_plain(value: Any) -> Any:  # noqa: ANN401
+    """A NumPy scalar as Python's number, text or bool, also within a list; else the same object."""
+    if isinstance(value, list | tuple):
+        elements = [_to_plain(element) for element in value]
+        same = all(a is b for a, b in zip(elements, value, strict=True))
+        return value if same else type(value)(elements)
+    # JSON has no NumPy scalars, and those of few bits overflow in products of sizes.
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _number(bound: float) -> str:

@@ -13,6 +13,8 @@ for the columns: out = W_y @ in @ W_x^T. This equals ``affine_grid`` + ``grid_sa
 padding, is faster, and is deterministic on every device.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,17 @@ def _resample(weights: Tensor, pictures: Tensor) -> Tensor:
     return rows @ pictures @ columns
 
 
+def _check_geometry(z_where: Tensor, window_size: int, image_size: int) -> int:
+    """Checks the arguments that both directions share, and returns the number of images."""
+    if z_where.dim() != 2 or z_where.shape[1] != 3:
+        raise ValueError(f"z_where must be [B, 3], got {list(z_where.shape)}")
+    if window_size < 1 or image_size < 1:
+        raise ValueError(
+            f"window_size and image_size must be at least 1, got {window_size} and {image_size}"
+        )
+    return z_where.size(0)
+
+
 def window_to_image(z_where: Tensor, window_size: int, image_size: int, windows: Tensor) -> Tensor:
     """Paints each window into an otherwise black image.
 
@@ -74,10 +87,11 @@ def window_to_image(z_where: Tensor, window_size: int, image_size: int, windows:
         Images, [B, H, H] for one channel, else [B, C, H, H]; zero outside the window.
 
     Raises:
-        ValueError: If the windows do not have C * W * W pixels each.
+        ValueError: If the windows do not have C * W * W pixels each, or z_where is not [B, 3].
     """
-    n = z_where.size(0)
-    channels, rest = divmod(int(windows[0].numel()), window_size**2)  # int for torch.jit
+    n = _check_geometry(z_where, window_size, image_size)
+    # int for torch.jit
+    channels, rest = divmod(int(math.prod(windows.shape[1:])), window_size**2)
     if len(windows) != n or rest or not channels:
         raise ValueError(
             f"windows must be [{n}, {window_size}, {window_size}], with channels "
@@ -103,9 +117,9 @@ def image_to_window(z_where: Tensor, window_size: int, image_size: int, images: 
         Windows, flat, [B, C * W * W]; zero where they reach past the image.
 
     Raises:
-        ValueError: If the images are not [B, (C,) H, H].
+        ValueError: If the images are not [B, (C,) H, H], or z_where is not [B, 3].
     """
-    n = z_where.size(0)
+    n = _check_geometry(z_where, window_size, image_size)
     sides = image_size, image_size
     if images.dim() not in (3, 4) or len(images) != n or images.shape[-2:] != sides:
         raise ValueError(
@@ -127,7 +141,12 @@ def window_boxes(z_where: Tensor, image_size: int) -> Tensor:
     Returns:
         (x0, y0, x1, y1), [..., 4], x to the right and y downwards. The image spans 0 to
         `image_size`; a box may reach past it.
+
+    Raises:
+        ValueError: If z_where is not [..., 3].
     """
+    if not z_where.dim() or z_where.shape[-1] != 3:
+        raise ValueError(f"z_where must be [..., 3], got {list(z_where.shape)}")
     inverse = 1 / positive_scale(z_where[..., :1])
     centre = -z_where[..., 1:] * inverse
     corners = torch.cat((centre - inverse, centre + inverse), -1)

@@ -1,6 +1,7 @@
 """Whatever is given, the program succeeds or says in one line, with exit code 2, what is wrong.
 
-About 2,300 cases: flags, files of scenes and folders of them, files of digits, checkpoints.
+About 2,700 cases: flags, files of scenes and folders of them, pictures, files of digits,
+checkpoints.
 Training itself is left out.
 """
 
@@ -11,17 +12,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from helpers import capture_only, small_air
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import main
 import multi_mnist
+from air.data.arrays import DataError
 from air.data.digits import MNIST_FILES
-from air.data.scenes import ARRAY_SPECS
+from air.data.preparation import ImageSettings
+from air.data.scenes import LABELS
+from air.data.sources import load_data
 from air.evaluation.metrics import HeldOut, evaluate
 from air.storage.checkpoint import CheckpointError, read_weights
 from air.storage.run_folder import RunFolder
@@ -87,7 +93,7 @@ def program(
         yield run
 
 
-def take_a_step(session: main.Session) -> tuple[main.Outcome, None]:
+def take_a_step(session: main.Session, signals: object) -> tuple[main.Outcome, None]:
     """In place of training."""
     assert session.recorder
     if session.trainer.step < session.config["num_steps"]:
@@ -101,7 +107,7 @@ def options() -> list[str]:
     found = []
     for action in main.build_parser()._actions:
         names = {"help", "output_dir", "viz", "viz_log", "save", "mnist_dir", "cache_dir", "resume"}
-        sizes = {"num_scenes", "num_test_scenes", "x_size"}
+        sizes = {"num_scenes", "num_test_scenes"}
         if action.dest not in names | sizes:
             found += [name for name in action.option_strings if name.startswith("--")]
     return found
@@ -189,7 +195,7 @@ types = st.sampled_from(["uint8", "int8", "int64", "float32", "float64", "bool",
 def test_files_of_other_arrays(scenes: Path, data: st.DataObject) -> None:
     with np.load(scenes) as file:
         arrays = dict(file)
-    for name in data.draw(st.sets(st.sampled_from(sorted(ARRAY_SPECS)), max_size=2)):
+    for name in data.draw(st.sets(st.sampled_from(["x", *LABELS]), max_size=2)):
         shape = data.draw(st.lists(st.sampled_from([0, 1, 2, 4, 12, 30]), max_size=4))
         if name in arrays and data.draw(st.booleans()):
             array = arrays[name].copy()
@@ -202,6 +208,52 @@ def test_files_of_other_arrays(scenes: Path, data: st.DataObject) -> None:
     path = scenes.with_name("other.npz")
     np.savez(path, **arrays)
     use(path)
+
+
+@pytest.fixture
+def whole_files(tmp_path: Path) -> dict[str, bytes]:
+    """The bytes of whole files of images by their suffix."""
+    x = np.random.default_rng(0).integers(0, 255, (2, 12, 12), np.uint8)
+    first, second = map(Image.fromarray, x)
+    pages: dict[str, Any] = {"save_all": True, "append_images": [second]}
+    options = {"tif": pages | {"compression": "tiff_lzw"}, "tiff": pages, "gif": pages}
+    options |= {"webp": pages, "png": pages}
+    for suffix in ("png", "jpg", "bmp", "pgm", *options):
+        first.save(tmp_path / f"whole.{suffix}", **options.get(suffix, {}))
+    torch.save({"x": torch.from_numpy(x)}, tmp_path / "whole.pt")
+    torch.save(torch.from_numpy(x), tmp_path / "whole.pth", _use_new_zipfile_serialization=False)
+    with h5py.File(tmp_path / "whole.h5", "w") as file:
+        file.create_dataset("x", data=x, compression="gzip")
+    return {path.suffix: path.read_bytes() for path in tmp_path.glob("whole.*")}
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "number"),
+    [(".png .jpg .bmp .pgm .tif .tiff .gif .webp", 200), (".pt .pth", 100), (".h5", 100)],
+)
+def test_damaged_files_of_images(
+    suffixes: str, number: int, whole_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    @cases(number)
+    @given(st.data())
+    def load(data: st.DataObject) -> None:
+        suffix = data.draw(st.sampled_from(suffixes.split()))
+        path = tmp_path / f"damaged{suffix}"
+        path.write_bytes(data.draw(damaged(whole_files[suffix])))
+        load_or_refuse(path)
+
+    load()
+
+
+def load_or_refuse(path: Path) -> None:
+    """Loads images of 12 x 12, or fails with one line that begins with the path."""
+    try:
+        found = load_data(path, ImageSettings(x_size=12, crop=False), hold_out_all=True)
+    except DataError as error:
+        assert str(error).startswith(str(path))  # noqa: PT017
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert found.test.x.shape[-2:] == (12, 12)
 
 
 @cases(300)

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import NAMES, ROOT, SCENES, SMALL, panes, run, visdom_server
+from PIL import Image
 
+import air.detect
 import viz
 from air.evaluation.metrics import evaluate
 from air.priors import continue_probs_from_counts
@@ -43,7 +45,10 @@ LINES = [
     "--scale-prior-sd 0.3 --pos-prior-mean 0.1 --pos-prior-sd 0.9 --counts 0 1 --x-size 40 "
     "--scale-mean 1.5 --scale-sd 0.05 --min-gap 2 --data-seed 3 --digits embedded --recipe air "
     "--cache-dir cache",
-    "--data mine.npz -n 2 -b 8 --no-compile",
+    "--data mine.npz -n 2 -b 8 --no-compile --no-suggest",
+    "--data pictures -n 2 -b 8 --x-size 40 --no-crop --no-invert --alpha-over white "
+    "--count-pattern (\\d+)-objects --threads 1",
+    "--data mine.npz -n 2 -b 8 --x-size 40 --crop --channels 3 --invert",
     f"--preset dsprites {SMALL} --no-binary --background noisy --guide difference "
     "--likelihood bernoulli --count-prior 1 1 1 0.1 --anneal-prior none --learn-count-prior-from 1",
     f"{SMALL} --sides 9 18 --rotation 20 --binary --masking --baselines --no-z-pres-prior-raw "
@@ -53,7 +58,7 @@ LINES = [
 # Run by tests of their own, with a server, an earlier run, a GPU or full MNIST.
 ELSEWHERE = {
     "--viz", "--viz-every", "--viz-log", "--visdom-env", "--visdom-server", "--visdom-port",
-    "--resume", "--cuda", "--mnist-dir", "--help",
+    "--resume", "--cuda", "--mnist-dir", "--help", "--suggest",
 }  # fmt: skip
 
 
@@ -87,6 +92,13 @@ def write_scenes(path: Path, size: int = 50) -> None:
     np.savez(path, x=np.random.default_rng(0).integers(0, 255, (60, size, size), np.uint8))
 
 
+def write_pictures(folder: Path) -> None:
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 100, (20, 60, 70, 4), np.uint8)
+    for k, each in enumerate(pixels):
+        Image.fromarray(each).save(folder / f"{k}, {k % 3}-objects.png")
+
+
 def test_every_flag_is_run() -> None:
     given = {word for line in LINES for word in line.split()} | ELSEWHERE
     for action in build_parser()._actions:
@@ -101,6 +113,7 @@ def test_every_flag_is_run() -> None:
 def test_lines_end_well(line: str, tmp_path: Path, environment: dict[str, str]) -> None:
     if "--data" in line.split():
         write_scenes(tmp_path / "mine.npz")
+        write_pictures(tmp_path / "pictures")
     if "--load" in line:
         done = run(f"{SMALL} -n 1 --output-dir first --save weights.pt", tmp_path, environment)
         assert done.returncode == 0, done.stderr
@@ -166,7 +179,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         process.send_signal(signal.SIGINT)  # SIGTERM: see test_faults
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 130
-    assert f"python main.py --resume {name}" in output
+    assert f"python {ROOT / 'main.py'} --resume {name}" in output
     assert torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["step"] < 60
     done = run(f"--resume {name}", tmp_path, environment)
     assert done.returncode == 0, done.stderr
@@ -272,6 +285,63 @@ def test_a_run_on_data_of_ones_own_records_what_is_true_of_it(
     assert load_air(tmp_path / "run" / "checkpoint.pt").x_size == 30
 
 
+def test_a_run_on_pictures_records_how_they_are_read(
+    tmp_path: Path,
+    environment: dict[str, str],
+    refused: Callable[[str], str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_pictures(tmp_path / "pictures")
+    tiny = "-n 2 -b 8 --rnn-hidden-size 16 --encoder-net 12 --decoder-net 12 --predict-net 8"
+    flags = "--data pictures --x-size 32 --channels 1 --alpha-over white"
+    done = run(f"{tiny} {flags} --output-dir run", tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["x_size"], config["channels"], config["crop"]) == (32, 1, False)
+    assert "inferred count" in done.stdout  # without true counts
+    resumed = run("--resume run -n 3", tmp_path, environment)
+    assert resumed.returncode == 0, resumed.stderr
+    load = "--load run/checkpoint.pt --data pictures -n 0 --output-dir evaluated"
+    evaluated = run(load, tmp_path, environment)
+    assert evaluated.returncode == 0, evaluated.stderr
+    found = json.loads((tmp_path / "evaluated" / "config.json").read_text())
+    for key in ("x_size", "channels", "crop", "alpha_over"):
+        assert found[key] == config[key]
+    assert "where x_size is 32, got 40" in refused("--resume run --x-size 40")
+    (tmp_path / "pictures").rename(tmp_path / "moved")
+    assert "if it has moved, say by --data where it is now" in refused("--resume run -n 4")
+    done = run("--resume run -n 4 --data moved", tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    capsys.readouterr()
+    assert air.detect.main(["--load", "run/checkpoint.pt", "moved"]) == 0
+    assert capsys.readouterr().out.count("\n") == 20
+
+
+def test_a_model_of_images_of_another_size_is_refused_with_both_sizes(
+    tmp_path: Path, environment: dict[str, str], refused: Callable[[str], str]
+) -> None:
+    tiny = "-n 1 -b 8 --rnn-hidden-size 16 --encoder-net 12 --decoder-net 12 --predict-net 8"
+    for size in (20, 30):
+        write_scenes(tmp_path / f"{size}.npz", size=size)
+    line = f"{tiny} --data 30.npz --output-dir run --save weights.pt"
+    assert run(line, tmp_path, environment).returncode == 0
+    for file in ("run/checkpoint.pt", "weights.pt"):
+        said = refused(f"--load {file} --data 20.npz {tiny}")
+        assert "30 x 30" in said
+        assert "20 x 20" in said
+
+
+def test_data_that_can_hardly_be_meant_are_hinted_at(
+    tmp_path: Path, environment: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    x = np.random.default_rng(0).integers(0, 2, (60, 20, 20), np.uint8)
+    np.savez(tmp_path / "mine.npz", x=x, counts=np.sort(np.arange(60) % 5))
+    done = run("--data mine.npz -n 1 -b 8 --no-compile", tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    for hint in ("largest value of the images is 1", "some scenes hold 4", "shuffle them"):
+        assert caplog.text.count(hint) == 1
+
+
 def test_a_checkpoint_without_the_size_of_its_images_is_loaded(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -298,6 +368,12 @@ def test_wrong_input_ends_in_one_line_with_exit_code_2(
         ("--device cuda:77", "--device"),
         ("--device toaster", "--device"),
         ("--data missing.npz", "missing.npz"),
+        ("--data mine.npz --crop", "--crop: expected --x-size too"),
+        ("--data mine.npz --x-size 90 --crop", "too small for --crop to cut 90 x 90"),
+        ("--data mine.npz --channels 5", "x has 1 channels, expected 5"),
+        ("--data mine.npz --count-pattern x", "expected a regular expression with one group"),
+        ("--invert", "--invert is about images of one's own; name them by --data"),
+        ("--data mine.txt", "mine.txt"),
         ("--data text.npz", "text.npz"),
         ("--load missing.pt --data mine.npz", "there is no file missing.pt"),
         ("--load mine.npz --data mine.npz", "mine.npz"),
@@ -400,8 +476,8 @@ def test_viz_on_a_server_that_dies_and_comes_back(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     line = (
-        f"{SMALL} -t 1 -n 250 --estimator score --viz --viz-every 5 --eval-every 20 --save-every 0 "
-        "--visdom-env live --eval-scenes 10 --viz-log session.log --output-dir run"
+        f"{SMALL} -t 1 --counts 0 1 -n 250 --estimator score --viz --viz-every 5 --eval-every 20 "
+        "--save-every 0 --visdom-env live --eval-scenes 10 --viz-log session.log --output-dir run"
     )
     log = tmp_path / "run" / "metrics.jsonl"
 

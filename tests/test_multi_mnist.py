@@ -19,8 +19,9 @@ from PIL import Image
 import multi_mnist
 from air.data.arrays import Array
 from air.data.digits import load_embedded
+from air.data.sources import load_data
 from air.data.sprites import SHAPES
-from multi_mnist import DataError, SceneSettings, load_file, load_scenes
+from multi_mnist import DataError, Scenes, SceneSettings, load_file, load_scenes
 
 MNIST = ROOT.parent / "shared" / "mnist"
 SMALL = partial(SceneSettings, num_scenes=300, num_test_scenes=40)
@@ -337,7 +338,7 @@ def test_a_damaged_cache_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     middle = len(whole := path.read_bytes()) // 2
     for damaged in (whole[:middle], whole[:middle] + b"damage" + whole[middle + 6 :], b""):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=f"^{path}: no scenes: .*; if cached, delete the file"):
+        with pytest.raises(DataError, match=f"^{path}: .*; delete the file, and it is made again$"):
             train(tmp_path)
         assert path.read_bytes() == damaged
     with pytest.raises(DataError, match=r"scenes-\w+.npz: cannot be written .*another place"):
@@ -370,8 +371,30 @@ def test_command_line_writes_a_file_once(tmp_path: Path) -> None:
     assert splits.train.x.shape == (200, 60, 60)
     code, out, err = script(tmp_path, line)
     assert (code, out) == (2, "")
-    assert err.startswith("multi_mnist.py: error: s.npz: expected a new file for --out, got")
+    assert err.startswith("multi_mnist.py: error: s.npz: expected a new file or folder for --out")
     assert (tmp_path / "s.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("recipe", ["air", "dsprites"])
+def test_command_line_writes_a_folder_of_pictures(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = f"--num-scenes 12 --num-test-scenes 3 --x-size 40 --recipe {recipe} --cache-dir c --out"
+    for out in ("pictures", "a.npz"):
+        multi_mnist.main([*line.split(), out])
+    assert files(tmp_path / "pictures") == [f"{i:05}.png" for i in range(12)] + [
+        "counts.csv",
+        "test",
+    ]
+    pictures, arrays = load_data("pictures"), load_data("a.npz")
+    for ours, its in zip(pictures[:2], arrays[:2], strict=True):
+        assert isinstance(ours, Scenes)
+        assert isinstance(its, Scenes)
+        assert np.array_equal(ours.x, its.x)
+        assert np.array_equal(np.asarray(ours.counts), np.asarray(its.counts))
+    with pytest.raises(SystemExit):
+        multi_mnist.main([*line.split(), "pictures"])
 
 
 def test_command_line_errors_are_one_line(tmp_path: Path) -> None:

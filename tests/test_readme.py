@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "tests/benchmarks/README.md"
-FLAGS_OF_OTHER_PROGRAMS = {"--nproc-per-node", "--out", "--figure", "--gif", "--help"}
+FLAGS_OF_OTHER_PROGRAMS = {"--nproc-per-node", "--out", "--csv", "--figure", "--gif", "--help"}
 
 
 def block(before: str, language: str) -> str:
@@ -59,7 +59,7 @@ def test_the_first_commands_are_valid_shell(marker: str) -> None:
 
 
 def test_every_command_of_main_parses() -> None:
-    lines = re.findall(r"(?:python|torchrun [^`\n]*?) main\.py([^`\n]*)", README)
+    lines = re.findall(r"(?:python|torchrun [^`\n]*?) main\.py([^`>\n]*)", README)
     lines += re.findall(r"^\| `main\.py([^`]*)`", README, re.M)
     assert len(lines) >= 8
     for line in lines:
@@ -122,5 +122,5 @@ def test_a_net_of_ones_own_trains_resumes_and_detects(
     capsys.readouterr()
     arguments = ["--load", str(checkpoint), str(tmp_path / "scenes.npz")]
     assert air.detect.main(arguments, nets=my_air.nets) == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [image["count"] for image in printed] == [each.count for each in found]

@@ -104,7 +104,7 @@ def refuse(group: ProcessGroup, folder: Path) -> tuple[Any, str]:
     """The exit code and the words of main.py on data that rank 1 alone lacks."""
     path = folder / f"scenes-{group.rank}.npz"
     if group.is_main:
-        np.savez(path, x=np.zeros((30, 12, 12), np.uint8))
+        np.savez(path, x=np.eye(12, dtype=np.uint8)[None].repeat(30, 0) * 255)
     parser, said = build_parser(quiet=not group.is_main), io.StringIO()
     context = program.Context(group, nets=None, compiler=inductor)
     with ExitStack() as exit_stack, redirect_stderr(said):

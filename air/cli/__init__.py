@@ -1,1 +1,1 @@
-"""Shared by the command lines: flags, configurations, errors, signals."""
+"""Shared by the command lines: flags, configurations, errors, progress."""

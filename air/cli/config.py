@@ -6,6 +6,7 @@ from typing import Any
 
 from air.cli.flags import DEFAULTS, SETTINGS, Config, settings_named_by_flag
 from air.cli.presets import PRESETS
+from air.data.preparation import ImageSettings
 from air.model_settings import ModelSettings
 from air.settings import from_config, settings_of
 from air.storage.checkpoint import CheckpointError
@@ -18,7 +19,7 @@ _MAY_CHANGE_ON_RESUME = {
     "num_steps", "progress_every", "eval_every", "eval_scenes", "save_every", "save", "restarts",
     "alarm_after", "evaluate", "iwae_samples", "iwae_scenes", "device", "threads", "viz",
     "viz_every", "viz_log", "visdom_env", "visdom_server", "visdom_port", "verbose", "resume",
-    "data", "mnist_dir", "cache_dir",
+    "data", "mnist_dir", "cache_dir", "suggest",
 }  # fmt: skip
 # Files to write and servers to reach: no file may name them.
 _NEVER_FROM_FILE = {
@@ -36,7 +37,9 @@ _CONFLICTS = {
     ("z_pres_prior",): ("z_pres_prior_raw",),
     ("scale_mean", "scale_sd"): ("sides",),
 }
-SCENE_KEYS = [spec.key for spec in settings_of(SceneSettings)]
+_SHARED = {"x_size"}  # of scenes made here and of images of one's own
+SCENE_KEYS = [spec.key for spec in settings_of(SceneSettings) if spec.key not in _SHARED]
+IMAGE_KEYS = [spec.key for spec in settings_of(ImageSettings)]
 
 
 def to_json_types(config: Mapping[str, Any]) -> Config:
@@ -70,9 +73,31 @@ def resolve_config(
         if not cli_args.keys().isdisjoint(keys):
             below = {key: value for key, value in below.items() if key not in void}
     config = {**DEFAULTS, **below, **of_run, **cli_args}
+    if config["data"]:
+        config |= _image_settings(cli_args, of_run, model or {})
     if config["compile"] is None:
         config["compile"] = config["num_steps"] >= COMPILE_MIN_STEPS and not config["jit"]
     return to_json_types(config)
+
+
+def _image_settings(
+    cli_args: Mapping[str, Any], run: Mapping[str, Any], model: Mapping[str, Any]
+) -> Config:
+    """How to prepare images of one's own: as for the run, the model, or by the flags.
+
+    Without a word about it, images keep their size (x_size None) and channels.
+    """
+    if model.get("crop") is None:  # its images were as they are, and others are not made to fit
+        model = {key: value for key, value in model.items() if key != "x_size"}
+    if "crop" not in run:  # an earlier program recorded x_size and channels that had no effect
+        run = {key: value for key, value in run.items() if key not in ("x_size", "channels")}
+    settings = {"x_size": None, "channels": None, **model, **run, **cli_args}
+    settings = {key: settings.get(key, DEFAULTS[key]) for key in IMAGE_KEYS}
+    if settings["x_size"] is None and settings["crop"] is not None:
+        raise ValueError("--crop: expected --x-size too, the side to cut out")
+    if "x_size" in cli_args and settings["crop"] is None and not run:
+        settings["crop"] = False
+    return settings
 
 
 def _check_unchanged(cli_args: Mapping[str, Any], run: Mapping[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 import torch
 
+from air.data.arrays import DataError
+from air.storage.files import quoted
 from air.storage.run_folder import RunFolder
 from air.training.compiled_svi import RecordingError
 from air.training.parallel import RankLostError
@@ -15,17 +17,17 @@ def explain(error: Exception, run: RunFolder | None) -> str | None:
         run: The run that it ended; None before the run began.
     """
     if isinstance(error, FloatingPointError):
-        weights = f", from its weights by --load {run.checkpoint}" if run else ""
+        weights = f", from its weights by --load {quoted(run.checkpoint)}" if run else ""
         return (
             f"{error}. The run is saved as it is; begin a new run with a lower --learning-rate"
             f"{weights}"
         )
-    if isinstance(error, RecordingError | RankLostError):
+    if isinstance(error, DataError | RecordingError | RankLostError):
         cause = str(error)
     elif isinstance(error, OSError):
         cause = f"cannot write: {error}"
     elif _is_out_of_memory(error):
-        flags = "--batch-size, --eval-scenes, --model-steps, --num-scenes or the nets' sizes"
+        flags = "--batch-size, --x-size, --eval-scenes, --model-steps or the nets' sizes"
         cause = f"out of memory; lower {flags}"
     else:
         return None

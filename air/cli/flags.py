@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from air.cli.presets import PRESETS
+from air.data.preparation import ImageSettings
 from air.model_settings import ModelSettings
 from air.settings import SettingError, add_flags, check_settings, defaults, setting, settings_of
 from air.training.settings import TrainingSettings
@@ -29,11 +30,14 @@ class ProgramSettings:
     save: str | None = setting(None, "also write the weights alone to a new file", metavar="FILE")
     data: str | None = setting(
         None,
-        "train on the scenes in an .npz file with x, uint8 [N, H, H] or [N, C, H, H], and, for the "
-        "accuracies, counts, [N]. Its test_x, test_counts, ... are held out or, without them, the "
-        "last tenth, up to 10,000, or with -n 0 all. From a folder of x.npy, counts.npy, ... or "
-        "one .npy file of images, batches are read when they are needed",
+        "train on images of one's own: a folder of pictures, a .npz, .npy, .h5 or .pt file of "
+        "images x, or a folder of x.npy, which is read as it is needed. With counts, [N], count "
+        "accuracies are shown. The images test_x, or those in the subfolder test, are held out or, "
+        "without them, a tenth, or with -n 0 all",
         metavar="PATH",
+    )
+    suggest: bool = setting(
+        False, "look at the images of --data, print a command that suits them, and end"
     )
     preset: str | None = setting(
         None,
@@ -79,8 +83,9 @@ class ProgramSettings:
         check_settings(self)
 
 
-SETTINGS = {
+SETTINGS = {  # x_size and channels have the defaults of the later class, for scenes made here
     "training": TrainingSettings,
+    "images of one's own": ImageSettings,
     "model": ModelSettings,
     "evaluation and output": ProgramSettings,
     "scenes": SceneSettings,
@@ -99,7 +104,9 @@ class Parser(argparse.ArgumentParser):
     quiet = False
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        # Spaces remain: they may be those of a path in a command to copy.
+        line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+        self.exit(2, f"{self.prog}: error: {line}\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ANN401
         if not self.quiet:

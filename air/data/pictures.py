@@ -1,69 +1,156 @@
-"""Images for a model, read from image files and from .npz files."""
+"""Picture files: PNG, JPEG, TIFF, BMP, WebP, GIF and PPM are read page by page, PNG is written."""
 
+import csv
+import os
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from air.data.arrays import Array, DataError
+from air.data.preparation import lay_over, to_bytes, to_grey
+from air.data.scenes import Scenes
 
-MODES = {1: ("L", "1"), 3: ("RGB",)}  # of Pillow, by number of channels
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # others can run programs
+PAGED = ("GIF", "PNG", "TIFF", "WEBP")  # a JPEG's further images are previews of the first
+MAX_PIXELS = 100_000_000  # of a page; a small file may declare more than memory holds
+MAX_GREY_SPREAD = 8  # of the channels of a pixel, of 255; lossy formats tint grey pictures a little
+COUNTS_FILE = "counts.csv"  # of a folder of pictures: lines of name,count
+SUFFIXES = {
+    ".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
+}  # fmt: skip
+_SUBFILE_TYPE = 254  # TIFF tag, with the flags:
+_PREVIEW, _TRANSPARENCY_MASK = 1, 4
 
 
-def read_pictures(path: Path, side: int, channels: int) -> Iterator[tuple[str, Array]]:
-    """Reads an image file, or the array x of an .npz file, for a model of this side and channels.
+def read_picture(path: Path | str, alpha_over: str = "black") -> Iterator[tuple[str, Array]]:
+    """Reads the pages of a picture file.
+
+    Args:
+        path: The file; its content decides its format, not its name.
+        alpha_over: Background of transparent pixels, black or white.
 
     Yields:
-        A name for each image, and its pixels, uint8 [side, side] or [channels, side, side].
+        The name of a page, path[0], path[1], ..., or the path if there is one page, and its
+        pixels: uint8 [1, h, w] if all are grey, else [3, h, w]. 16 bits are scaled to 8.
 
     Raises:
-        DataError: If the file is unreadable, or has images of another size or another mode.
+        DataError: If the file is no picture, or damaged, or a page is too large.
     """
-    if path.suffix == ".npz":
-        for i, image in enumerate(read_array(path, side, channels)):
-            yield f"{path}[{i}]", image
-    else:
-        yield str(path), read_image(path, side, channels)
-
-
-def read_array(path: Path, side: int, channels: int) -> Array:
-    """Reads x of an .npz file: uint8 [N, side, side], or [N, channels, side, side] if several.
-
-    Raises:
-        DataError: If there is no x of this type and shape.
-    """
+    page = 0
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            x: Array = archive["x"]
-    except Exception as error:  # zipfile and NumPy raise errors of many types for foreign bytes
-        raise DataError(f"{path}: expected images x, got {error}") from error
-    if channels == 1 and x.ndim == 4 and x.shape[1] == 1:
-        x = x[:, 0]
-    shape = (side, side) if channels == 1 else (channels, side, side)
-    if x.dtype != np.uint8 or x.shape[1:] != shape or len(x) == 0:
-        lengths = ", ".join(map(str, shape))
-        raise DataError(f"{path}: expected x uint8 (N, {lengths}), got {x.dtype} {x.shape}")
-    return x
-
-
-def read_image(path: Path, side: int, channels: int) -> Array:
-    """Reads an image file: uint8 [side, side], or [channels, side, side] if several.
-
-    Raises:
-        DataError: If the file is no image, or an image of another size or mode.
-    """
-    modes = MODES.get(channels, ())
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
-            if image.size != (side, side):  # checked before the pixels are unpacked
-                raise ValueError(f"expected {side} x {side} pixels, got {image.size}")
-            if image.mode not in modes:
-                expected = " or ".join(modes) or f"none, but an .npz with {channels} channels"
-                raise ValueError(f"expected mode {expected}, got {image.mode}")
-            pixels = np.array(image.convert(modes[0]))
+        # Pillow gets no path: it would map plain TIFF files, and garble those that are turned.
+        with open(path, "rb") as content, _open(content) as file:
+            # Warnings are ignored where Pillow works only: a `with` around a yield outlasts it.
+            with warnings.catch_warnings(action="ignore"):
+                pages = getattr(file, "n_frames", 1) if file.format in PAGED else 1
+            for page in range(pages):
+                with warnings.catch_warnings(action="ignore"):
+                    if pages > 1:
+                        file.seek(page)
+                    is_left_out = page > 0 and _is_side_image(file)
+                    pixels = None if is_left_out else _pixels(file, alpha_over)
+                if pixels is not None:
+                    yield (f"{path}[{page}]" if pages > 1 else str(path)), pixels
     except Exception as error:  # Pillow raises errors of many types for foreign bytes
-        raise DataError(f"{path}: no image for this model: {error}") from error
-    return pixels if channels == 1 else pixels.transpose(2, 0, 1)
+        where = f"{path}[{page}]" if page else path
+        raise DataError(f"{where}: no picture that can be read: {_reason(error)}") from error
+
+
+def write_pictures(folder: Path | str, scenes: Mapping[str, Scenes]) -> None:
+    """Writes scenes as PNG files, with their counts in counts.csv, into a new folder.
+
+    The folder appears under its name only when it is complete.
+
+    Args:
+        folder: The folder.
+        scenes: Scenes by the subfolder they go into, "" for the folder itself.
+
+    Raises:
+        DataError: If it exists or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise DataError(f"{folder}: expected a new folder, got one that exists")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        _write_pictures(temporary, scenes)
+        temporary.rename(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error}); name another place") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_pictures(folder: Path, scenes: Mapping[str, Scenes]) -> None:
+    with (folder / COUNTS_FILE).open("x", newline="", encoding="utf-8") as file:
+        counts = csv.writer(file)
+        counts.writerow(["name", "count"])
+        for subfolder, (x, numbers, *_) in scenes.items():
+            (folder / subfolder).mkdir(exist_ok=True)
+            for i, pixels in enumerate(x):
+                name = (Path(subfolder) / f"{i:05}.png").as_posix()
+                image = pixels if pixels.ndim == 2 else pixels.transpose(1, 2, 0)
+                Image.fromarray(image).save(folder / name)
+                if numbers is not None:
+                    counts.writerow([name, numbers[i]])
+
+
+def _open(content: BinaryIO) -> Image.Image:
+    with warnings.catch_warnings(action="ignore"):
+        file = Image.open(content, formats=FORMATS)
+    _check_size(file)
+    return file
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width} x {image.height} pixels"
+        raise ValueError(f"it declares {size}, more than the {MAX_PIXELS:,} of this program")
+
+
+def _is_side_image(image: Image.Image) -> bool:
+    """Whether a page of a TIFF file is a smaller version of another page, or its mask."""
+    kind = getattr(image, "tag_v2", {}).get(_SUBFILE_TYPE, 0)
+    return bool(kind & (_PREVIEW | _TRANSPARENCY_MASK))
+
+
+def _pixels(image: Image.Image, alpha_over: str) -> Array:
+    """The pixels of an open image as people see it: uint8 [1, h, w] or [3, h, w]."""
+    _check_size(image)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        return _numbers(np.asarray(image))[None]
+    if image.has_transparency_data:
+        rgba = np.asarray(image.convert("RGBA")).transpose(2, 0, 1)[None]
+        pixels = lay_over(rgba[:, :3], rgba[:, 3:], alpha_over)[0]
+    elif image.mode in ("L", "1"):
+        return np.array(image.convert("L"))[None]
+    else:
+        pixels = np.array(image.convert("RGB")).transpose(2, 0, 1)
+    spread = pixels.max(0) - pixels.min(0)
+    return to_grey(pixels[None])[0] if spread.max() <= MAX_GREY_SPREAD else pixels
+
+
+def _numbers(pixels: Array) -> Array:
+    """The pixels of an image of 16-bit or larger numbers, or of floats."""
+    if pixels.dtype.kind in "iu":
+        if pixels.min() < 0 or pixels.max() > np.iinfo(np.uint16).max:
+            low, high = pixels.min(), pixels.max()
+            raise ValueError(f"expected pixels of 8 or 16 bits, got numbers from {low} to {high}")
+        pixels = pixels.astype(np.uint16)
+    return to_bytes(pixels, "the picture")
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line, without the path, which Pillow and the system repeat."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnidentifiedImageError):
+        return "it is a file of another kind, or its pixels are of a type that is not read"
+    return " ".join(str(error).split()) or type(error).__name__

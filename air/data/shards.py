@@ -1,8 +1,9 @@
-"""Scenes in .npy files that may be larger than memory: rows are read when they are needed."""
+"""Images in .npy files that may be larger than memory: rows are read when they are needed."""
 
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from copy import copy
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -10,40 +11,51 @@ from typing import Any
 import numpy as np
 
 from air.data.arrays import Array, DataError, sha256
-from air.data.scenes import (
-    ARRAY_SPECS,
-    Scenes,
-    SceneSplits,
-    first_held_out,
-    load_file,
-    read_split,
+from air.data.preparation import (
+    CHUNK,
+    ImageSettings,
+    prepare,
+    prepare_channels_first,
+    to_channels_first,
 )
+from air.data.scenes import ARRAY_NAMES, IMAGES, SceneSplits, split_scenes
 
 MAX_HASHED = 1000  # scenes in the hash, evenly spread: reading all could take hours
-_FILE_NAME = re.compile(rf"((?:test_)?(?:{'|'.join(ARRAY_SPECS)}))(?:-.*)?\.npy")
+_FILE_NAME = re.compile(rf"({'|'.join(ARRAY_NAMES)})(?:-.*)?\.npy")
 
 
 class Shards:
-    """Memory-mapped arrays that are indexed like one array, their concatenation.
+    """Memory-mapped arrays of images that are indexed like one array of bytes.
 
-    A slice of step 1 is again a `Shards`; other slices and rising indices read their rows.
+    A slice of step 1 is again a `Shards`; other slices and rising indices read their rows and
+    prepare them.
 
     Args:
-        parts: The arrays.
+        parts: Images of any type and layout that `prepare` takes.
+        settings: How to prepare them.
+        name: Their name in messages.
 
     Raises:
-        ValueError: If the arrays differ in type, or in shape beyond their lengths.
+        DataError: If the arrays differ in type, or in shape beyond their lengths, or cannot be
+            prepared; also from every read of images that cannot be prepared.
     """
 
-    def __init__(self, parts: Sequence[Array]) -> None:
-        kinds = {(part.dtype, part.shape[1:]) for part in parts}
-        if len(kinds) > 1:
-            raise ValueError(f"expected parts of one type and shape, got {kinds}")
+    dtype = np.dtype(np.uint8)
+
+    def __init__(
+        self, parts: Sequence[Array], settings: ImageSettings | None = None, name: str = "x"
+    ) -> None:
+        _check_parts(parts, name)
+        self.settings, self.name = settings or ImageSettings(), name
+        one = np.array(to_channels_first(parts[0], name)[:1])
+        first, _ = prepare_channels_first(one, self.settings, name)
+        self.shape, self.ndim = first.shape, first.ndim
+        self._set_parts(parts)
+
+    def _set_parts(self, parts: Sequence[Array]) -> None:
         self.parts = parts
         self._starts = [0, *accumulate(len(part) for part in parts)]
-        self.shape = (self._starts[-1], *parts[0].shape[1:])
-        self.dtype = parts[0].dtype
-        self.ndim = len(self.shape)
+        self.shape = (self._starts[-1], *self.shape[1:])
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -58,91 +70,105 @@ class Shards:
             part[max(start - first, 0) : max(stop - first, 0)]
             for part, first in zip(self.parts, self._starts, strict=False)
         ]
-        return Shards([part for part in cut if len(part)] or cut[:1])
+        view = copy(self)  # a new one would read an image again
+        view._set_parts([part for part in cut if len(part)] or cut[:1])
+        return view
 
     def _read(self, rows: Array) -> Array:
         """The rows of these rising indices, in memory."""
+        if len(rows) > CHUNK:  # memory holds few as they are: floats take eight times the bytes
+            starts = range(0, len(rows), CHUNK)
+            return np.concatenate([self._read(rows[start : start + CHUNK]) for start in starts])
         bounds = pairwise(np.searchsorted(rows, self._starts))  # of the indices in each part
         parts = zip(self.parts, self._starts, bounds, strict=False)
-        return np.concatenate([part[rows[low:high] - first] for part, first, (low, high) in parts])
+        found = [part[rows[low:high] - first] for part, first, (low, high) in parts]
+        return prepare(np.concatenate(found), self.settings, self.name)[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:  # noqa: ANN401
-        return np.concatenate(self.parts, dtype=dtype)
+        return self._read(np.arange(len(self))).astype(dtype or self.dtype, copy=False)
 
 
-def load_data(path: Path, *, hold_out_all: bool = False) -> SceneSplits:
-    """Loads scenes of one's own, by `load_file` or, from .npy files, by `map_scenes`."""
-    load = map_scenes if path.is_dir() or path.suffix == ".npy" else load_file
-    return load(path, hold_out_all=hold_out_all)
-
-
-def map_scenes(path: Path, *, hold_out_all: bool = False) -> SceneSplits:
-    """Memory-maps training scenes and loads held-out scenes.
+def map_scenes(
+    path: Path | str, settings: ImageSettings | None = None, *, hold_out_all: bool = False
+) -> SceneSplits:
+    """Memory-maps training images, and loads held-out scenes.
 
     Args:
         path: A .npy file of images, or a folder of x.npy, counts.npy, ..., test_x.npy, ..., with
             the arrays of `load_file`. Each array may be split into files: x-0.npy, x-1.npy, ...
+        settings: How to prepare the images.
         hold_out_all: If there is no test_x, hold out all scenes instead of the last tenth.
 
     Returns:
-        Training scenes with x, a `Shards`, alone; held-out scenes in memory; the SHA-256 of the
-        held-out scenes and of `MAX_HASHED` or more training scenes.
+        Training scenes with x, a `Shards`; held-out scenes in memory; the SHA-256 of the held-out
+        scenes and of `MAX_HASHED` or more training scenes.
 
     Raises:
         DataError: If the files have no scenes; the message is one line for the user.
     """
+    arrays: dict[str, Any] = {}
+    for name, parts in map_arrays(path).items():
+        if name in IMAGES:
+            arrays[name] = Shards(parts, settings, f"{path}: {name}")
+        else:
+            _check_parts(parts, f"{path}: {name}")
+            arrays[name] = np.concatenate(parts)
     try:
-        x, held_out = _split(_map_arrays(path), hold_out_all)
-        test = read_split(held_out, "test_")
-        if x.shape[1:] != test.x.shape[1:]:
-            raise ValueError(f"expected x and test_x of one shape, got {x.shape}, {test.x.shape}")
-        if len(x) < 2 and not hold_out_all:
-            raise ValueError(f"expected at least 2 training scenes, got {len(x)}")
-    except Exception as error:  # NumPy raises errors of many types for foreign bytes
-        raise DataError(f"{path}: no scenes: {error}") from error
-    some = np.asarray(x[:: max(len(x) // MAX_HASHED, 1)])
-    hashed = sha256([np.array(x.shape), some, *test])
-    train: Any = x  # batches are drawn from it as from an array
-    return SceneSplits(Scenes(train, None, None, None, None), test, hashed)
+        train, test = split_scenes(arrays, hold_out_all=hold_out_all)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    test = test._replace(x=np.asarray(test.x))
+    some = np.asarray(train.x[:: max(len(train.x) // MAX_HASHED, 1)])  # which checks them too
+    return SceneSplits(train, test, sha256([np.array(train.x.shape), some, *test]))
 
 
-def _split(arrays: dict[str, Shards], hold_out_all: bool) -> tuple[Shards, dict[str, Array]]:
-    """The training images, and the arrays test_x, ... of the held-out scenes in memory."""
-    x = arrays["x"]
-    lengths = {name: len(array) for name, array in arrays.items() if not name.startswith("test_")}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"expected arrays of one length, got lengths {lengths}")
-    if x.dtype != np.uint8:
-        raise ValueError(f"expected x uint8, got {x.dtype}")
-    if "test_x" in arrays:
-        named = {name: array for name, array in arrays.items() if name not in lengths}
-        return x, {name: np.asarray(array) for name, array in named.items()}
-    first = first_held_out(len(x), hold_out_all)
-    return x[:first], {f"test_{name}": np.asarray(arrays[name][first:]) for name in lengths}
+def holds_arrays(folder: Path) -> bool:
+    """Whether a folder holds arrays of scenes, x.npy or x-....npy among them."""
+    return any(folder.glob("x.npy")) or any(folder.glob("x-*.npy"))
 
 
-def _map_arrays(path: Path) -> dict[str, Shards]:
-    """Memory-maps the arrays of a folder, or the array x of one file."""
-    if not path.is_dir():
-        return {"x": Shards([_map_file(path)])}
+def map_arrays(path: Path | str) -> dict[str, list[Array]]:
+    """Memory-maps the arrays of a folder, or the array x of one file; each as its parts.
+
+    Raises:
+        DataError: If one of the files is no array, or there is no x.
+    """
+    path = Path(path)
     parts: dict[str, list[Array]] = defaultdict(list)
-    for file in sorted(path.iterdir(), key=_natural_order):
-        if match := _FILE_NAME.fullmatch(file.name):
-            parts[match[1]].append(_map_file(file))
+    if not path.is_dir():
+        parts["x"] = [_map_file(path)]
+    else:
+        for file in sorted(path.iterdir(), key=natural_order):
+            if match := _FILE_NAME.fullmatch(file.name):
+                parts[match[1]].append(_map_file(file))
     for name in parts:
         if (path / f"{name}.npy").exists() and len(parts[name]) > 1:
-            raise ValueError(f"expected {name}.npy or parts of it, got both")
+            raise DataError(f"{path}: expected {name}.npy or parts of it, got both")
     if "x" not in parts:
-        raise ValueError("expected x.npy, or x-0.npy, x-1.npy, ..., got no x")
-    return {name: Shards(arrays) for name, arrays in parts.items()}
+        raise DataError(f"{path}: expected x.npy or its parts x-0.npy, x-1.npy, ..., got no x")
+    return parts
+
+
+def _check_parts(parts: Sequence[Array], name: str) -> None:
+    kinds = {(str(part.dtype), part.shape[1:]) for part in parts}
+    if len(kinds) > 1:
+        held = " and ".join(f"{kind} {list(shape)}" for kind, shape in sorted(kinds)[:2])
+        raise DataError(f"{name}: expected parts of one type and shape, got {held}")
 
 
 def _map_file(file: Path) -> Array:
-    array: Array = np.load(file, mmap_mode="r", allow_pickle=False)
-    is_grey = array.ndim == 4 and array.shape[1] == 1  # images [N, 1, H, H]
-    return array[:, 0] if is_grey else array
+    try:
+        array: Array = np.lib.format.open_memmap(file, mode="r")  # refuses Python objects
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror or 'damaged'}") from error
+    except Exception as error:  # NumPy raises errors of many types for foreign bytes
+        raise DataError(f"{file}: damaged, or no .npy file of numbers") from error
+    if array.ndim == 0:
+        raise DataError(f"{file}: expected an array, got a single number")
+    return array
 
 
-def _natural_order(file: Path) -> list[Any]:
-    """A sort key that puts x-2.npy before x-10.npy."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
+def natural_order(file: Path | str) -> tuple[list[Any], str]:
+    """A sort key that puts x-2.npy before x-10.npy, and x-01.npy before x-1.npy."""
+    parts = re.split(r"(\d+)", str(file))
+    return [int(part) if part.isdecimal() else part for part in parts], str(file)

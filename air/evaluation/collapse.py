@@ -22,7 +22,13 @@ def empty_canvas_elbo(air: AIR, images: Tensor) -> float:
     """The mean log likelihood of images, [N, (C,) H, H], under a black canvas, in nats per image.
 
     It is the ELBO of an AIR that never infers an object, without the log prior of zero objects.
+
+    Raises:
+        ValueError: If there are no images.
     """
+    if not len(images):
+        raise ValueError("there are no images, so their likelihood has no mean")
+    air.check_images(images)
     total = 0.0
     for part in torch.split(images, 1000):
         prepared = air.to_images(part.to(air.h_init.device))

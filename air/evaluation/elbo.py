@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from air.air import AIR
+from air.arguments import check_whole
+from air.images import to_tensor
 from air.priors import PresencePrior
 
 
@@ -29,7 +31,16 @@ class ElboTerms(NamedTuple):
 
 @torch.no_grad()
 def sample_elbo(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None = None) -> ElboTerms:
-    """Samples z from the guide once for each image, [B, (C,) H, H]."""
+    """Samples z from the guide once for each image, [B, (C,) H, H].
+
+    Raises:
+        ValueError: If the images have another shape, type or range than `AIR.to_images` takes.
+    """
+    images = to_tensor(images).to(air.h_init.device)
+    air.check_images(images)
+    if not len(images):
+        blank = images.new_zeros(1, *images.shape[1:])
+        return ElboTerms._make(part[:0] for part in sample_elbo(air, blank, z_pres_prior_p))
     arguments: Any = {"data": images, "z_pres_prior_p": z_pres_prior_p}
     guide: Any = poutine.trace(air.guide).get_trace(**arguments)
     model: Any = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(**arguments)
@@ -62,12 +73,16 @@ def importance_weighted_bound(
     """A lower bound of log p(x) for each image in nats, [B]: the log of the mean importance weight.
 
     With more samples the bound rises from the ELBO to log p(x) (Burda et al. 2016,
-    arXiv:1509.00519); with none it is minus infinity. The samples are drawn one after another, so
-    that memory does not grow with their number.
+    arXiv:1509.00519). The samples are drawn one after another, so that memory does not grow with
+    their number.
+
+    Raises:
+        ValueError: If there is no sample, or for images as in `sample_elbo`.
     """
-    images = images.to(air.h_init.device)
+    check_whole("samples", samples, 1)
+    images = to_tensor(images).to(air.h_init.device)
     log_sum = torch.full((len(images),), -math.inf, device=images.device)
     for _ in range(samples):
         log_weights = sample_elbo(air, images, z_pres_prior_p).elbo
         log_sum = torch.logaddexp(log_sum.to(log_weights), log_weights)
-    return log_sum - math.log(max(samples, 1))
+    return log_sum - math.log(samples)

@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from air.air import AIR
+from air.arguments import check_whole
 from air.evaluation.boxes import score_boxes, tight_boxes
 from air.evaluation.elbo import ElboTerms, importance_weighted_bound, sample_elbo
+from air.images import to_tensor
 from air.inference import forked_rng, infer
 from air.priors import PresencePrior, at_least_probs
 
@@ -49,7 +51,12 @@ class HeldOut(NamedTuple):
         return cls._make(array if array is None else torch.from_numpy(array) for array in arrays)
 
     def first(self, num_scenes: int) -> "HeldOut":
-        """The first `number` scenes."""
+        """The first `num_scenes` scenes, or all if there are no more.
+
+        Raises:
+            ValueError: If `num_scenes` is negative.
+        """
+        check_whole("num_scenes", num_scenes, 0)
         return HeldOut._make(part if part is None else part[:num_scenes] for part in self)
 
 
@@ -103,27 +110,24 @@ def evaluate(
         scenes: The scenes to evaluate on.
         z_pres_prior_p: The prior of the ELBO, as for `AIR.model`.
         batch_size: Number of images in a batch; the last batch may be smaller.
-        seed: Seed of the samples. The global generators are restored afterwards, so that an
-            evaluation does not change the training run.
+        seed: Seed of the samples; the global generators are restored afterwards.
         iwae_samples: Samples in the importance-weighted bound; 0 for no bound.
         iwae_scenes: The bound is taken over the first `iwae_scenes` scenes.
 
     Raises:
-        ValueError: If there are no scenes.
+        ValueError: If there are no scenes, or scenes or numbers that cannot be used.
     """
-    if not len(scenes.images):
-        raise ValueError("there are no scenes to evaluate on")
+    check_whole("batch_size", batch_size, 1)
+    check_whole("iwae_samples", iwae_samples, 0)
+    check_whole("iwae_scenes", iwae_scenes, 1)
+    scenes = check_scenes(air, scenes)
     with forked_rng(seed, air.h_init.device):
         batches = torch.split(scenes.images, batch_size)
         parts = [_measure(air, batch.to(air.h_init.device), z_pres_prior_p) for batch in batches]
-        bounds = [
-            importance_weighted_bound(air, batch, iwae_samples, z_pres_prior_p).cpu()
-            for batch in torch.split(scenes.images[:iwae_scenes], batch_size)
-        ]
+        bound = _bound(air, scenes.images[:iwae_scenes], z_pres_prior_p, batch_size, iwae_samples)
     count_probs, boxes, *terms = map(torch.cat, zip(*parts, strict=True))
     sampled = ElboTerms(*terms)
     elbo, elbo_se = mean_and_se(sampled.elbo)
-    bound, bound_se = mean_and_se(torch.cat(bounds)) if iwae_samples else (None, None)
     return Evaluation(
         elbo,
         elbo_se,
@@ -132,11 +136,28 @@ def evaluate(
         float(sampled.kl_where.mean()),
         float(sampled.kl_what.mean()),
         torch.bincount(count_probs.argmax(1), minlength=air.num_steps + 1).tolist(),
-        bound=bound,
-        bound_se=bound_se,
+        **bound,
         **_baseline_error(sampled, air),
         **_compare_with_truth(scenes, count_probs, sampled.counts, boxes),
     )
+
+
+def check_scenes(air: AIR, scenes: HeldOut) -> HeldOut:
+    """The scenes as tensors, whose images `air` can take.
+
+    Raises:
+        ValueError: If it cannot, if there are no scenes, or not as many counts, boxes or overlaps.
+    """
+    scenes = HeldOut._make(part if part is None else to_tensor(part) for part in scenes)
+    if not scenes.images.dim() or not len(scenes.images):
+        raise ValueError("there are no scenes to evaluate on")
+    for name, part in scenes._asdict().items():
+        if part is not None and len(part) != len(scenes.images):
+            raise ValueError(
+                f"{name}: expected one for each of the {len(scenes.images)} images, got {len(part)}"
+            )
+    air.check_images(scenes.images)
+    return scenes
 
 
 def _measure(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None) -> tuple[Tensor, ...]:
@@ -145,6 +166,17 @@ def _measure(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None) -> 
     terms = sample_elbo(air, images, z_pres_prior_p)
     objects = inference.objects.amax(-3) if air.channels > 1 else inference.objects
     return tuple(part.cpu() for part in (inference.count_probs, tight_boxes(objects), *terms))
+
+
+def _bound(
+    air: AIR, images: Tensor, prior: PresencePrior | None, batch_size: int, samples: int
+) -> dict[str, Any]:
+    """The mean of the importance-weighted bound and its standard error, if there are samples."""
+    if not samples:
+        return {}
+    batches = torch.split(images, batch_size)
+    bounds = [importance_weighted_bound(air, batch, samples, prior).cpu() for batch in batches]
+    return dict(zip(("bound", "bound_se"), mean_and_se(torch.cat(bounds)), strict=True))
 
 
 def _baseline_error(sampled: ElboTerms, air: AIR) -> dict[str, Any]:

@@ -9,6 +9,7 @@ channels of the images included), ``data_sha256`` (of the scenes), and the entri
 `Trainer.state_dict`.
 """
 
+import dataclasses
 import io
 import math
 import pickle
@@ -28,20 +29,30 @@ from air.settings import SettingError, from_config
 from air.storage.files import UnusableFileError, check_unpacked_size, write_atomically
 
 FORMAT = 3  # of checkpoint.pt; raise it when earlier and later programs cannot read each other's
+NO_SETTINGS = (
+    "The file brings no settings of the model, so the defaults were tried: load the run's "
+    "checkpoint.pt, which brings them, or in Python make the AIR with its sizes, AIR(...), and use "
+    "its load_state_dict"
+)
 
 
 class CheckpointError(UnusableFileError):
     """A run's folder or a file of weights cannot be used; the message is one line for the user."""
 
 
-def write_state(path: Path, state: Any, previous: Path | None = None) -> None:  # noqa: ANN401
+def write_state(
+    path: Path | str,
+    state: Any,  # noqa: ANN401
+    previous: Path | str | None = None,
+) -> None:
     """Writes tensors and plain values; `previous` as for `write_atomically`."""
+    path, previous = Path(path), None if previous is None else Path(previous)
     buffer = io.BytesIO()
     torch.save(state, buffer)  # torch.save does not report a full disk when it writes to a file
     write_atomically(path, lambda file: file.write_bytes(buffer.getbuffer()), previous)
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path | str) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU.
 
     Raises:
@@ -58,7 +69,8 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path | str) -> dict[str, Any]:
+    path = Path(path)
     if not path.exists():
         raise CheckpointError(f"there is no file {path}")
     if not path.is_file():
@@ -86,7 +98,7 @@ def _load(path: Path) -> dict[str, Any]:
     return state
 
 
-def _is_checkpoint(state: Mapping[str, Any], path: Path) -> bool:
+def _is_checkpoint(state: Mapping[str, Any], path: Path | str) -> bool:
     """Whether a file that was read is a run's checkpoint, and not weights alone.
 
     Raises:
@@ -123,12 +135,12 @@ def check_progress(state: Mapping[str, Any]) -> None:
         raise ValueError(f"miscounted scenes are {state['miscounted']!r}")
 
 
-def save_weights(module: nn.Module, path: Path) -> None:
+def save_weights(module: nn.Module, path: Path | str) -> None:
     """Writes a module's weights alone, as Pyro's example does."""
     write_state(path, module.state_dict())
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights in a checkpoint and its run's configuration, or weights alone and {}.
 
     In the configuration, count_prior is the prior at the saved step, annealed or learnt.
@@ -147,7 +159,14 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state["model"], config
 
 
-def load_air(path: Path, device: str | torch.device = "cpu", nets: NetFactory | None = None) -> AIR:
+def read_config(path: Path | str) -> dict[str, Any]:
+    """The configuration of a checkpoint's run; {} for weights alone. See `read_weights`."""
+    return read_weights(path)[1]
+
+
+def load_air(
+    path: Path | str, device: str | torch.device = "cpu", nets: NetFactory | None = None
+) -> AIR:
     """The model in a run's checkpoint, or in a file of weights of nets of default sizes.
 
     Args:
@@ -160,32 +179,76 @@ def load_air(path: Path, device: str | torch.device = "cpu", nets: NetFactory | 
     """
     weights, config = read_weights(path)
     try:
-        if "channels" not in config:  # weights alone, or a checkpoint of an earlier program
-            config |= _image_size(weights, from_config(ModelSettings, config))
         settings = from_config(ModelSettings, {**config, "use_baselines": False})  # of no use here
+        if "channels" not in config:  # weights alone, or a checkpoint of an earlier program
+            size = _image_size(weights, settings.window_size) or {}
+            settings = dataclasses.replace(settings, **size)
     except SettingError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # a foreign file can hold anything
         raise CheckpointError(f"{path} holds no AIR: {error!r}") from error
+    missing = [name for name in ("rnn.weight_ih", "h_init") if name not in weights]
+    if missing:
+        raise CheckpointError(f"{path} holds no AIR: {' and '.join(missing)} are not in it")
     try:
         air = AIR.from_settings(settings, nets)
     except RuntimeError as error:  # sizes beyond the memory
         raise CheckpointError(f"{path} holds no AIR: {error!r}") from error
-    load_weights_strict(air, weights, path)
+    try:
+        load_weights_strict(air, weights, path)
+    except CheckpointError as error:
+        raise error if config else CheckpointError(f"{error}. {NO_SETTINGS}") from error
     return air.to(device).eval()
 
 
-def _image_size(weights: Mapping[str, Tensor], settings: ModelSettings) -> dict[str, int]:
-    """Channels and side of the images, from the shapes of the nets, for files without a record."""
-    window_pixels = weights["encode.mlp.seq.0.weight"].shape[1]
-    channels = window_pixels // settings.window_size**2
-    first = weights.get("embed.seq.0.weight")
-    latents = 1 + 3 + settings.z_what_size
-    pixels = weights["rnn.weight_ih"].shape[1] - latents if first is None else first.shape[1]
-    return {"channels": channels, "x_size": math.isqrt(pixels // channels)}
+def check_image_size(
+    air: AIR, weights: Mapping[str, Any], config: Mapping[str, Any], path: Path | str
+) -> None:
+    """Checks that the model in a file was trained on images of the size that `air` has.
+
+    Does nothing if neither the configuration nor the weights tell that size.
+
+    Args:
+        air: The model to load the weights into.
+        weights: The weights in the file.
+        config: The configuration in the file; {} for none.
+        path: The file.
+
+    Raises:
+        CheckpointError: If the images had another size, or another number of channels.
+    """
+    window_size = config.get("window_size", air.window_size)
+    # A checkpoint of an earlier program has no channels, and its x_size is not that of the images.
+    size = config if "channels" in config else _image_size(weights, window_size)
+    if size is None or not {"x_size", "channels"} <= size.keys():
+        return
+    trained_on, own = (size["x_size"], size["channels"]), (air.x_size, air.channels)
+    if trained_on != own:
+        (x_size, channels), (own_x_size, own_channels) = trained_on, own
+        raise CheckpointError(
+            f"{path} was trained on images of {x_size} x {x_size} pixels in {channels} "
+            f"channel{'s' * (channels != 1)}, but these are {own_x_size} x {own_x_size} in "
+            f"{own_channels}"
+        )
 
 
-def load_weights_strict(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+def _image_size(weights: Mapping[str, Any], window_size: int) -> dict[str, int] | None:
+    """Channels and side of the images, from the shapes of the nets; None if they do not tell."""
+    try:
+        z_what_size = weights["z_what_init"].shape[1]
+        embeds = any(name.startswith("embed.") for name in weights)
+        first = weights["embed.seq.0.weight" if embeds else "rnn.weight_ih"].shape[1]
+        channels, rest = divmod(weights["encode.mlp.seq.0.weight"].shape[1], window_size**2)
+    except (AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError):
+        return None  # nets of one's own, or foreign weights
+    pixels = first if embeds else first - (1 + 3 + z_what_size)
+    if rest or channels < 1 or pixels < 1 or pixels % channels:
+        return None
+    x_size = math.isqrt(pixels // channels)
+    return {"channels": channels, "x_size": x_size} if channels * x_size**2 == pixels else None
+
+
+def load_weights_strict(module: nn.Module, weights: Mapping[str, Tensor], path: Path | str) -> None:
     """Loads weights strictly, and says in one line which do not fit.
 
     Raises:

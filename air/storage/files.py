@@ -1,7 +1,9 @@
 """Files that are written as a whole or not at all, and a guard against huge archives."""
 
 import os
+import shlex
 import shutil
+import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +65,20 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def quoted(path: Path | str) -> str:
+    """The path as a word of a command line that can be copied into a shell."""
+    text = str(path)
+    if text.startswith("-"):  # or it would be taken for a flag
+        text = os.path.join(os.curdir, text)
+    if os.name != "posix":
+        return subprocess.list2cmdline([text])
+    if text.isprintable():
+        return shlex.quote(text)
+    # A line break or a byte that is no text, which bash, zsh and ksh read in this form.
+    plain = {byte: chr(byte) for byte in range(ord(" "), 127) if chr(byte) not in "\\'"}
+    return "$'" + "".join(plain.get(byte, f"\\{byte:03o}") for byte in os.fsencode(text)) + "'"
 
 
 def check_unpacked_size(path: Path) -> None:

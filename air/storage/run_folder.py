@@ -17,7 +17,9 @@ figures/*.png           pictures and curves
 import json
 import math
 import os
+import shutil
 import sys
+import sysconfig
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from air.storage.checkpoint import FORMAT, CheckpointError, read_state, write_state
-from air.storage.files import copy_atomically, write_atomically
+from air.storage.files import copy_atomically, quoted, write_atomically
 
 try:
     import fcntl
@@ -67,7 +69,7 @@ class RunFolder:
             if any(path.iterdir()):
                 raise CheckpointError(
                     f"--output-dir must be a new or empty folder, but {path} is not empty; "
-                    f"name another folder, or resume its run by --resume {path}"
+                    f"name another folder, or resume its run by --resume {quoted(path)}"
                 )
             run.figures.mkdir()
         except OSError as error:
@@ -181,8 +183,8 @@ class RunFolder:
         return f"Resume from the last checkpoint with: {self.resume_command()}"
 
     def resume_command(self) -> str:
-        """The command that resumes the run, by the script that runs now."""
-        return f"python {Path(sys.argv[0]).name} --resume {self.path}"
+        """The command that resumes the run, by the program that runs now."""
+        return f"{_start_command()} --resume {quoted(self.path)}"
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Writes checkpoint.pt, and keeps the checkpoint before it."""
@@ -199,15 +201,42 @@ class RunFolder:
                 it can.
         """
         if self.source == self.previous and _is_whole(self.checkpoint):
-            raise CheckpointError(f"{self.checkpoint} is whole: --resume {self.path}")
+            raise CheckpointError(f"{self.checkpoint} is whole: --resume {quoted(self.path)}")
         try:
             return read_state(self.source)
         except CheckpointError as error:
             if self.source == self.previous or not _is_whole(self.previous):
                 raise
             raise CheckpointError(
-                f"{error}; the checkpoint before it is whole: --resume {self.previous}"
+                f"{error}; the checkpoint before it is whole: --resume {quoted(self.previous)}"
             ) from error
+
+
+def _start_command() -> str:
+    """The words that start the program that runs now with as many processes."""
+    words = program()
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return words
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return "the same torchrun command and"  # another one on each machine
+    script = words.removeprefix("python ")
+    no_python = "" if script != words else "--no-python "
+    return f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} {no_python}{script}"
+
+
+def program() -> str:
+    """The words that start the program that runs now; those of main.py in a notebook or a test.
+
+    Notebooks, tests and Ray run no script, or one of a package that is installed.
+    """
+    path = Path(next(iter(sys.argv), ""))
+    if path.stem == "air-train":  # on Windows, its name ends in .exe
+        return path.stem if shutil.which(path.stem) else quoted(path)
+    installed = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
+    is_script = path.suffix == ".py" and path.is_file()
+    if is_script and not any(path.resolve().is_relative_to(folder) for folder in installed):
+        return f"python {quoted(path)}"
+    return "python main.py"
 
 
 def _is_whole(checkpoint: Path) -> bool:

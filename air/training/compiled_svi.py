@@ -45,8 +45,8 @@ class CompiledSVI(SVI):
     leave a graph of some 2,000 tensor operations, which is compiled and runs from then on. On a GPU
     a CUDA graph then holds the whole step, optimiser included. Every step reads the current values
     of the parameters and of other tensors that the program holds: change them in place. A step with
-    other arguments, or with data of another shape (on a GPU: any other data), is captured as well,
-    and kept.
+    other arguments, with other parameters frozen, or with data of another shape (on a GPU: any
+    other data), is captured as well, and kept.
 
     A step that cannot be captured or compiled runs uncompiled, after a warning.
 
@@ -74,18 +74,19 @@ class CompiledSVI(SVI):
     def step_async(self, data: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         if not data.is_cuda:
             return super().step_async(data, *args, **kwargs)
-        key = data.data_ptr(), *_key(data, args, kwargs)
+        self._find_trainable()
+        key = data.data_ptr(), *self._key(data, args, kwargs)
         if key in self._recorded:
             return self._replay(self._recorded[key])
         loss = super().step_async(data, *args, **kwargs)
         self._warmup_steps[key] += 1
-        compiled = self._compiled[_key(data, args, kwargs)] is not None
+        compiled = self._compiled[self._key(data, args, kwargs)] is not None
         if compiled and self._warmup_steps[key] == WARMUP_STEPS:
             self._recorded[key] = self._record(data, args, kwargs)
         return loss
 
     def _loss_and_grads(self, data: Tensor, args: Arguments, kwargs: Keywords) -> Tensor:
-        key = _key(data, args, kwargs)
+        key = self._key(data, args, kwargs)
         if key not in self._compiled:
             self._compiled[key] = self._capture(data, args, kwargs)
         compiled = self._compiled[key]
@@ -96,6 +97,11 @@ class CompiledSVI(SVI):
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
         return loss
+
+    def _key(self, data: Tensor, args: Arguments, kwargs: Keywords) -> tuple[Any, ...]:
+        """Everything that is fixed in a captured program."""
+        layout = data.shape, data.stride(), data.dtype, data.device
+        return *layout, tuple(map(id, self._parameters)), args, tuple(kwargs.items())
 
     def _capture(self, data: Tensor, args: Arguments, kwargs: Keywords) -> LossAndGrads | None:
         """The compiled program, or None if it cannot be compiled. Draws no random numbers."""
@@ -175,12 +181,6 @@ def _as_backward_leaves_them(gradients: Sequence[Tensor | None]) -> Iterator[Ten
             alone = alone.clone()
         seen.add(alone.data_ptr())
         yield alone
-
-
-def _key(data: Tensor, args: Arguments, kwargs: Keywords) -> tuple[Any, ...]:
-    """Everything that is fixed in a captured program."""
-    layout = data.shape, data.stride(), data.dtype, data.device
-    return *layout, args, tuple(kwargs.items())
 
 
 def _line(error: Exception) -> str:

@@ -13,15 +13,39 @@ Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
 
 
+class TrainableAdam(torch.optim.Adam):
+    """Adam of the parameters that are not frozen, to which the others can be added later.
+
+    Args:
+        groups: Parameter groups, frozen parameters included.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self._left_out = [[p for p in g["params"] if not p.requires_grad] for g in groups]
+        trainable = [[p for p in g["params"] if p.requires_grad] for g in groups]
+        super().__init__(
+            [{**g, "params": params} for g, params in zip(groups, trainable, strict=True)],
+            fused=True,
+        )
+
+    def add(self, wanted: Callable[[nn.Parameter], bool]) -> None:
+        """Adds those of the parameters left out that are wanted."""
+        for group, left_out in zip(self.param_groups, self._left_out, strict=True):
+            if added := [p for p in left_out if wanted(p)]:
+                group["params"].extend(added)
+                left_out[:] = [p for p in left_out if not wanted(p)]
+
+
 def make_optimizer(
     air: AIR,
     learning_rate: float,
     baseline_learning_rate: float,
     clip_grad_norm: float | None = None,
-) -> torch.optim.Adam:
+) -> TrainableAdam:
     """Adam with two parameter groups: model and guide, and the baseline's nets.
 
-    The rates are tensors on the parameters' device, to be changed in place.
+    Frozen parameters (``requires_grad=False``) are left out. `SVI` adds those that are no longer
+    frozen at a later step. The rates are tensors on the parameters' device, to be changed in place.
 
     Args:
         air: Owns the parameters.
@@ -39,16 +63,18 @@ def make_optimizer(
         {"params": others, "lr": rates[0].clone(), "clip_grad_norm": clip_grad_norm},
         {"params": baseline, "lr": rates[1].clone()},
     ]
-    return torch.optim.Adam(groups, fused=True)
+    return TrainableAdam(groups)
 
 
 class SVI:
     """``pyro.infer.SVI`` for one ``torch.optim`` optimiser: the same arguments, the same `step`.
 
-    It trains the parameters that `optim` holds and does not use Pyro's global store, so that
-    several models train side by side. A step whose loss or gradients are not finite is skipped: it
-    changes no weight. On a GPU the optimiser must be a fused one, which skips the step on the
-    device.
+    It trains the parameters that `optim` holds, except frozen ones, and does not use Pyro's global
+    store, so that several models train side by side. Parameters can be frozen and unfrozen between
+    steps; with several processes, the same ones in each.
+
+    A step whose loss or gradients are not finite is skipped: it changes no weight. On a GPU the
+    optimiser must be a fused one, which skips the step on the device.
 
     Args:
         model, guide, optim, loss: As for Pyro's.
@@ -78,14 +104,19 @@ class SVI:
         self.num_images: int | Tensor = 0
         self.skipped = torch.zeros((), dtype=torch.bool)
         self.grad_norm = torch.zeros(())
-        self._parameters = [p for group in optim.param_groups for p in group["params"]]
+        self._parameters = self._trainable()  # those that the present step trains
 
     def step(self, data: Tensor, *args: Any, **kwargs: Any) -> float:  # noqa: ANN401
         """Takes one gradient step and returns the loss, as Pyro does: -ELBO of all of `data`."""
         return float(self.step_async(data, *args, **kwargs))
 
     def step_async(self, data: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
-        """`step` that does not wait for the device. The next step may overwrite the tensor."""
+        """`step` that does not wait for the device. The next step may overwrite the tensor.
+
+        Raises:
+            ValueError: If every parameter is frozen.
+        """
+        self._find_trainable()
         loss = self._compute_gradients(data, args, kwargs)
         if self.all_reduce is not None:
             message = self._pack(loss)
@@ -93,6 +124,26 @@ class SVI:
             loss = self._unpack(message)
         self._apply_gradients(loss)
         return loss
+
+    def _find_trainable(self) -> None:
+        """Takes notice of parameters that were frozen or unfrozen since the last step."""
+        trainable = self._trainable()
+        if not trainable:
+            raise ValueError(
+                "there is nothing to train: every parameter of the optimiser is frozen; unfreeze "
+                "some by requires_grad_(True)"
+            )
+        if [*map(id, trainable)] != [*map(id, self._parameters)]:
+            # A program traced by torch.jit holds frozen parameters as constants.
+            for name in ("_jit_loss_and_surrogate_loss", "_loss_and_surrogate_loss"):
+                vars(self.loss).pop(name, None)
+        self._parameters = trainable
+
+    def _trainable(self) -> list[nn.Parameter]:
+        if isinstance(self.optim, TrainableAdam):
+            self.optim.add(lambda parameter: parameter.requires_grad)
+        groups = self.optim.param_groups
+        return [p for group in groups for p in group["params"] if p.requires_grad]
 
     def _compute_gradients(self, data: Tensor, args: Arguments, kwargs: Keywords) -> Tensor:
         """Leaves gradients in the parameters and returns the loss."""

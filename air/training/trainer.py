@@ -17,7 +17,7 @@ from air.evaluation.collapse import (
     empty_canvas_elbo,
     first_not_finite,
 )
-from air.evaluation.metrics import HeldOut, evaluate
+from air.evaluation.metrics import HeldOut, check_scenes, evaluate
 from air.inference import mean_count_probs
 from air.marginal import MarginalAIR
 from air.priors import (
@@ -56,7 +56,8 @@ class Trainer:
         compiler: For a compiled step; see `CompiledSVI`.
 
     Raises:
-        ValueError: If the settings do not fit each other, the model or the processes.
+        ValueError: If the settings do not fit each other, the model or the processes, if there are
+            images that `AIR.to_images` cannot take, or if every parameter is frozen.
     """
 
     def __init__(
@@ -70,6 +71,11 @@ class Trainer:
     ) -> None:
         if settings.num_steps > 0 and not len(images):
             raise ValueError(f"there are fewer scenes than processes, {group.world_size}")
+        # Here and not at each step, because to read the values waits for the device.
+        air.check_images(images if isinstance(images, Tensor) else images[:1])
+        held_out = check_scenes(air, held_out)
+        if settings.num_steps > 0:
+            check_trainable(air, settings)
         self.air = air
         self.images = images
         self.held_out = held_out
@@ -243,6 +249,8 @@ class Trainer:
             "presence": list(self.prior.now),
             "learnt_prior": self.learnt_prior,
             "tally": {"steps": self.stats.steps, "sums": self.stats.sums},
+            "frozen": frozen_names(self.air),
+            "optimized": self._optimized_names(),
             "model": self.air.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             **self._random_state(),
@@ -253,8 +261,14 @@ class Trainer:
         """Restores the state that `state_dict` returned.
 
         Raises:
-            ValueError: If it is the state of another model.
+            ValueError: If it is the state of another model, or other parameters were frozen.
         """
+        frozen = state.get("frozen", [])  # an earlier program wrote no such entry
+        if frozen != (now := frozen_names(self.air)):
+            raise ValueError(
+                "the same parameters must be frozen (requires_grad) as when the state was saved: "
+                f"expected {_first(frozen)}, got {_first(now)}"
+            )
         if not all(index < len(self.held_out.images) for index in state["miscounted"]):
             raise ValueError("miscounted scenes are not among the held-out scenes")
         self.step = state["step"]
@@ -263,9 +277,18 @@ class Trainer:
         self.stats.steps = state["tally"]["steps"]
         self.stats.sums.copy_(state["tally"]["sums"])
         self.air.load_state_dict(state["model"])
+        # A parameter that was frozen on the way keeps its moments.
+        held = {*state.get("optimized", ())}
+        held_ids = {id(p) for name, p in self.air.named_parameters() if name in held}
+        self.optimizer.add(lambda parameter: id(parameter) in held_ids)
         # The parameter groups follow from the settings and the device.
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        groups, names = self.optimizer.state_dict()["param_groups"], self._optimized_names()
+        saved, saved_names = state["optimizer"]["state"], state.get("optimized", names)
+        if len(saved_names) != sum(len(g["params"]) for g in state["optimizer"]["param_groups"]):
+            raise ValueError("the optimiser's state is of another number of parameters")
+        moments_of = {name: saved[i] for i, name in enumerate(saved_names) if i in saved}
+        kept = {i: moments_of[name] for i, name in enumerate(names) if name in moments_of}
+        self.optimizer.load_state_dict({"state": kept, "param_groups": groups})
         for parameter, moments in self.optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):  # a fused Adam reads memory without a check
                 if moments[name].shape != parameter.shape or not moments[name].is_contiguous():
@@ -276,6 +299,11 @@ class Trainer:
             self.learnt_prior = list(learnt_prior)
             self.prior.set_probs(continue_probs_from_counts(self.learnt_prior))
         self._restore_random_state(state)
+
+    def _optimized_names(self) -> list[str]:
+        """The names of the optimiser's parameters, in its order."""
+        names = {id(parameter): name for name, parameter in self.air.named_parameters()}
+        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
     def _random_state(self) -> dict[str, Any]:
         """The state of this rank's random number generators."""
@@ -305,6 +333,31 @@ class Trainer:
             torch.cuda.set_rng_state(own["cuda_rng"], device)
         elif name == "mps_rng" and own.get("mps_rng") is not None:
             torch.mps.set_rng_state(own["mps_rng"])
+
+
+def frozen_names(air: AIR) -> list[str]:
+    """The names of the parameters that are frozen."""
+    return [name for name, parameter in air.named_parameters() if not parameter.requires_grad]
+
+
+def check_trainable(air: AIR, settings: TrainingSettings) -> None:
+    """Checks that there is a parameter to train.
+
+    Raises:
+        ValueError: If all that the estimator trains are frozen.
+    """
+    exact = settings.estimator == "marginal"  # it never uses the baseline
+    unused = {id(parameter) for parameter in air.baseline_parameters()} if exact else set()
+    if not any(p.requires_grad and id(p) not in unused for p in air.parameters()):
+        raise ValueError(
+            f"there is nothing to train: every parameter that --estimator {settings.estimator} "
+            "trains is frozen; unfreeze some by requires_grad_(True)"
+        )
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}" if names else "none"
 
 
 def make_count_prior(settings: TrainingSettings, air: AIR) -> AnnealedPresencePrior:

@@ -76,6 +76,30 @@ def test_the_number_of_steps_is_part_of_a_cosine_schedule(saved: dict[str, Any])
         resolve_config({"num_steps": 20}, run=saved)
 
 
+def images(config: dict[str, Any]) -> list[Any]:
+    return [config[key] for key in ("x_size", "channels", "crop", "invert")]
+
+
+def test_images_of_ones_own_are_as_they_are_unless_flags_run_or_model_say_more(
+    saved: dict[str, Any],
+) -> None:
+    data = {"data": "pictures"}
+    assert images(resolve_config(data)) == [None, None, None, False]
+    assert images(resolve_config({**data, "preset": "dsprites"})) == [None, None, None, False]
+    assert images(resolve_config({**data, "x_size": 40})) == [40, None, False, False]
+    assert images(resolve_config({**data, "x_size": 40, "crop": True}))[2] is True
+    with pytest.raises(ValueError, match="--crop: expected --x-size too"):
+        resolve_config({**data, "crop": True})
+    saved |= {**data, "x_size": 30, "channels": 3, "crop": True, "invert": True}
+    assert images(resolve_config({}, run=saved)) == [30, 3, True, True]
+    assert images(resolve_config(data, model=saved)) == [30, 3, True, True]
+    assert images(resolve_config({**data, "x_size": 40}, model=saved)) == [40, 3, True, True]
+    saved["crop"] = None  # it was trained on images of its size
+    assert images(resolve_config(data, model=saved)) == [None, 3, None, True]
+    del saved["crop"], saved["invert"]  # of an earlier program
+    assert images(resolve_config({}, run=saved)) == [None, None, None, False]
+
+
 def test_a_loaded_model_brings_its_own_settings(saved: dict[str, Any]) -> None:
     resolved = resolve_config({"batch_size": 32, "z_pres_prior": 0.1}, model=saved)
     assert resolved["likelihood_sd"] == 0.2

@@ -18,6 +18,7 @@ from helpers import ROOT, SMALL, panes, visdom_server
 from helpers import run as run_main
 
 from air.cli.errors import explain
+from air.cli.flags import build_parser
 from air.storage.checkpoint import CheckpointError
 from air.storage.run_folder import RunFolder
 from air.training.compiled_svi import RecordingError
@@ -42,6 +43,9 @@ def test_errors_that_are_the_users_to_mend_are_explained(run: RunFolder) -> None
     stuck = str(explain(FloatingPointError("the weight x was not finite"), run))
     assert f"a lower --learning-rate, from its weights by --load {run.checkpoint}" in stuck
     assert "no CUDA graph" in str(explain(RecordingError("no CUDA graph: x"), run))
+    spaced = RunFolder.create(run.path / "o 11", 0)
+    stuck = str(explain(FloatingPointError("the weight x was not finite"), spaced))
+    assert stuck.endswith(f" --load '{spaced.checkpoint}'")
     assert explain(ZeroDivisionError("a defect"), run) is None
     assert explain(RuntimeError("shapes"), run) is None
 
@@ -52,6 +56,12 @@ def test_out_of_memory_is_told_with_what_to_lower(run: RunFolder) -> None:
     for error in (caught.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
         for known in (run, None):
             assert "out of memory; lower --batch-size" in str(explain(error, known))
+
+
+def test_an_error_line_keeps_the_spaces_of_a_path(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().error("no such\n\n  run: --resume 'o  11'\n")
+    assert capsys.readouterr().err.endswith("error: no such run: --resume 'o  11'\n")
 
 
 def mounted(folder: Path, options: str) -> None:
@@ -160,10 +170,11 @@ def test_a_signal_at_any_moment_ends_in_one_line(
         assert not list(tmp_path.glob("cache/.scenes*"))
 
 
-def test_ctrl_c_while_compiling_ends_the_run_saved(
-    tmp_path: Path, environment: dict[str, str]
+@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1"])
+def test_a_signal_while_compiling_ends_the_run_saved(
+    name: str, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    """A terminal sends it to the compiler's processes too."""
+    """A terminal and a scheduler send it to the compiler's processes too."""
     code = (  # Inductor works on something small before the step, which takes it a minute
         "import sys, main, torch\n"
         "def compiler(graph):\n"
@@ -182,9 +193,9 @@ def test_ctrl_c_while_compiling_ends_the_run_saved(
         while not list(compiling.rglob("*.cpp")):
             assert process.poll() is None
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number := getattr(signal, name))
         said, complaint = process.communicate(timeout=200)
-    assert process.returncode == 130, complaint
+    assert process.returncode == 128 + number, complaint
     assert "Traceback" not in complaint
     step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
     assert step < 50

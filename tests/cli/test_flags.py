@@ -30,7 +30,7 @@ def test_only_what_is_given_leaves_a_value() -> None:
 
 def test_every_default_has_a_flag_and_every_flag_a_default() -> None:
     actions = flags.build_parser()._actions
-    assert {a.dest for a in actions} - {"help"} == set(flags.DEFAULTS) - {"channels"}
+    assert {a.dest for a in actions} - {"help"} == set(flags.DEFAULTS)
 
 
 def test_help_shows_each_default() -> None:

@@ -1,4 +1,4 @@
-"""Files of scenes are read and checked, and are never unpickled."""
+"""Scenes are written and read back; arrays that are no scenes are named."""
 
 from pathlib import Path
 from typing import Any
@@ -7,25 +7,25 @@ import numpy as np
 import pytest
 
 from air.data.arrays import DataError
-from air.data.scenes import Scenes, first_held_out, load_file, write_scenes
+from air.data.preparation import ImageSettings, prepare
+from air.data.scenes import MAX_COUNT, Scenes, first_held_out, load_file, write_scenes
 
 X = np.random.default_rng(0).integers(0, 256, (30, 12, 12), np.uint8)
 COUNTS, LABELS, BOXES = np.arange(30) % 3, np.zeros((30, 2), int), np.zeros((30, 2, 4))
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_written_scenes_are_read_back(tmp_path: Path) -> None:
     for x in (X, X.reshape(10, 3, 12, 12)):
         n = len(x)
         scenes = Scenes(x, COUNTS[:n], COUNTS[:n], LABELS[:n], BOXES[:n])
-        write_scenes(tmp_path / "x.npz", scenes, scenes)
-        train, test, _ = load_file(tmp_path / "x.npz")
+        write_scenes(str(tmp_path / "new" / "x.npz"), scenes, scenes)
+        train, test, _ = load_file(str(tmp_path / "new" / "x.npz"))
         for read in (train, test):
             assert np.array_equal(read.x, x)
             assert np.array_equal(np.asarray(read.counts), COUNTS[: len(x)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot be written .*; name another place"):
+        write_scenes(tmp_path / "file" / "x.npz", scenes, scenes)
 
 
 @pytest.mark.parametrize(
@@ -42,10 +42,25 @@ def test_all_scenes_of_a_file_can_be_held_out(tmp_path: Path) -> None:
     assert np.array_equal(test.x, X)
     assert np.array_equal(np.asarray(test.counts), COUNTS)
     assert len(train.x) == 0
+    np.savez(tmp_path / "x.npz", x=X[:1])
+    assert len(load_file(tmp_path / "x.npz", hold_out_all=True).test.x) == 1
+    np.savez(tmp_path / "x.npz", x=X[:0], test_x=X)
+    assert len(load_file(tmp_path / "x.npz", hold_out_all=True).test.x) == 30
+
+
+def test_images_are_prepared_as_the_settings_say(tmp_path: Path) -> None:
+    colours = X.reshape(10, 12, 12, 3)
+    np.savez(tmp_path / "x.npz", x=colours / 255, test_x=colours[:3] / 255)
+    settings = ImageSettings(x_size=8, crop=False, channels=1, invert=True)
+    train, test, sha256 = load_file(tmp_path / "x.npz", settings)
+    expected, _ = prepare(colours, settings)
+    assert np.array_equal(train.x, expected)
+    assert np.array_equal(test.x, expected[:3])
+    assert sha256 != load_file(tmp_path / "x.npz", ImageSettings(x_size=8, crop=True)).sha256
 
 
 def test_an_axis_of_one_channel_is_dropped(tmp_path: Path) -> None:
-    np.savez(tmp_path / "one.npz", x=X[:, None], test_x=X)
+    np.savez(tmp_path / "one.npz", x=X[:, None], test_x=X[..., None])
     train, test, _ = load_file(tmp_path / "one.npz")
     assert train.x.shape == test.x.shape == X.shape
 
@@ -62,52 +77,78 @@ def test_optional_arrays_may_be_missing_and_other_arrays_are_ignored(tmp_path: P
     assert (len(test.x), *test[2:]) == (5, None, None, None)
 
 
-def test_an_array_of_wrong_type_or_shape_is_named(tmp_path: Path) -> None:
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({"y": X}, "x is not a file in the archive"),
-        (
-            {"x": X.astype("u2")},
-            r"expected x uint8 \[N, C, H, H\], N > 1, got uint16 \(30, 12, 12\)",
-        ),
-        ({"x": X[:, :9]}, r"expected x uint8 .*, got uint8 \(30, 9, 12\)"),
-        ({"x": X[:1]}, r"expected x uint8 .*, N > 1, got uint8 \(1, 12, 12\)"),
-        ({"x": X.astype(object)}, "Object arrays cannot be loaded"),
-        ({"x": X, "counts": COUNTS[1:]}, r"expected counts int64 \[30\], N > 1, got int64 \(29,\)"),
-        (
-            {"x": X, "counts": COUNTS / 1},
-            r"expected counts int64 \[30\], N > 1, got float64 \(30,\)",
-        ),
-        ({"x": X, "counts": -COUNTS}, "expected counts of at least 0, got -2"),
-        (
-            {"x": X, "boxes": BOXES[..., :3]},
-            r"expected boxes float32 \[30, M, 4\], .*, got float64 \(30, 2, 3\)",
-        ),
-        (
-            {"x": X, "labels": LABELS[:, :1], "boxes": BOXES},
-            r"expected boxes float32 \[30, 1, 4\], .*, got float64 \(30, 2, 4\)",
-        ),
-        ({"x": X[:, None][:, :0]}, r"expected x uint8 .*, got uint8 \(30, 0, 12, 12\)"),
-        ({"x": X[:, :0, :0]}, r"expected x uint8 .*, got uint8 \(30, 0, 0\)"),
-        ({"x": X[0]}, r"expected x uint8 .*, got uint8 \(12, 12\)"),
-        (
-            {"x": X[:, None], "test_x": X.reshape(10, 3, 12, 12)},
-            r"expected test_x uint8 \[N, 1, 12, 12\], .*, got uint8 \(10, 3, 12, 12\)",
-        ),
-        (
-            {"x": X, "test_x": X[:, 1:, 1:]},
-            r"expected test_x uint8 \[N, 1, 12, 12\], .*, got uint8 \(30, 11, 11\)",
-        ),
-    ]
-    for arrays, problem in cases:
-        np.savez(path := tmp_path / "mine.npz", **arrays)
-        with pytest.raises(DataError, match=f"^{path}: no scenes: .*{problem}"):
-            load_file(path)
+@pytest.mark.parametrize("kind", ["?", "i1", "u1", ">i2", "u2", ">u2", "u4", "u8", ">i8"])
+def test_counts_of_every_whole_type_become_int64(kind: str, tmp_path: Path) -> None:
+    counts = (COUNTS % 2).astype(kind)
+    np.savez(tmp_path / "x.npz", x=X, counts=counts, boxes=np.full((30, 1, 4), 1e300))
+    train, test, _ = load_file(tmp_path / "x.npz")
+    for scenes, expected in ((train, counts[:27]), (test, counts[27:])):
+        assert scenes.counts is not None
+        assert scenes.counts.dtype == np.dtype("int64")
+        assert scenes.counts.dtype.isnative  # torch takes no other
+        assert np.array_equal(scenes.counts, expected)
+
+
+CASES: list[tuple[dict[str, Any], str]] = [
+    ({"y": X, "z": X}, "expected images under the name x, got y, z"),
+    ({"x": X.astype("i2")}, r"x is int16: expected bool, uint8, .*astype\('uint8'\)"),
+    ({"x": X, "test_x": X * 1.0}, "test_x is float64 from 0 to 255: .*; divide by 255"),
+    ({"x": X[:, :9]}, "x has images of 12 x 9 pixels, which are not square: --x-size"),
+    ({"x": X[:1]}, "expected at least 2 images, one of them to hold out, got 1"),
+    ({"x": X[:0]}, "expected at least 2 images, one of them to hold out, got 0"),
+    ({"x": X[:0], "test_x": X}, "expected images in x and test_x, got 0 and 30"),
+    ({"x": X, "test_x": X[:0]}, "expected images in x and test_x, got 30 and 0"),
+    ({"x": X.astype(object)}, "it holds Python objects, which are never read"),
+    ({"x": X, "counts": COUNTS.astype(object)}, "it holds Python objects, which are never read"),
+    (
+        {"x": X, "counts": COUNTS[1:]},
+        "expected an entry of counts for each image of x, got 29 for 30 images",
+    ),
+    (
+        {"x": X, "test_x": X[:5], "test_counts": COUNTS},
+        "expected an entry of test_counts for each image of test_x, got 30 for 5 images",
+    ),
+    ({"x": X, "counts": COUNTS / 1}, r"expected counts int64 \[30\], got float64 \[30\]"),
+    ({"x": X, "counts": COUNTS[:, None]}, r"expected counts int64 \[30\], got int64 \[30, 1\]"),
+    ({"x": X, "counts": np.int64(3)}, r"expected counts int64 \[30\], got int64 \[\]"),
+    ({"x": X, "counts": COUNTS.astype("m8[s]")}, r"expected counts .*, got timedelta64\[s\]"),
+    ({"x": X, "counts": COUNTS.astype("U")}, "expected counts .*, got <U"),
+    ({"x": X, "counts": -COUNTS}, "expected counts of at least 0, at most 10,000, got -2"),
+    ({"x": X, "counts": COUNTS + MAX_COUNT}, "expected counts of .* at most 10,000, got 10002"),
+    ({"x": X, "counts": COUNTS.astype("u8") - 1}, "at most 10,000, got 18446744073709551615"),
+    ({"x": X, "boxes": BOXES[..., :3]}, r"expected boxes float32 \[30, M, 4\], got .*, 2, 3\]"),
+    (
+        {"x": X, "labels": LABELS[:, :1], "boxes": BOXES},
+        r"expected boxes float32 \[30, 1, 4\], got float64 \[30, 2, 4\]",
+    ),
+    ({"x": X[:, None][:, :0]}, "x has the shape 30 x 0 x 12 x 12: .* no axis of length 0"),
+    ({"x": X[:, :0, :0]}, "x has the shape 30 x 0 x 0: .* no axis of length 0"),
+    ({"x": X[0]}, r"x has the shape 12 x 12: expected \[N, H, H\]"),
+    (
+        {"x": X[:, None], "test_x": X.reshape(10, 3, 12, 12)},
+        "x and test_x of one size and number of channels, got 12 x 12 x 1 and 12 x 12 x 3",
+    ),
+    ({"x": X, "test_x": X[:, 1:, 1:]}, "one size .*, got 12 x 12 x 1 and 11 x 11 x 1"),
+]
+
+
+@pytest.mark.parametrize(("arrays", "problem"), CASES, ids=[problem for _, problem in CASES])
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_arrays_of_wrong_type_or_shape_are_named(
+    arrays: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    np.savez(path := tmp_path / "mine.npz", **arrays)
+    with pytest.raises(DataError, match=f"^{path}: .*{problem}") as error:
+        load_file(path)
+    assert "\n" not in str(error.value)
 
 
 def test_foreign_files_are_refused_and_never_unpickled(tmp_path: Path) -> None:
     (tmp_path / "pickle.npz").write_bytes(b"cbuiltins\nexit\n(tR.")  # would end the program
     (tmp_path / "text.npz").write_text("x")
     np.save(tmp_path / "array.npy", X)
-    for path in map(tmp_path.joinpath, [*files(tmp_path), "missing.npz", "."]):
-        with pytest.raises(DataError, match=f"^{path}: no scenes: [^\n]*$"):
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    (tmp_path / "folder.npz").mkdir()
+    for path in [*tmp_path.iterdir(), tmp_path / "missing.npz"]:
+        with pytest.raises(DataError, match=f"^{path}: [^\n]*$"):
             load_file(path)

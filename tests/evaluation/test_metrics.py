@@ -130,6 +130,7 @@ def test_the_bound_agrees_with_exact_integration() -> None:
         (painted,) = air.paint([place], [codes[:, None]])
         images = (painted[260:361:20] + 0.3 * torch.randn(6, 12, 12)).detach()
         images[0] = 0.3 * torch.randn(12, 12)
+        images.clamp_(0, 1)
 
     def log_likelihood(canvas: Tensor) -> Tensor:  # for each pair of image and canvas
         pixels = torch.distributions.Normal(canvas, 0.3)

@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from helpers import ROOT, load_weights, small_air
 
 from air import AIR
 from air.storage.checkpoint import CheckpointError, read_state
+from air.storage.files import quoted
 from air.storage.run_folder import RunFolder
 
 
@@ -186,3 +190,91 @@ def test_a_line_that_is_no_record_is_refused(tmp_path: Path) -> None:
             run.truncate_after(2)
         run.truncate_after(1)  # writes it again
         assert run.read_metrics() == [{"step": 1}]
+
+
+ODD_NAMES = ["o 11", "it's", "$HOME", "a;b", "-x", "~", "*", "caf\u00e9", "two\nlines", "a\\b"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell of Unix")
+def test_a_printed_path_can_be_copied_into_a_shell() -> None:
+    for name in [*ODD_NAMES, "r\udcff\u00e91"]:  # the last is no text
+        word = quoted(Path(name))
+        assert word.isprintable()
+        copied = subprocess.check_output(["bash", "-c", f"printf %s {word}"])
+        assert os.path.normpath(os.fsdecode(copied)) == name
+        assert not copied.startswith(b"-")
+    assert quoted("runs/20260101-seed0") == "runs/20260101-seed0"
+
+
+def test_on_windows_paths_are_quoted_for_its_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        given = quoted(r"C:\my runs\1"), quoted(r"runs\1")
+    assert given == (r'"C:\my runs\1"', r"runs\1")
+
+
+def test_every_advice_names_the_folder_so_that_it_can_be_copied(tmp_path: Path, air: AIR) -> None:
+    run = RunFolder.create(tmp_path / "o 11", 0)
+    for step in (1, 2):
+        save(run, air, step)
+    folder = shlex.quote(str(run.path))
+    assert run.resume_command().endswith(f" --resume {folder}")
+    assert run.resume_hint().endswith(f" --resume {folder}")
+    run.close()
+    with pytest.raises(CheckpointError) as refused:
+        RunFolder.create(run.path, 0)
+    assert str(refused.value).endswith(f"--resume {folder}")
+    with pytest.raises(CheckpointError) as refused:
+        RunFolder.open(run.previous).load()
+    assert str(refused.value).endswith(f"--resume {folder}")
+    run.checkpoint.write_bytes(b"")
+    with pytest.raises(CheckpointError) as refused:
+        RunFolder.open(run.path).load()
+    assert str(refused.value).endswith(f"--resume {shlex.quote(str(run.previous))}")
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *started_as: str, **environment: str) -> str:
+    """The command that resumes runs/1, printed by a program that was started so."""
+    monkeypatch.setattr(sys, "argv", [*started_as])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return RunFolder(Path("runs/1")).resume_command()
+
+
+def test_the_command_names_the_program_as_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "bin").mkdir()
+    installed = Path(sysconfig.get_path("purelib"), "pytest", "__main__.py")
+    assert installed.is_file()
+    scripts = ["main.py", "my_air.py", "my programs/main.py", str(tmp_path / "main.py")]
+    for script in scripts:
+        Path(script).parent.mkdir(exist_ok=True)
+        Path(script).write_text("")
+        expected = f"python {shlex.quote(script)} --resume runs/1"
+        assert command(monkeypatch, script, "-n", "3") == expected
+    notebook, console = str(installed.parent / "other.py"), str(tmp_path / "bin" / "air-train")
+    for other in (["-c"], [""], [], [str(installed)], ["bin/pytest"], ["no.py"], [notebook]):
+        assert command(monkeypatch, *other) == "python main.py --resume runs/1", other
+    assert command(monkeypatch, console) == f"{console} --resume runs/1"
+    Path(console).write_text("#!/bin/sh\n")
+    Path(console).chmod(0o755)
+    assert command(monkeypatch, console) == "air-train --resume runs/1"
+    assert command(monkeypatch, f"{console}.exe") == "air-train --resume runs/1"
+
+
+def test_under_torchrun_the_command_starts_as_many_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("main.py").write_text("")
+    ranks = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}
+    given = command(monkeypatch, "main.py", **ranks)
+    assert given == "torchrun --nproc-per-node 2 main.py --resume runs/1"
+    given = command(monkeypatch, "/nowhere/air-train")
+    own = "/nowhere/air-train" if shutil.which("air-train") is None else "air-train"
+    assert given == f"torchrun --nproc-per-node 2 --no-python {own} --resume runs/1"
+    given = command(monkeypatch, "main.py", GROUP_WORLD_SIZE="2")
+    assert given == "the same torchrun command and --resume runs/1"

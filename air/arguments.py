@@ -1,0 +1,94 @@
+"""Checks of the arguments of `AIR` and of its model and guide."""
+
+import copy
+from collections.abc import Sequence
+from numbers import Integral
+
+import torch
+from pyro.poutine.runtime import get_plates
+from torch import Tensor, nn
+
+from air.priors import PresencePrior, check_presence_prior
+
+
+def check_whole(name: str, value: object, least: int, hint: str = "") -> None:
+    """Checks a number of things.
+
+    Raises:
+        ValueError: If it is no whole number, or less than `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise ValueError(
+            f"{name}: expected a whole number of at least {least}{hint}, got {value!r}"
+        )
+
+
+def check_call(
+    data: Tensor,
+    batch_size: int | None,
+    z_pres_prior_p: PresencePrior | None,
+    num_images: int | None,
+) -> None:
+    """Checks the arguments of a model or guide; see `AIR.guide`.
+
+    Raises:
+        ValueError: If one of them cannot be used, or an outer plate vectorises the call.
+    """
+    if not isinstance(data, Tensor):
+        raise ValueError(
+            f"data: expected images as a torch.Tensor, got {type(data).__name__}; use "
+            "torch.as_tensor"
+        )
+    if not data.dim() or not len(data):
+        raise ValueError(f"data: expected one image or more, got {list(data.shape)}")
+    if batch_size is not None:
+        check_whole("batch_size", batch_size, 1)
+    if num_images is not None:
+        check_whole("num_images", num_images, len(data), ", the images in this batch")
+    check_presence_prior(z_pres_prior_p)
+    refuse_outer_plates()
+
+
+def refuse_outer_plates(batch: int | None = None) -> None:
+    """Refuses to run within a plate that vectorises, as vectorised particles do.
+
+    Args:
+        batch: Size of a plate along the images that is accepted.
+
+    Raises:
+        ValueError: If there is such a plate.
+    """
+    for frame in get_plates():
+        if frame.vectorized and (frame.dim, frame.size) != (-1, batch):
+            raise ValueError(
+                f"vectorised particles are not supported, but a plate {frame.name} of size "
+                f"{frame.size} encloses AIR; use vectorize_particles=False for an ELBO and "
+                "parallel=False for Predictive, or run the model in a loop"
+            )
+
+
+def check_as_many(**lists: Sequence[Tensor]) -> None:
+    """Checks that lists over steps are of one length, which is not zero.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    lengths = {name: len(each) for name, each in lists.items()}
+    if len({*lengths.values()}) > 1 or 0 in lengths.values():
+        raise ValueError(f"expected tensors for the same steps, one step or more, got {lengths}")
+
+
+def output_sizes(net: nn.Module, in_size: int) -> list[int]:
+    """The number of columns of each output of a net, for inputs [B, in_size].
+
+    Raises:
+        ValueError: If an output is not [B, columns].
+    """
+    parameter = next((p for p in net.parameters() if p.is_floating_point()), torch.zeros(0))
+    with torch.no_grad():  # a copy, so that running means and modes stay as they are
+        output = copy.deepcopy(net).eval()(parameter.new_zeros(2, in_size))
+    outputs = [output] if isinstance(output, Tensor) else list(output)
+    for output in outputs:
+        if output.dim() != 2 or len(output) != 2:
+            raise ValueError(f"expected outputs [2, columns] of a net, got {list(output.shape)}")
+    return [output.size(1) for output in outputs]

@@ -1,0 +1,254 @@
+"""Images of any usual type, layout, size and colour become squares of bytes, uint8 [N, (C,) H, H].
+
+Every function raises a `DataError` that says which rule an array breaks and what mends it.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from air.data.arrays import Array, DataError
+from air.settings import check_settings, setting
+
+TOLERANCE = 0.01  # how far floats may leave [0, 1], as after interpolation
+MAX_CHANNELS_LAST = 4  # [N, H, W, C] has at most so many channels: grey, RGB, with or without alpha
+CHUNK = 1000  # images that are converted at once, to save memory
+ALPHA = {2: 1, 4: 3}  # number of channels with alpha -> number of colour channels
+
+
+def _has_one_group(pattern: str) -> bool:
+    try:
+        return re.compile(pattern).groups == 1
+    except re.error:
+        return False
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images of one's own are read."""
+
+    x_size: int | None = setting(None, "side in pixels that images are brought to", low=1, flag="")
+    channels: int | None = setting(
+        None, "with --data: make images grey (1) or RGB (3) (default: as they are)", low=1
+    )
+    crop: bool | None = setting(
+        None,
+        "with --data and --x-size: cut out the middle of each image; without, images are resized "
+        "in proportion and centred",
+    )
+    alpha_over: Literal["black", "white"] = setting(
+        "black", "with --data: colour behind transparent pixels"
+    )
+    invert: bool = setting(
+        False, "with --data: turn light into dark, for dark objects on a light background"
+    )
+    count_pattern: str | None = setting(
+        None,
+        "with --data FOLDER: regular expression that finds the true count in the name of a "
+        r"picture, in its one group, such as '(\d+)-objects'; counts.csv in the folder, with lines "
+        "name,count, serves too",
+        accepts=_has_one_group,
+        expected="a regular expression with one group",
+        metavar="REGEX",
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+class Placement(NamedTuple):
+    """Where a prepared image lies in its original: original = offset + scale * prepared."""
+
+    offset: tuple[float, float] = (0.0, 0.0)  # (x, y) in pixels
+    scale: tuple[float, float] = (1.0, 1.0)
+
+    def to_original(self, box: list[float]) -> list[float]:
+        """A box (x0, y0, x1, y1) of the prepared image, in pixels of the original."""
+        return [self.offset[i % 2] + self.scale[i % 2] * edge for i, edge in enumerate(box)]
+
+
+def prepare(images: Array, settings: ImageSettings, name: str = "x") -> tuple[Array, Placement]:
+    """Prepares images of one size.
+
+    Args:
+        images: bool, uint8, uint16, or floats in [0, 1]: [N, h, w], [N, C, h, w] or [N, h, w, C].
+        settings: The size and channels to bring them to.
+        name: Their name in messages.
+
+    Returns:
+        uint8 [N, (C,) H, H], contiguous, and the place of all of them in their originals.
+
+    Raises:
+        DataError: If they have another type or shape, or floats leave [0, 1].
+    """
+    return prepare_channels_first(to_channels_first(images, name), settings, name)
+
+
+def prepare_channels_first(
+    images: Array, settings: ImageSettings, name: str = "x"
+) -> tuple[Array, Placement]:
+    """Prepares images [N, C, h, w] as `prepare` does, without a guess which axis is C."""
+    height, width = images.shape[2:]
+    placement, pad = _place(height, width, settings, name)
+
+    def convert(part: Array) -> Array:
+        part = convert_channels(to_bytes(part, name), settings, name)
+        if placement != Placement() or pad:
+            part = _bring_to_size(part, settings, placement)
+        part = part[:, 0] if part.shape[1] == 1 else part
+        return ~part if settings.invert else part
+
+    first = convert(images[:CHUNK])
+    if len(images) <= CHUNK:
+        return np.ascontiguousarray(first), placement
+    if np.may_share_memory(first, images):  # there is nothing to convert
+        return np.ascontiguousarray(convert(images)), placement
+    done = np.empty((len(images), *first.shape[1:]), np.uint8)
+    done[:CHUNK] = first
+    for start in range(CHUNK, len(images), CHUNK):
+        done[start : start + CHUNK] = convert(images[start : start + CHUNK])
+    return done, placement
+
+
+def to_channels_first(images: Array, name: str = "x") -> Array:
+    """Images [N, h, w], [N, C, h, w] or [N, h, w, C] as [N, C, h, w].
+
+    Raises:
+        DataError: If they have another shape.
+    """
+    shape = _shape(images)
+    if images.ndim == 3:
+        if images.shape[2] <= MAX_CHANNELS_LAST < images.shape[1]:
+            raise DataError(
+                f"{name} has the shape {shape}, as one image in colour has: expected an "
+                "axis of images in front, as [None] makes one"
+            )
+        images = images[:, None]
+    elif images.ndim == 4:
+        _, a, b, c = images.shape
+        channels_last = b != c and c <= MAX_CHANNELS_LAST and (a == b or a > MAX_CHANNELS_LAST)
+        images = images.transpose(0, 3, 1, 2) if channels_last else images
+    if images.ndim != 4 or 0 in images.shape[1:]:
+        expected = "expected [N, H, H], [N, C, H, H] or [N, H, H, C], with no axis of length 0"
+        raise DataError(f"{name} has the shape {shape}: {expected}")
+    return images
+
+
+def to_bytes(images: Array, name: str = "x") -> Array:
+    """Intensities as bytes: False, 0, 0.0 are black; True, 255, 65,535, 1.0 are white."""
+    kind = images.dtype.newbyteorder("=")
+    if kind == np.uint8:
+        return images
+    if kind == np.bool_:
+        return images * np.uint8(255)
+    if kind == np.uint16:
+        return ((images.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    expected = "expected bool, uint8, uint16, or floats in [0, 1]"
+    if kind.kind != "f":
+        remedy = "; whole numbers from 0 to 255 become uint8 by .astype('uint8')"
+        raise DataError(f"{name} is {kind}: {expected}{remedy if kind.kind in 'iu' else ''}")
+    if not images.size:
+        return images.astype(np.uint8)
+    low, high = float(images.min()), float(images.max())
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
+        remedy = "replace what is not finite"
+        if low >= -TOLERANCE and high < np.inf:
+            remedy = "divide by 255" if high <= 256 else f"divide by {high:g}"
+        elif -np.inf < low and high < np.inf:
+            remedy = "add 1 and divide by 2" if min(low, -high) >= -1.01 else "scale them"
+        raise DataError(f"{name} is {kind} from {low:g} to {high:g}: {expected}; {remedy}")
+    return (np.clip(images, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+
+
+def convert_channels(images: Array, settings: ImageSettings, name: str = "x") -> Array:
+    """Bytes [N, C, h, w] in the number of channels that is asked for."""
+    asked, given = settings.channels, images.shape[1]
+    if asked in (None, given):
+        return images
+    if given in ALPHA:
+        images = lay_over(images[:, :-1], images[:, -1:], settings.alpha_over)
+    colours = images.shape[1]
+    if asked not in (1, 3) or colours not in (1, 3):
+        raise DataError(
+            f"{name} has {given} channels, expected {asked}; only grey, RGB and either with alpha "
+            "can be turned into grey (--channels 1) or RGB (--channels 3)"
+        )
+    return to_grey(images) if asked < colours else np.repeat(images, asked // colours, 1)
+
+
+def lay_over(colours: Array, alpha: Array, background: str) -> Array:
+    """Bytes [N, C, h, w] with their alpha, [N, 1, h, w], over a black or white background."""
+    behind = 255 if background == "white" else 0
+    weights = alpha.astype(np.uint16)  # a weighted mean of bytes, times 255, fits in 16 bits
+    mixed = colours * weights + behind * (255 - weights)
+    return ((mixed + 127) // 255).astype(np.uint8)
+
+
+def to_grey(images: Array) -> Array:
+    """RGB bytes [N, 3, h, w] as luminance [N, 1, h, w], by ITU-R BT.601 with Pillow's rounding."""
+    red, green, blue = images.astype(np.uint32).swapaxes(0, 1)
+    luminance = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    return luminance[:, None].astype(np.uint8)
+
+
+def _place(height: int, width: int, settings: ImageSettings, name: str) -> tuple[Placement, bool]:
+    """The placement of images of a size, and whether they must be padded to a square."""
+    side = settings.x_size
+    size = f"{name} has images of {width} x {height} pixels"
+    if height == width and side in (None, height):
+        return Placement(), False
+    if side is None:
+        raise DataError(
+            f"{size}, which are not square: --x-size H resizes them to H x H, or with --crop cuts "
+            "out their middle"
+        )
+    if settings.crop is None:
+        raise DataError(
+            f"{size}, expected {side} x {side}: --no-crop resizes them, --crop cuts out their "
+            "middle"
+        )
+    if settings.crop:
+        if min(height, width) < side:
+            raise DataError(
+                f"{size}, too small for --crop to cut {side} x {side} out of them; leave out --crop"
+            )
+        return Placement(((width - side) // 2, (height - side) // 2)), False
+    new_width, new_height = (max(1, round(n * side / max(height, width))) for n in (width, height))
+    scale = width / new_width, height / new_height
+    left, top = (side - new_width) // 2, (side - new_height) // 2
+    return Placement((-left * scale[0], -top * scale[1]), scale), new_width != new_height
+
+
+def _bring_to_size(images: Array, settings: ImageSettings, placement: Placement) -> Array:
+    """Cuts or resizes bytes [N, C, h, w]; the median of an image's border fills what is added."""
+    side: Any = settings.x_size
+    if settings.crop:
+        left, top = map(int, placement.offset)
+        # A copy, for a view would keep the whole images in memory.
+        return images[:, :, top : top + side, left : left + side].copy()
+    height, width = images.shape[2:]
+    new_width, new_height = round(width / placement.scale[0]), round(height / placement.scale[1])
+    left, top = (side - new_width) // 2, (side - new_height) // 2
+    done = np.empty((*images.shape[:2], side, side), np.uint8)
+    done[:] = border_median(images)[..., None, None]
+    for image, square in zip(images, done, strict=True):
+        for channel, target in zip(image, square, strict=True):
+            # Pillow's bilinear filter averages where it shrinks, and never overshoots.
+            small = Image.fromarray(channel).resize(
+                (new_width, new_height), Image.Resampling.BILINEAR
+            )
+            target[top : top + new_height, left : left + new_width] = small
+    return done
+
+
+def border_median(images: Array) -> Array:
+    """The median of the outermost pixels of images [N, C, h, w]: uint8 [N, C]."""
+    edges = images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]
+    return np.median(np.concatenate(edges, 2), axis=2).astype(np.uint8)
+
+
+def _shape(array: Array) -> str:
+    return " x ".join(map(str, array.shape)) or "of a single number"

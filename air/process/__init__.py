@@ -1,0 +1,1 @@
+"""The streams and signals of a process. Needs the standard library alone."""

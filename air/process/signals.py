@@ -1,0 +1,88 @@
+"""Signals end a run in order: Ctrl-C, and those by which shells and schedulers end a program."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+# SIGHUP: a terminal was closed. SIGUSR1 and SIGUSR2: a scheduler warns of the end of the time.
+# SIGXCPU: the CPU time is used up. Windows has the first two alone.
+ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+
+
+class Signals:
+    """Decides the effect of a signal: KeyboardInterrupt or, in training, a request to stop.
+
+    After such a request the run is saved. A second signal of the same kind then interrupts the
+    program. One of another kind has no effect: a scheduler sends SIGUSR1 first, SIGTERM later.
+    """
+
+    def __init__(self) -> None:
+        self._received: list[int] = []  # while training
+        self._stop: Callable[[], None] | None = None
+        self._ignore_repeated = False
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal, as Python calls handlers."""
+        repeated = number in self._received
+        if self._stop is None or (repeated and not self._ignore_repeated):
+            raise KeyboardInterrupt(number)
+        self._received.append(number)
+        self._stop()
+
+    def ask_by(self, stop: Callable[[], None], ignore_repeated: bool = False) -> None:
+        """From now on a signal calls `stop`, which asks training to stop.
+
+        Args:
+            stop: Asks training to stop.
+            ignore_repeated: Whether to ignore repeated signals, as under torchrun, which repeats
+                the signal of a scheduler.
+        """
+        self._stop, self._ignore_repeated = stop, ignore_repeated
+
+    def first(self, all_gather: Callable[[list[int]], Sequence[Sequence[int]]]) -> int | None:
+        """Ends `ask_by`, unless a process of the group received a signal: the first, or None.
+
+        Args:
+            all_gather: Collects a value from each process of the group.
+        """
+        gathered = [number for received in all_gather([*self._received]) for number in received]
+        if gathered:
+            return gathered[0]
+        self._stop = None
+        if self._received:  # since they were gathered
+            raise KeyboardInterrupt(self._received[0])
+        return None
+
+    def ignore(self) -> None:
+        """From now on signals have no effect."""
+        self.ask_by(lambda: None, ignore_repeated=True)
+
+
+@contextmanager
+def interrupt_on_signals() -> Iterator[Signals]:
+    """Lets the signals of `ENDING` raise KeyboardInterrupt, whose argument is the signal's number.
+
+    A signal that is ignored, as SIGHUP is under nohup, or whose handler is not Python's remains as
+    it is. In a thread that is not the main thread, where Python handles no signals, all do.
+    """
+    signals = Signals()
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
+        handlers = {number: signal.getsignal(number) for number in numbers}
+        kept = (signal.SIG_IGN, None)
+        previous = {n: handler for n, handler in handlers.items() if handler not in kept}
+    try:
+        for number in previous:
+            signal.signal(number, signals.handle)
+        yield signals
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def exit_code(interrupt: KeyboardInterrupt) -> int:
+    """The exit code of a process that a signal ended: 130, or 143 for SIGTERM."""
+    return 128 + int(interrupt.args[0] if interrupt.args else signal.SIGINT)

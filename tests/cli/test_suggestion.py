@@ -1,0 +1,125 @@
+"""The suggested command: what it says about images that are known, and that it can be run."""
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import run
+from PIL import Image
+
+from air.cli.flags import build_parser
+from air.cli.suggestion import suggest
+from air.data.arrays import Array
+from air.data.pictures import write_pictures
+from air.data.survey import survey
+from multi_mnist import SceneSettings, load_scenes
+
+
+def squares(n: int, shape: tuple[int, int], side: int, most: int, channels: int = 1) -> Array:
+    """Pictures with 0 to `most` bright squares that do not touch, [N, C, h, w]."""
+    rng = np.random.default_rng(0)
+    images = np.zeros((n, channels, *shape), np.uint8)
+    cell = side + 2
+    rows, columns = shape[0] // cell, shape[1] // cell
+    for k, image in enumerate(images):
+        for place in rng.permutation(rows * columns)[: k % (most + 1)]:
+            y, x = cell * (place // columns), cell * (place % columns)
+            level = rng.integers(128, 256, (channels, 1, 1), np.uint8)
+            image[:, y : y + side, x : x + side] = level
+    return images
+
+
+def suggestion(path: Path, *words: str) -> tuple[dict[str, object], str]:
+    """The flags of the suggested command by key, and the whole text."""
+    given = ["--data", str(path), "--suggest", *words]
+    text = suggest(vars(build_parser().parse_args(given)), given, "python main.py")
+    command = shlex.split(text.splitlines()[-1])
+    assert command[:2] == ["python", "main.py"]
+    return vars(build_parser().parse_args(command[2:])), text
+
+
+def test_a_survey_counts_and_measures() -> None:
+    images = squares(80, (60, 48), side=9, most=3)
+    found = survey(list(images))
+    assert found.sizes == (48, 48, 60, 60)
+    assert found.spots.tolist() == [20, 20, 20, 20]
+    assert found.most_spots == 3
+    assert found.side(50) == found.side(90) == 9 / 60
+    assert found.ink == pytest.approx((images > 0).mean())
+    assert (found.is_coloured, found.background) == (False, 0.0)
+    assert survey(list(squares(8, (20, 20), 5, 2, channels=3))).is_coloured
+
+
+def test_specks_and_objects_that_touch_do_not_count() -> None:
+    images = squares(90, (48, 48), side=8, most=2)
+    images[::2, 0, 40:42, 40:42] = 255  # a speck
+    images[1, 0, :8, 8:16] = 255  # one of 90 images shows two squares that touch
+    found = survey(list(images))
+    assert found.most_spots == 2
+    assert found.side(90) == 8 / 48
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_windows_fit_the_objects(channels: int, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=squares(200, (48, 48), 10, 3, channels))
+    flags, text = suggestion(tmp_path / "x.npz")
+    assert flags["window_size"] == 12  # 1.2 squares
+    assert flags["scale_prior_mean"] == 4.0  # 48 / 12
+    assert flags["model_steps"] == 3
+    assert flags["preset"] == ("dsprites" if channels == 3 else "small-digits")
+    assert "suggest" not in flags
+    assert "x_size" not in flags
+    reasons = text.splitlines()[:-1]
+    assert all(line.startswith("# ") for line in reasons)
+    for flag in ("--preset", "--window-size", "--scale-prior-mean", "-t "):
+        assert sum(line.startswith(f"# {flag}") for line in reasons) == 1
+
+
+def test_given_flags_are_kept(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x y.npz", x=squares(200, (48, 48), 10, 3))
+    flags, text = suggestion(tmp_path / "x y.npz", "-t", "5", "-n", "400", "--window-size", "20")
+    assert (flags["model_steps"], flags["window_size"], flags["num_steps"]) == (5, 20, 400)
+    assert flags["anneal_prior_duration"] == 200
+    assert text.count("--window-size") == text.count("-t 5") == 1
+    assert flags["data"] == f"{tmp_path}/x y.npz"
+
+
+def test_light_large_and_odd_images_are_brought_into_shape(tmp_path: Path) -> None:
+    images = 255 - squares(60, (150, 200), 24, 2, channels=3)[:, :1].repeat(3, 1)
+    for k, image in enumerate(images):
+        Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / f"{k}.png")
+    flags, text = suggestion(tmp_path)
+    assert flags["invert"] is True
+    assert flags["x_size"] == 104  # 12 pixels for a square of 24 in 200
+    assert flags["preset"] == "small-digits"
+    assert "up to" not in text
+    assert "60 images are few" in text
+    np.savez(tmp_path / "x.npz", x=images[:, :, :, :150])
+    assert suggestion(tmp_path / "x.npz")[0]["channels"] == 1
+
+
+def test_images_without_objects_and_single_images_have_a_suggestion(tmp_path: Path) -> None:
+    for n in (1, 30):
+        np.savez(tmp_path / "x.npz", x=np.zeros((n, 20, 20), np.uint8))
+        assert suggestion(tmp_path / "x.npz")[0]["model_steps"] == 1
+
+
+@pytest.mark.parametrize("line", ["--suggest", "--suggest --data nothing", "--suggest --data ."])
+def test_images_that_cannot_be_read_end_in_one_line(
+    line: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    done = run(line, tmp_path, environment)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+
+
+def test_the_suggestion_runs(tmp_path: Path, environment: dict[str, str]) -> None:
+    settings = SceneSettings(recipe="dsprites", x_size=30, num_scenes=60, num_test_scenes=10)
+    train, test, _ = load_scenes(settings, cache_dir=tmp_path / "cache")
+    write_pictures(tmp_path / "pictures", {"": train, "test": test})
+    said = run("--data pictures -n 2 -b 4 --suggest", tmp_path, environment)
+    assert said.returncode == 0, said.stderr
+    command = said.stdout.splitlines()[-1].removeprefix("python main.py ")
+    done = run(f"{command} --output-dir run", tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    assert "count accuracy" in done.stdout

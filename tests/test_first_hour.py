@@ -1,0 +1,94 @@
+"""A first hour: from a folder of pictures to the objects in them, by the commands of the README."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT, run
+from PIL import Image
+
+import air.detect
+
+pytestmark = pytest.mark.slow
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_pictures_suggestion_training_and_objects_in_four_commands(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    block = re.search(r"^<!-- pictures -->\n```sh\n(.*?)^```$", README, re.M | re.S)
+    assert block
+    commands = block[1].replace(" multi_mnist.py", f" {ROOT}/multi_mnist.py")
+    commands = commands.replace(" main.py", f" {ROOT}/main.py")
+    assert len(re.findall(r"^\w", commands, re.M)) == 4
+    own = {
+        **environment,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        ["bash", "-e", "-c", commands], cwd=tmp_path, env=own, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    records = map(json.loads, (tmp_path / "runs/first/metrics.jsonl").read_text().splitlines())
+    assert [r["accuracy_mode"] for r in records if "accuracy_mode" in r][-1] >= 0.9
+    with (tmp_path / "pictures/counts.csv").open() as file:
+        true = {row["name"]: int(row["count"]) for row in csv.DictReader(file)}
+    found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    right = [true[each["image"].removeprefix("pictures/")] == each["count"] for each in found]
+    assert len(right) == sum(name.startswith("test/") for name in true)
+    assert np.mean(right) >= 0.9
+    with Image.open(tmp_path / "found.png") as figure:
+        assert figure.width > 500
+
+
+def write_mixed_pictures(folder: Path, number: int) -> dict[str, int]:
+    """Pictures in every format, colour and type, of 0 to 2 bright squares; their counts by name."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    counts = {}
+    for k in range(number):
+        pixels = np.zeros((24, 24), np.uint8)
+        for left in (2, 14)[: k % 3]:
+            top = rng.integers(16)
+            pixels[top : top + 8, left : left + 8] = rng.integers(128, 256)
+        grey = Image.fromarray(pixels)
+        kind = ("png", "jpg", "tif", "bmp", "webp", "gif", "ppm", "p.png", "la.png", "16.png")[
+            k % 10
+        ]
+        image = {
+            "bmp": grey.convert("RGB"),
+            "p.png": grey.convert("P"),
+            "la.png": grey.convert("LA"),
+            "16.png": Image.fromarray(pixels.astype(np.uint16) * 257),
+        }.get(kind, grey)
+        name = f"{k} {k % 3}.{kind}"
+        options = {"quality": 95} if kind == "jpg" else {}
+        image.save(folder / name, **options)
+        counts[name] = k % 3
+    return counts
+
+
+def test_five_hundred_pictures_of_mixed_formats_train_and_are_searched(
+    tmp_path: Path, environment: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = write_mixed_pictures(tmp_path / "pictures", 500)
+    with (tmp_path / "pictures/counts.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(counts.items())
+    done = run("--data pictures -n 5 --output-dir run", tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["x_size"], config["channels"]) == (24, 1)
+    assert "50 held-out scenes" in done.stdout
+    assert "count accuracy" in done.stdout
+    checkpoint = str(tmp_path / "run/checkpoint.pt")
+    assert air.detect.main(["--load", checkpoint, str(tmp_path / "pictures")]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {Path(each["image"]).name for each in found} == counts.keys()
