@@ -34,13 +34,14 @@ from air.data.pictures import SUFFIXES
 from air.data.preparation import ImageSettings, Placement
 from air.data.sources import PreparedImage, find_pictures, is_folder_of_pictures, read_images
 from air.evaluation.boxes import tight_boxes
+from air.images import to_tensor
 from air.inference import infer
 from air.model_settings import NetFactory
 from air.priors import at_least_probs
 from air.process.signals import exit_code, interrupt_on_signals
 from air.process.streams import steady_streams
 from air.settings import from_config
-from air.storage.checkpoint import load_air, read_weights
+from air.storage.checkpoint import load_air, read_config
 from air.storage.files import write_atomically
 from air.visualization.drawing import draw_boxes, tile
 
@@ -84,10 +85,10 @@ class Detection:
 
 def detect(air: AIR, images: Tensor | Array) -> list[Detection]:
     """Finds the objects in images, [N, (C,) H, H], floats in [0, 1] or uint8, on any device."""
-    images = torch.as_tensor(images)
+    images = to_tensor(images)
     detections = []
     for batch in torch.split(images, 500) if len(images) else ():
-        inference = infer(air, batch.to(air.h_init.device))
+        inference = infer(air, batch)
         painted = inference.objects.amax(-3) if air.channels > 1 else inference.objects
         reached = at_least_probs(inference.count_probs).tolist()
         boxes = tight_boxes(painted).tolist()
@@ -203,7 +204,7 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
 
 def image_settings(args: argparse.Namespace, air: AIR) -> ImageSettings:
     """How to prepare images: as for the training of the model, unless flags say otherwise."""
-    _, config = read_weights(args.load)
+    config = read_config(args.load)
     given = {key: getattr(args, key) for key in ("crop", "invert", "alpha_over")}
     asked = {key: value for key, value in given.items() if value is not None}
     sizes = {"x_size": air.x_size, "channels": air.channels, "count_pattern": None}

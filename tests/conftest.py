@@ -1,7 +1,8 @@
 """Fixtures; what tests import is in helpers.py."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pyro
 import pytest
@@ -41,3 +42,27 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """One cache of scenes for all."""
     cache = tmp_path_factory.mktemp("cache")
     return {**os.environ, "AIR_CACHE": str(cache)}
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path,
+    environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[[str], str]:
+    """Gives the line with which the program refuses these flags; in this process, to be fast."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AIR_CACHE", environment["AIR_CACHE"])
+
+    from main import main  # here, for most tests do without
+
+    def message(line: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(line.split())
+        printed = capsys.readouterr().err
+        assert ended.value.code == 2, (line, printed)
+        assert printed.count("\n") == 1, (line, printed)
+        return printed
+
+    return message

@@ -19,6 +19,7 @@ from unittest import mock
 import numpy as np
 import pyro
 import torch
+from PIL import Image
 from torch import Tensor, fx
 
 from air import AIR
@@ -121,6 +122,19 @@ def make_snapshot(step: int = 0, count: int = 20, steps: int = 3, wrong: int = 1
         rng.integers(0, 255, (apart, steps, 50, 50), np.uint8),
         rng.uniform(size=(apart, steps)),
     )
+
+
+def write_scenes(path: Path, size: int = 50) -> None:
+    """Writes an .npz file of 60 images of noise."""
+    np.savez(path, x=np.random.default_rng(0).integers(0, 255, (60, size, size), np.uint8))
+
+
+def write_pictures(folder: Path) -> None:
+    """Writes 20 RGBA pictures of noise, whose names tell a count."""
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 100, (20, 60, 70, 4), np.uint8)
+    for k, each in enumerate(pixels):
+        Image.fromarray(each).save(folder / f"{k}, {k % 3}-objects.png")
 
 
 @contextlib.contextmanager

@@ -14,10 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import NAMES, ROOT, SCENES, SMALL, panes, run, visdom_server
-from PIL import Image
+from helpers import (
+    NAMES,
+    ROOT,
+    SCENES,
+    SMALL,
+    panes,
+    run,
+    visdom_server,
+    write_pictures,
+    write_scenes,
+)  # fmt: skip
 
-import air.detect
 import viz
 from air.evaluation.metrics import evaluate
 from air.priors import continue_probs_from_counts
@@ -62,41 +70,8 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def refused(
-    tmp_path: Path,
-    environment: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Callable[[str], str]:
-    """Gives the line with which the program refuses these flags; in this process, to be fast."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("AIR_CACHE", environment["AIR_CACHE"])
-
-    def message(line: str) -> str:
-        with pytest.raises(SystemExit) as ended:
-            main(line.split())
-        printed = capsys.readouterr().err
-        assert ended.value.code == 2, (line, printed)
-        assert printed.count("\n") == 1, (line, printed)
-        return printed
-
-    return message
-
-
 def metrics(run_folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def write_scenes(path: Path, size: int = 50) -> None:
-    np.savez(path, x=np.random.default_rng(0).integers(0, 255, (60, size, size), np.uint8))
-
-
-def write_pictures(folder: Path) -> None:
-    folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 100, (20, 60, 70, 4), np.uint8)
-    for k, each in enumerate(pixels):
-        Image.fromarray(each).save(folder / f"{k}, {k % 3}-objects.png")
 
 
 def test_every_flag_is_run() -> None:
@@ -265,81 +240,6 @@ def test_a_loaded_model_is_evaluated_as_it_was_trained_on_all_of_a_file(
     ]:
         assert message in refused(f"{load} {flags} --output-dir third")
         assert not (tmp_path / "third").exists()
-
-
-def test_a_run_on_data_of_ones_own_records_what_is_true_of_it(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
-    write_scenes(tmp_path / "mine.npz", size=30)
-    tiny = "-n 2 -b 8 --rnn-hidden-size 16 --encoder-net 12 --decoder-net 12 --predict-net 8"
-    done = run(f"{tiny} --data mine.npz --output-dir run", tmp_path, environment)
-    assert done.returncode == 0, done.stderr
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    for config in (json.loads((tmp_path / "run" / "config.json").read_text()), state["config"]):
-        assert (config["x_size"], config["channels"], config["data"]) == (30, 1, "mine.npz")
-        assert not {"recipe", "counts", "num_scenes", "sides", "data_seed"} & config.keys()
-    (tmp_path / "moved").mkdir()
-    (tmp_path / "mine.npz").rename(tmp_path / "moved" / "mine.npz")
-    done = run("--resume run -n 4 --data moved/mine.npz", tmp_path, environment)
-    assert done.returncode == 0, done.stderr
-    assert load_air(tmp_path / "run" / "checkpoint.pt").x_size == 30
-
-
-def test_a_run_on_pictures_records_how_they_are_read(
-    tmp_path: Path,
-    environment: dict[str, str],
-    refused: Callable[[str], str],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    write_pictures(tmp_path / "pictures")
-    tiny = "-n 2 -b 8 --rnn-hidden-size 16 --encoder-net 12 --decoder-net 12 --predict-net 8"
-    flags = "--data pictures --x-size 32 --channels 1 --alpha-over white"
-    done = run(f"{tiny} {flags} --output-dir run", tmp_path, environment)
-    assert done.returncode == 0, done.stderr
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (config["x_size"], config["channels"], config["crop"]) == (32, 1, False)
-    assert "inferred count" in done.stdout  # without true counts
-    resumed = run("--resume run -n 3", tmp_path, environment)
-    assert resumed.returncode == 0, resumed.stderr
-    load = "--load run/checkpoint.pt --data pictures -n 0 --output-dir evaluated"
-    evaluated = run(load, tmp_path, environment)
-    assert evaluated.returncode == 0, evaluated.stderr
-    found = json.loads((tmp_path / "evaluated" / "config.json").read_text())
-    for key in ("x_size", "channels", "crop", "alpha_over"):
-        assert found[key] == config[key]
-    assert "where x_size is 32, got 40" in refused("--resume run --x-size 40")
-    (tmp_path / "pictures").rename(tmp_path / "moved")
-    assert "if it has moved, say by --data where it is now" in refused("--resume run -n 4")
-    done = run("--resume run -n 4 --data moved", tmp_path, environment)
-    assert done.returncode == 0, done.stderr
-    capsys.readouterr()
-    assert air.detect.main(["--load", "run/checkpoint.pt", "moved"]) == 0
-    assert capsys.readouterr().out.count("\n") == 20
-
-
-def test_a_model_of_images_of_another_size_is_refused_with_both_sizes(
-    tmp_path: Path, environment: dict[str, str], refused: Callable[[str], str]
-) -> None:
-    tiny = "-n 1 -b 8 --rnn-hidden-size 16 --encoder-net 12 --decoder-net 12 --predict-net 8"
-    for size in (20, 30):
-        write_scenes(tmp_path / f"{size}.npz", size=size)
-    line = f"{tiny} --data 30.npz --output-dir run --save weights.pt"
-    assert run(line, tmp_path, environment).returncode == 0
-    for file in ("run/checkpoint.pt", "weights.pt"):
-        said = refused(f"--load {file} --data 20.npz {tiny}")
-        assert "30 x 30" in said
-        assert "20 x 20" in said
-
-
-def test_data_that_can_hardly_be_meant_are_hinted_at(
-    tmp_path: Path, environment: dict[str, str], caplog: pytest.LogCaptureFixture
-) -> None:
-    x = np.random.default_rng(0).integers(0, 2, (60, 20, 20), np.uint8)
-    np.savez(tmp_path / "mine.npz", x=x, counts=np.sort(np.arange(60) % 5))
-    done = run("--data mine.npz -n 1 -b 8 --no-compile", tmp_path, environment)
-    assert done.returncode == 0, done.stderr
-    for hint in ("largest value of the images is 1", "some scenes hold 4", "shuffle them"):
-        assert caplog.text.count(hint) == 1
 
 
 def test_a_checkpoint_without_the_size_of_its_images_is_loaded(

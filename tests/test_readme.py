@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "tests/benchmarks/README.md"
-FLAGS_OF_OTHER_PROGRAMS = {"--nproc-per-node", "--out", "--csv", "--figure", "--gif", "--help"}
+FLAGS_OF_OTHER_PROGRAMS = {"--nproc-per-node", "--out", "--figure", "--gif", "--help"}
 
 
 def block(before: str, language: str) -> str:

@@ -29,13 +29,13 @@ FEW = 1000  # images, below which a model begins to learn them by heart
 Advice = dict[str, tuple[str, str]]  # key of a setting -> flag with its values, and the reason
 
 
-def suggest(cli_args: Mapping[str, Any], words: Sequence[str], program: str) -> str:
+def suggest(cli_args: Mapping[str, Any], words: Sequence[str], start: str) -> str:
     """A command for the images of --data, in a text that a shell can run.
 
     Args:
         cli_args: The flags on the command line, which the command keeps.
         words: The command line, --suggest included.
-        program: The words that start the program.
+        start: The words that start the program.
 
     Returns:
         A line of reason for each flag that is added, after a '#', and the command as the last line.
@@ -46,23 +46,22 @@ def suggest(cli_args: Mapping[str, Any], words: Sequence[str], program: str) -> 
     if not cli_args.get("data"):
         raise ValueError("--suggest: expected --data too, the images to look at")
     path = Path(cli_args["data"])
-    settings: ImageSettings = from_config(ImageSettings, {**cli_args, "crop": None, "x_size": None})
+    settings: ImageSettings = from_config(ImageSettings, {"crop": False, **cli_args})
     images = sample_images(path, settings, SAMPLE)
     found = survey(images)
-    invert = found.background > 255 / 2
     advice: Advice = {}
-    if invert:
+    if found.background > 255 / 2 and "invert" not in cli_args:
         reason = f"the background is light ({found.background:.0f} of 255); AIR paints on black"
         advice["invert"] = "--invert", reason
         found = survey([~image for image in images])
-    advice |= _advise_images(found, cli_args, images[0].shape[0])
+    advice |= _advise_images(found, len(images[0]))
     advice |= _advise_model(found, cli_args)
     added = {key: value for key, value in advice.items() if key not in cli_args}
     flags = [flag for flag, _ in added.values()]
     width = max(map(len, flags), default=0)
     reasons = [f"# {flag:{width}}  {reason}" for flag, reason in added.values()]
     kept = _join([word for word in words if word != "--suggest"])
-    command = " ".join([program, kept, *flags])
+    command = " ".join([start, kept, *flags])
     return "\n".join([*_describe(found), *reasons, command])
 
 
@@ -96,7 +95,7 @@ def _describe(found: Survey) -> list[str]:
     return lines
 
 
-def _advise_images(found: Survey, cli_args: Mapping[str, Any], channels: int) -> Advice:
+def _advise_images(found: Survey, channels: int) -> Advice:
     """Advice about the size and the channels of the images."""
     advice: Advice = {}
     if not found.is_coloured and channels > 1:
@@ -116,11 +115,14 @@ def _advise_model(found: Survey, cli_args: Mapping[str, Any]) -> Advice:
     side = cli_args.get("x_size", _side(found))
     typical, large = found.side(TYPICAL), found.side(LARGE)
     advice: Advice = {}
+    preset, reason = "", ""
     if found.is_coloured:
-        advice["preset"] = "--preset dsprites", "for objects in colour"
+        preset, reason = "dsprites", "for objects in colour"
     elif typical < SMALL:
+        preset = "small-digits"
         reason = f"for small objects: a typical one has {typical:.0%} of the image's side"
-        advice["preset"] = "--preset small-digits", reason
+    if preset:
+        advice["preset"] = f"--preset {preset}", reason
     window = round(min(max(MARGIN * large * side, WINDOW_SIDES[0]), WINDOW_SIDES[1]))
     advice["window_size"] = (
         f"--window-size {window}",
@@ -135,12 +137,12 @@ def _advise_model(found: Survey, cli_args: Mapping[str, Any]) -> Advice:
         f"more than {most} spots are seen in fewer than 1 of 100 images; raise it if objects "
         "always touch",
     )
-    preset = PRESETS.get(cli_args.get("preset") or advice.get("preset", ("", ""))[0][9:], {})
-    duration = preset.get("anneal_prior_duration", 0)
+    duration = PRESETS.get(cli_args.get("preset", preset), {}).get("anneal_prior_duration", 0)
     steps = cli_args.get("num_steps", math.inf)
     if duration > steps / 2:
         flag = f"--anneal-prior-duration {max(1, steps // 2)}"
-        advice["anneal_prior_duration"] = flag, "half of the steps; the preset takes 1,500"
+        reason = f"half of the steps; the preset takes {duration:,}"
+        advice["anneal_prior_duration"] = flag, reason
     return advice
 
 

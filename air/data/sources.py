@@ -12,7 +12,7 @@ The format of a picture is decided by its content, that of other files by their 
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -41,14 +41,6 @@ TAKEN = (
 )
 HELD_OUT_FOLDER = "test"
 HOLD_OUT_EVERY = 10
-
-
-class SourceImage(NamedTuple):
-    """An image as it comes from its file."""
-
-    name: str
-    file: Path
-    pixels: Array  # [C, h, w], of a type that `prepare` takes
 
 
 class PreparedImage(NamedTuple):
@@ -88,7 +80,7 @@ def read_images(path: Path | str, settings: ImageSettings) -> Iterator[PreparedI
     Raises:
         DataError: If an image cannot be read, or not be prepared.
     """
-    for name, _, pixels in source_images(path, settings):
+    for name, pixels in source_images(path, settings):
         yield prepare_image(name, pixels, settings)
 
 
@@ -98,8 +90,19 @@ def prepare_image(name: str, pixels: Array, settings: ImageSettings) -> Prepared
     return PreparedImage(name, prepared[0], placement)
 
 
-def source_images(path: Path | str, settings: ImageSettings) -> Iterator[SourceImage]:
+def source_images(
+    path: Path | str, settings: ImageSettings, every: Callable[[int], int] = lambda number: 1
+) -> Iterator[tuple[str, Array]]:
     """Reads the images of a source one by one as they are, in any size; of arrays, those of x.
+
+    Args:
+        path: The source.
+        settings: Of them, `alpha_over` is needed here.
+        every: Of all the files of pictures, or of the images in arrays, their number -> k, to read
+            every k-th alone.
+
+    Yields:
+        The name of an image, and its pixels, [C, h, w], of a type that `prepare` takes.
 
     Raises:
         DataError: If the source cannot be read.
@@ -108,19 +111,22 @@ def source_images(path: Path | str, settings: ImageSettings) -> Iterator[SourceI
     with _named_system_errors(path):
         kind = _kind_of(path)
         if kind == "pictures":
-            for file in find_pictures(path):
-                for name, pixels in read_picture(file, settings.alpha_over):
-                    yield SourceImage(name, file, pixels)
+            files = find_pictures(path)
+            for file in files[:: every(len(files))]:
+                yield from read_picture(file, settings.alpha_over)
             return
         parts = map_arrays(path)["x"] if kind == "npy" else [read_arrays(path, ("x",))["x"]]
-        number = 0
         for part in parts:
             if part.ndim < 3:
                 to_channels_first(part, f"{path}: x")  # says what is wrong
-            for start in range(0, len(part), CHUNK):
-                for pixels in to_channels_first(part[start : start + CHUNK], f"{path}: x"):
-                    yield SourceImage(f"{path}[{number}]", path, pixels)
-                    number += 1
+        step = every(sum(map(len, parts)))
+        first = 0  # number of the part's first image
+        for part in parts:
+            for start in range(-first % step, len(part), CHUNK * step):
+                rows = part[start : start + CHUNK * step : step]
+                for i, pixels in enumerate(to_channels_first(rows, f"{path}: x")):
+                    yield f"{path}[{first + start + i * step}]", pixels
+            first += len(part)
 
 
 def is_folder_of_pictures(path: Path | str) -> bool:

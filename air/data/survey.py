@@ -8,14 +8,14 @@ import numpy as np
 from scipy import ndimage
 
 from air.data.arrays import Array
-from air.data.preparation import ImageSettings, border_median, to_bytes
-from air.data.sources import find_pictures, is_folder_of_pictures, source_images
+from air.data.pictures import MAX_GREY_SPREAD
+from air.data.preparation import ImageSettings, border_median, convert_channels, to_bytes
+from air.data.sources import prepare_image, source_images
 
 CONTRAST = 0.25  # of the strongest deviation from the background, above which a pixel is ink
 SEEN_IN = 0.01  # fraction of the images in which a number of spots is seen, to be believed
 LEAST_PIXELS = 4  # of a spot; smaller ones are specks
 LEAST_SHARE = 0.15  # of the median area of a spot; smaller ones are parts or specks
-COLOUR = 8  # spread of the channels of a pixel, of 255, above which an image is coloured
 NEIGHBOURS = np.ones((3, 3), int)  # pixels that touch at a corner belong together
 
 
@@ -26,7 +26,6 @@ class Survey(NamedTuple):
     sizes: tuple[int, int, int, int]  # least and greatest width, least and greatest height
     is_coloured: bool
     background: float  # median intensity of the border, 0 to 255
-    largest: float  # intensity, 0 to 255
     ink: float  # fraction of the pixels that belong to spots
     sides: list[list[float]]  # of each image: longer side of each spot, relative to the image's
 
@@ -50,21 +49,25 @@ class Survey(NamedTuple):
         return float(np.percentile(sides, percent)) if sides else 0.0
 
 
-def sample_images(path: Path, settings: ImageSettings, number: int) -> list[Array]:
-    """Some images of a source, spread evenly over it, as they are: uint8 [C, h, w].
+def sample_images(path: Path, settings: ImageSettings, most: int) -> list[Array]:
+    """Some images of a source, spread evenly over it: uint8 [C, h, w].
+
+    They are prepared by the settings, but keep their size if none is given.
 
     Raises:
         DataError: If they cannot be read.
     """
-    if is_folder_of_pictures(path):
-        files = find_pictures(path)
-        files = files[:: -(-len(files) // number)]
-    else:
-        files = [path]
-    images = [each for file in files for each in source_images(file, settings)]
-    images = images[:: -(-len(images) // number) or 1]
-    pixels = [to_bytes(each.pixels, each.name) for each in images]
-    return [~each if settings.invert else each for each in pixels]
+    images = list(source_images(path, settings, lambda number: -(-number // most) or 1))
+    images = images[:: -(-len(images) // most) or 1]  # a file can have many pages
+    return [_prepare(pixels, settings, name) for name, pixels in images]
+
+
+def _prepare(pixels: Array, settings: ImageSettings, name: str) -> Array:
+    if settings.x_size is not None:
+        prepared = prepare_image(name, pixels, settings).pixels
+        return prepared if prepared.ndim == 3 else prepared[None]
+    pixels = convert_channels(to_bytes(pixels[None], name), settings, name)[0]
+    return ~pixels if settings.invert else pixels
 
 
 def survey(images: Sequence[Array]) -> Survey:
@@ -91,7 +94,6 @@ def survey(images: Sequence[Array]) -> Survey:
         sizes=(min(widths), max(widths), min(heights), max(heights)),
         is_coloured=any(_is_coloured(image) for image in images),
         background=float(np.median(np.concatenate(borders))),
-        largest=float(max(image.max() for image in images)),
         ink=float(areas.sum() / pixels),
         sides=[[side for area, side in spots if area >= least] for spots in found],
     )
@@ -112,4 +114,4 @@ def _spots(ink: Array) -> list[tuple[int, float]]:
 def _is_coloured(image: Array) -> bool:
     channels = image[:3].astype(np.int16) if len(image) >= 3 else image[:1]
     spread = channels.max(0) - channels.min(0)
-    return bool(spread.max() > COLOUR)
+    return bool(spread.max() > MAX_GREY_SPREAD)

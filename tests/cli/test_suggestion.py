@@ -12,7 +12,9 @@ from air.cli.flags import build_parser
 from air.cli.suggestion import suggest
 from air.data.arrays import Array
 from air.data.pictures import write_pictures
-from air.data.survey import survey
+from air.data.preparation import ImageSettings
+from air.data.sources import source_images
+from air.data.survey import sample_images, survey
 from multi_mnist import SceneSettings, load_scenes
 
 
@@ -97,6 +99,28 @@ def test_light_large_and_odd_images_are_brought_into_shape(tmp_path: Path) -> No
     assert "60 images are few" in text
     np.savez(tmp_path / "x.npz", x=images[:, :, :, :150])
     assert suggestion(tmp_path / "x.npz")[0]["channels"] == 1
+
+
+def test_images_are_looked_at_as_the_given_flags_prepare_them(tmp_path: Path) -> None:
+    images = np.zeros((40, 3, 96, 96), np.uint8)
+    images[:, :, 32:64, 32:64] = squares(40, (32, 32), 8, 2, channels=3)
+    np.savez(tmp_path / "x.npz", x=images)
+    given = ["--x-size", "32", "--crop", "--channels", "1"]
+    flags, text = suggestion(tmp_path / "x.npz", *given)
+    assert flags["scale_prior_mean"] == 3.3  # 32 / (1.2 * 8), not 96 / (1.2 * 8)
+    assert "preset" not in flags  # no longer small, and grey
+    assert "32 x 32 pixels, in grey" in text
+    np.savez(tmp_path / "x.npz", x=255 - images)
+    assert suggestion(tmp_path / "x.npz", *given, "--invert")[0] == {**flags, "invert": True}
+
+
+def test_a_sample_is_spread_over_all_parts_and_loads_no_others(tmp_path: Path) -> None:
+    x = np.arange(70, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
+    for k, part in enumerate((x[:13], x[13:40], x[40:])):
+        np.save(tmp_path / f"x-{k}.npy", part)
+    found = source_images(tmp_path, ImageSettings(), lambda number: number // 10)
+    assert [int(pixels[0, 0, 0]) for _, pixels in found] == list(range(0, 70, 7))
+    assert len(sample_images(tmp_path, ImageSettings(), 20)) == 18  # every fourth
 
 
 def test_images_without_objects_and_single_images_have_a_suggestion(tmp_path: Path) -> None:

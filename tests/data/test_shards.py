@@ -176,7 +176,7 @@ def test_foreign_and_damaged_files_are_named_and_never_unpickled(tmp_path: Path)
     np.savez(tmp_path / "b.npz", x=OK)
     (tmp_path / "b.npz").rename(tmp_path / "b.npy")
     refused(tmp_path / "b.npy", "b.npy: damaged, or no .npy file of numbers")
-    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)  # to see it refused
     refused(tmp_path / "objects.npy", "damaged, or no .npy file of numbers")
     (tmp_path / "folder" / "x.npy").mkdir(parents=True)
     refused(tmp_path / "folder", "x.npy: Is a directory")
