@@ -15,13 +15,8 @@ import torch
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor, nn
 
-from air.arguments import (
-    check_as_many,
-    check_call,
-    check_whole,
-    output_sizes,
-    refuse_outer_plates,
-)
+from air.arguments import check_as_many, check_call, check_whole, output_sizes, refuse_outer_plates
+from air.distributions import Presence
 from air.images import check_range, check_type, to_intensities
 from air.likelihoods import Likelihood, make_likelihood
 from air.model_settings import GuideInput, ModelSettings, NetFactory
@@ -225,7 +220,7 @@ class AIR(nn.Module):
         z_pres = self.h_init.new_ones(n, Z_PRES_SIZE)
         objects, all_pres = [], []
         for t in range(self.num_steps):
-            pres = dist.Bernoulli(continue_p[t] * z_pres)
+            pres = Presence(continue_p[t] * z_pres)
             z_pres = pyro.sample(f"z_pres_{t}", self._masked(pres, z_pres))
             objects.append(self.sample_object(t, z_pres))
             all_pres.append(z_pres)
@@ -244,7 +239,8 @@ class AIR(nn.Module):
         n = len(z_pres)
         where = dist.Normal(self.z_where_loc_prior, self.z_where_scale_prior).expand([n, 3])
         z_where = pyro.sample(f"z_where_{t}", self._masked(where, z_pres))
-        code = dist.Normal(self.h_init.new_zeros(n, self.z_what_size), 1.0)
+        zeros = self.h_init.new_zeros(n, self.z_what_size)
+        code = dist.Normal(zeros, zeros.new_ones(()))  # 1.0 would be copied from the host
         return z_where, pyro.sample(f"z_what_{t}", self._masked(code, z_pres))
 
     def paint(self, z_where: Sequence[Tensor], z_what: Sequence[Tensor]) -> Tensor:
@@ -320,7 +316,7 @@ class AIR(nn.Module):
         rnn = self.rnn(inputs.rnn, latents, prev.rnn)
         pres_p, loc, scale = self.predict(rnn[0])
         infer, bl_rnn = self._baseline_step(latents, prev, inputs)
-        pres = dist.Bernoulli(pres_p * prev.z_pres)
+        pres = Presence(pres_p * prev.z_pres)
         z_pres = pyro.sample(f"z_pres_{t}", self._masked(pres, prev.z_pres), infer=infer)
         where = dist.Normal(loc + self.z_where_loc_prior, scale * self.z_where_scale_prior)
         z_where = pyro.sample(f"z_where_{t}", self._masked(where, z_pres))

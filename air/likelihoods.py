@@ -58,7 +58,7 @@ class NormalLikelihood(PixelLikelihood):
         return canvas + painted
 
     def distribution(self, canvas: Tensor) -> dist.TorchDistribution:
-        return dist.Normal(canvas, self.sd)
+        return dist.Normal(canvas, canvas.new_full((), self.sd))  # no copy from the host
 
     def log_prob(self, images: Tensor, canvas: Tensor) -> Tensor:
         # ``dist.Normal`` would take the logarithm of the same sd for every pixel.

@@ -100,19 +100,18 @@ class MarginalAIR:
         check_call(data, batch_size, z_pres_prior_p, num_images)
         register_parameters(air)
         n = min(batch_size or len(data), len(data))
-        anything = dist.Normal(air.h_init.new_zeros(n, air.num_steps), 1.0).to_event(2)
+        one = air.h_init.new_ones(())  # not 1.0, which would be copied from the host to the device
+        anything = dist.Normal(one.new_zeros(n, air.num_steps), one).to_event(2)
         with poutine.mask(mask=False):  # costs nothing, since the value comes from the guide
             continue_probs = pyro.sample("continue_probs", anything)
-        # Not as_tensor, which would copy each number from the host to the device.
-        one = continue_probs.new_ones(())
         steps = [one * p for p in air.continue_probs(z_pres_prior_p)]
         log_prior, log_q = count_log_probs(torch.stack(steps)), count_log_probs(continue_probs)
         with pyro.plate("data", num_images or len(data), device=str(data.device)) as ix:
             images = air.to_images(data[ix])
             always, objects = images.new_ones(n, 1), []
             tiny = torch.finfo(continue_probs.dtype).tiny  # Pyro does not accept a scale of zero
-            for t in range(air.num_steps):
-                with poutine.scale(scale=continue_probs[:, : t + 1].prod(1).clamp(min=tiny)):
+            for t, at_least in enumerate(accumulate(continue_probs.unbind(1), torch.mul)):
+                with poutine.scale(scale=at_least.clamp(min=tiny)):
                     objects.append(air.sample_object(t, always))
             painted = air.paint(*zip(*objects, strict=True))
             empty = torch.zeros_like(images)

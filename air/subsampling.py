@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_MAX_FRACTIONS = 1 << 24  # random positions within a stratum
+_MAX_COARSE, _FINE = 1 << 15, 1 << 9  # their product: random positions within a stratum
 
 
 def draw_indices(size: int, n: int, device: torch.device) -> Tensor:
@@ -27,11 +27,14 @@ def draw_indices(size: int, n: int, device: torch.device) -> Tensor:
     """
     if not 1 <= n <= size:
         raise ValueError(f"n: expected a number of indices from 1 to {size}, the size, got {n}")
-    fractions = min(_MAX_FRACTIONS, (1 << 62) // (n * size))  # the products below fit into 64 bits
-    parts = torch.arange(n, device=device) * fractions
-    within = torch.randint(fractions, (n,), device=device)
+    # On a GPU, Inductor computes what follows from arange alone in 32 bits, without an error
+    # (PyTorch issue 175966). So this product stays below 2**31, and the others below 2**62.
+    coarse = max(1, min(_MAX_COARSE, (1 << 31) // n - 1, (1 << 62) // (n * size * _FINE)))
+    within = torch.randint(coarse * _FINE, (n,), device=device)
+    position = torch.arange(n, device=device) * coarse + within // _FINE
+    position = position * _FINE + within % _FINE
     # Integers are not rounded. The clamp is for Apple's GPUs: some versions divide as floats.
-    return ((parts + within) * size // (n * fractions)).clamp(max=size - 1)
+    return (position * size // (n * coarse * _FINE)).clamp(max=size - 1)
 
 
 def subsample_indices(

@@ -9,7 +9,10 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     Args:
         name: A device.
         local_rank: Under torchrun, the number of this process on its machine. The process takes
-            the GPU of the same number, which becomes its current device.
+            the GPU of the same number.
+
+    Returns:
+        The device. A GPU becomes the current one of this process, as a CUDA graph needs it.
 
     Raises:
         ValueError: If this machine has no such device.
@@ -26,7 +29,7 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-        if local_rank is not None and device.type == "cuda":
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
         reason = str(error).strip().splitlines()[0]

@@ -1,13 +1,15 @@
 """The optimisation step: SVI driven by one ``torch.optim`` optimiser."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from pyro.infer import TraceGraph_ELBO
 from torch import Tensor, nn
 
 from air.air import AIR
 from air.training.parallel import AllReduce
+from air.training.step_stats import StepStats
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -66,6 +68,16 @@ def make_optimizer(
     return TrainableAdam(groups)
 
 
+class StepResult(NamedTuple):
+    """What a step finds out before it changes the weights; its gradients are the parameters'."""
+
+    loss: Tensor  # -ELBO of all images
+    num_images: int | Tensor  # of the loss
+    grad_norm: Tensor
+    skipped: Tensor
+    sums: Tensor  # `StepStats.sums` with this step
+
+
 class SVI:
     """``pyro.infer.SVI`` for one ``torch.optim`` optimiser: the same arguments, the same `step`.
 
@@ -86,6 +98,7 @@ class SVI:
         skipped: Whether the last step was skipped, a tensor of one bool.
         grad_norm: Norm of its gradient before clipping, over the optimiser's first group of
             parameters and for a cost per image, a tensor of one number.
+        stats: Sums over the steps.
     """
 
     def __init__(
@@ -104,6 +117,8 @@ class SVI:
         self.num_images: int | Tensor = 0
         self.skipped = torch.zeros((), dtype=torch.bool)
         self.grad_norm = torch.zeros(())
+        parameters = (p for group in optim.param_groups for p in group["params"])
+        self.stats = StepStats(next((p.device for p in parameters), torch.device("cpu")))
         self._parameters = self._trainable()  # those that the present step trains
 
     def step(self, data: Tensor, *args: Any, **kwargs: Any) -> float:  # noqa: ANN401
@@ -117,13 +132,10 @@ class SVI:
             ValueError: If every parameter is frozen.
         """
         self._find_trainable()
-        loss = self._compute_gradients(data, args, kwargs)
+        found = self._before_reduce(data, args, kwargs)
         if self.all_reduce is not None:
-            message = self._pack(loss)
-            self.all_reduce(message)
-            loss = self._unpack(message)
-        self._apply_gradients(loss)
-        return loss
+            self.all_reduce(found)
+        return self._after_reduce(found)
 
     def _find_trainable(self) -> None:
         """Takes notice of parameters that were frozen or unfrozen since the last step."""
@@ -145,50 +157,70 @@ class SVI:
         groups = self.optim.param_groups
         return [p for group in groups for p in group["params"] if p.requires_grad]
 
-    def _compute_gradients(self, data: Tensor, args: Arguments, kwargs: Keywords) -> Tensor:
-        """Leaves gradients in the parameters and returns the loss."""
-        self.optim.zero_grad(set_to_none=True)
-        self.num_images = kwargs.get("num_images") or len(data)
-        return self._loss_and_grads(data, args, kwargs)
+    def _before_reduce(self, data: Tensor, args: Arguments, kwargs: Keywords) -> Any:  # noqa: ANN401
+        """The part of a step before the ranks' all_reduce; for one process, all but the update.
 
-    def _loss_and_grads(self, data: Tensor, args: Arguments, kwargs: Keywords) -> Tensor:
-        loss = self.loss.loss_and_grads(self.model, self.guide, data, *args, **kwargs)
-        return self._parameters[0].new_tensor(loss)
-
-    def _pack(self, loss: Tensor) -> Tensor:
-        """Gradients, loss and number of images as one flat tensor."""
+        Returns:
+            A `StepResult`, or with several ranks the tensor that they sum. Nothing changes but the
+            gradients, so that `CompiledSVI` can compile the method.
+        """
+        loss = self._loss_and_grads(data, args, kwargs)
+        num_images = kwargs.get("num_images") or len(data)
+        if self.all_reduce is None:
+            return self._clip(loss, num_images)
+        # Gradients, loss and number of images as one flat tensor.
         gradients = [p.grad.flatten() for p in self._parameters if p.grad is not None]
-        num_images: Any = self.num_images
         return torch.cat([*gradients, loss.view(1), torch.full_like(loss.view(1), num_images)])
 
-    def _unpack(self, message: Tensor) -> Tensor:
-        """Takes gradients and number of images from a message, and returns the loss."""
-        with_grads = [p for p in self._parameters if p.grad is not None]
-        gradients = torch.split(message[:-2], [p.numel() for p in with_grads])
-        for parameter, gradient in zip(with_grads, gradients, strict=True):
-            parameter.grad = gradient.view_as(parameter)
-        loss, self.num_images = message[-2:]
+    def _after_reduce(self, found: Any) -> Tensor:  # noqa: ANN401
+        """The rest of the step: changes the weights, and returns the loss."""
+        if self.all_reduce is not None:
+            with_grads = [p for p in self._parameters if p.grad is not None]
+            gradients = torch.split(found[:-2], [p.numel() for p in with_grads])
+            for parameter, gradient in zip(with_grads, gradients, strict=True):
+                parameter.grad = gradient.view_as(parameter)
+            found = self._clip(*found[-2:])
+        loss, self.num_images, self.grad_norm, self.skipped, sums = found
+        self.stats.sums.copy_(sums)
+        if self.skipped.is_cuda:  # reading it would wait for the device
+            # How torch.amp's GradScaler tells a fused optimiser to leave out a step.
+            self.optim.found_inf = self.skipped.float()  # type: ignore[attr-defined]
+            self.optim.step()
+            del self.optim.found_inf  # type: ignore[attr-defined]
+        elif not self.skipped:
+            self.optim.step()
         return loss
 
-    def _apply_gradients(self, loss: Tensor) -> None:
-        """Clips the gradients and changes the weights."""
-        finite = loss.isfinite()
+    def _loss_and_grads(self, data: Tensor, args: Arguments, kwargs: Keywords) -> Tensor:
+        """Leaves gradients in the parameters and returns the loss."""
+        self.optim.zero_grad(set_to_none=True)
+        if type(self.loss) is not TraceGraph_ELBO:
+            loss = self.loss.loss_and_grads(self.model, self.guide, data, *args, **kwargs)
+            return self._parameters[0].new_tensor(loss)
+        elbo, surrogate_loss = self._elbo_and_surrogate_loss(data, args, kwargs)
+        surrogate_loss.backward()  # type: ignore[no-untyped-call]
+        return -elbo.detach()
+
+    def _elbo_and_surrogate_loss(
+        self, data: Tensor, args: Arguments, kwargs: Keywords
+    ) -> tuple[Tensor, Tensor]:
+        # As TraceGraph_ELBO.loss_and_grads, which makes a number of the loss: that would wait for
+        # the device.
+        return self.loss._loss_and_surrogate_loss(self.model, self.guide, (data, *args), kwargs)
+
+    def _clip(self, loss: Tensor, num_images: int | Tensor) -> StepResult:
+        """Clips the gradients, and looks at whether they and the loss are finite."""
+        finite, grad_norm = loss.isfinite(), torch.zeros_like(loss)
         for i, group in enumerate(self.optim.param_groups):
             gradients = [p.grad for p in group["params"] if p.grad is not None]
             if not gradients:
                 continue
             # The plate multiplies every cost, and so the gradient, by the number of images.
-            norm = nn.utils.get_total_norm(gradients) / self.num_images
+            norm = nn.utils.get_total_norm(gradients) / num_images
             finite = finite & norm.isfinite()
             if i == 0:
-                self.grad_norm = norm
+                grad_norm = norm
             if (bound := group.get("clip_grad_norm")) is not None:
                 nn.utils.clip_grads_with_norm_(group["params"], bound, norm)
-        self.skipped = ~finite
-        if finite.is_cuda:  # reading it would wait for the device
-            # How torch.amp's GradScaler tells a fused optimiser to leave out a step.
-            self.optim.found_inf = self.skipped.float()  # type: ignore[attr-defined]
-            self.optim.step()
-            del self.optim.found_inf  # type: ignore[attr-defined]
-        elif finite:
-            self.optim.step()
+        sums = self.stats.with_step(-loss / num_images, grad_norm, ~finite)
+        return StepResult(loss, num_images, grad_norm, ~finite, sums)

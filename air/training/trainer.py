@@ -36,7 +36,6 @@ from air.training.settings import (
     TrainingSettings,
     local_batch_size,
 )
-from air.training.step_stats import StepStats
 from air.training.svi import SVI, make_optimizer
 
 MAX_SKIPPED = 20  # skipped steps in a row that end training
@@ -100,7 +99,7 @@ class Trainer:
         self.stop_requested = False  # in this process
         self.stopped = False  # in all processes, by request
         self.miscounted: list[int] = []  # some scenes of the last evaluation
-        self.stats = StepStats(images.device)
+        self.stats = self.svi.stats
         self._rate_factor = 1.0  # of the learning rates that the optimiser has now
         self._random_states: list[dict[str, Any]] = []  # of the other ranks
         self._has_random_state = group.world_size == 1  # whether this rank's own is restored
@@ -133,7 +132,7 @@ class Trainer:
                 self.stopped = self.group.any(self.stop_requested)
             if not (sync or self.stopped):
                 continue
-            stuck = bool(self.stats.skipped_in_a_row >= MAX_SKIPPED)  # waits for the device
+            stuck = self.stats.skipped_in_a_row >= MAX_SKIPPED  # waits for the device
             self.seconds += time.perf_counter() - start
             if snapshot or last or stuck or self.stopped:  # the state may be saved
                 self._random_states = self.group.all_gather(self._random_state())[1:]
@@ -173,8 +172,7 @@ class Trainer:
             size = {"num_images": len(self.images)}
         else:
             data, size = self.images, {"batch_size": self.batch_size}
-        loss = self.svi.step_async(data, **size, z_pres_prior_p=self.prior)
-        self.stats.add(-loss / self.svi.num_images, self.svi.grad_norm, self.svi.skipped)
+        self.svi.step_async(data, **size, z_pres_prior_p=self.prior)
         self.step += 1
         begin = self.settings.learn_count_prior_from
         if begin is not None and self.step >= begin and is_due(self.step, LEARN_PRIOR_EVERY):
@@ -187,7 +185,7 @@ class Trainer:
         name = first_not_finite(self.air, images, self.prior)
         return FloatingPointError(
             f"{name} and with it the loss or its gradients were not finite for "
-            f"{int(self.stats.skipped_in_a_row)} steps in a row"
+            f"{self.stats.skipped_in_a_row} steps in a row"
         )
 
     def _learn_count_prior(self) -> None:
@@ -248,7 +246,7 @@ class Trainer:
             "miscounted": self.miscounted,
             "presence": list(self.prior.now),
             "learnt_prior": self.learnt_prior,
-            "tally": {"steps": self.stats.steps, "sums": self.stats.sums},
+            "tally": self.stats.state_dict(),
             "frozen": frozen_names(self.air),
             "optimized": self._optimized_names(),
             "model": self.air.state_dict(),
@@ -274,8 +272,7 @@ class Trainer:
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.miscounted = list(state["miscounted"])
-        self.stats.steps = state["tally"]["steps"]
-        self.stats.sums.copy_(state["tally"]["sums"])
+        self.stats.load_state_dict(state["tally"])
         self.air.load_state_dict(state["model"])
         # A parameter that was frozen on the way keeps its moments.
         held = {*state.get("optimized", ())}

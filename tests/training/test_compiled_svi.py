@@ -43,7 +43,7 @@ def compare_with_eager(
             pyro.set_rng_seed(step)
             optimizer.zero_grad()
             arguments = {"z_pres_prior_p": prior, **keywords}
-            losses.append(float(svi._loss_and_grads(data, (), arguments)))
+            losses.append(float(svi._before_reduce(data, (), arguments).loss))
             grads.append(gradients(air))
         assert losses[1] == pytest.approx(losses[0], rel=rtol)
         assert grads[0].keys() == grads[1].keys()
@@ -175,7 +175,7 @@ def test_the_program_stays_on_its_device(estimator: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("estimator", ["score", "marginal"])
 def test_a_cuda_graph_takes_the_steps_that_uncompiled_ones_take(estimator: str) -> None:
-    """Rates and prior change in place between replays, and random numbers step_async."""
+    """Rates and prior change in place between replays, and random numbers advance."""
     losses, finals = [], []
     data = torch.randint(256, (40, 12, 12), dtype=torch.uint8, device="cuda")
     for kind in (SVI, CompiledSVI):

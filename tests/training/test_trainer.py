@@ -19,7 +19,6 @@ from air.storage.checkpoint import check_progress
 from air.training.events import CheckpointDue, Evaluated, Progress, SnapshotDue
 from air.training.schedules import learning_rate_factor
 from air.training.settings import Estimator, TrainingSettings
-from air.training.step_stats import StepStats
 from air.training.trainer import MAX_SKIPPED, SYNC_EVERY, Trainer
 
 
@@ -275,15 +274,6 @@ def test_schedule_moves_both_rates() -> None:
     factor = learning_rate_factor("cosine", 1, 2)
     rates = [group["lr"].item() for group in running.optimizer.param_groups]
     assert rates == pytest.approx([0.5 * factor, 1e-2 * factor])
-
-
-def test_tally_leaves_out_what_was_skipped() -> None:
-    tally = StepStats(torch.device("cpu"))
-    for elbo in (1.0, math.nan, -math.inf, 4.0):
-        tally.add(torch.tensor(elbo), torch.tensor(2 * elbo), torch.tensor(not math.isfinite(elbo)))
-    assert tally.read() == (2.5, 5.0, 2)
-    tally.add(torch.tensor(math.nan), torch.tensor(1.0), torch.tensor(True))
-    assert str(tally.read()) == "(nan, nan, 1)"
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
