@@ -42,5 +42,9 @@ class StreamedImages:
         if self.device.type == "cpu":
             return images
         if self._batch is None:
-            self._batch = images.to(self.device)
+            self._batch = torch.empty_like(images, device=self.device)
+        if self.device.type == "cuda":
+            # From pinned memory, the copy does not wait for the steps that are still to be taken,
+            # so that the next batch is read meanwhile. torch keeps the memory until it is copied.
+            return self._batch.copy_(images.pin_memory(), non_blocking=True)
         return self._batch.copy_(images)

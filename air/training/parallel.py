@@ -8,6 +8,7 @@ methods, and a captured step calls no module at all.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ AllReduce = Callable[[Tensor], None]  # sums a tensor over all ranks, in place
 
 # The other ranks wait while rank 0 evaluates and draws. The loss of a rank is noticed at once.
 WAIT_FOR_RANK_0 = timedelta(days=1)
+# The sums of a step wait for no evaluation. NCCL does not notice the loss of a rank otherwise.
+WAIT_FOR_SUMS = timedelta(minutes=30)
 
 
 class RankLostError(RuntimeError):
@@ -109,18 +112,23 @@ def process_group() -> Iterator[ProcessGroup]:
         yield SINGLE_PROCESS
         return
     has_gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
+    dist.init_process_group(backend, timeout=WAIT_FOR_SUMS)
     gloo = dist.new_group(backend="gloo", timeout=WAIT_FOR_RANK_0)
     group = ProcessGroup(
         dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), gloo
     )
     try:
         yield group
-    except BaseException:
-        # Gloo's threads must end before the interpreter does, or the process aborts. NCCL might
-        # wait for ranks that this one leaves in the middle of a collective.
+    except BaseException as error:
+        # Gloo's threads must end before the interpreter does, or the process aborts.
         if not has_gpus:
             dist.destroy_process_group()
+        # NCCL, and so an ordinary exit, might wait for ranks that this one leaves in a collective.
+        elif isinstance(error, SystemExit):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.code if isinstance(error.code, int) else 1)
         raise
     dist.destroy_process_group()
 

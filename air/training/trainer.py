@@ -39,7 +39,9 @@ from air.training.settings import (
 from air.training.svi import SVI, make_optimizer
 
 MAX_SKIPPED = 20  # skipped steps in a row that end training
-SYNC_EVERY = 100  # steps, at most, between looks at the device and at the other ranks
+# Steps, at most, between looks at the device and at the other ranks. Under NCCL only such a look
+# finds out that a rank has ended, and until then steps are queued for the device.
+SYNC_EVERY = 25
 
 
 class Trainer:

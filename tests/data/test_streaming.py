@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyro
@@ -33,6 +34,21 @@ def test_a_batch_that_is_no_smaller_than_the_data_is_all_of_them(tmp_path: Path)
         assert np.array_equal(streamed.draw(batch_size), X)
     assert streamed.draw(8).shape == (8, 12, 12)
     assert np.array_equal(streamed[15:20], X[15:20])
+
+
+def test_a_gpu_takes_batches_from_pinned_memory_without_waiting(tmp_path: Path) -> None:
+    """Otherwise the next batch would not be read before the device has taken all its steps."""
+    streamed = in_files(tmp_path)
+    streamed.device = torch.device("cuda")  # there may be none here
+    with (
+        mock.patch("torch.empty_like") as empty_like,
+        mock.patch.object(torch.Tensor, "pin_memory", autospec=True) as pin_memory,
+    ):
+        for _ in range(2):
+            streamed.draw(8)
+    assert empty_like.call_count == 1  # a recorded step reads from a fixed address
+    copied = mock.call(pin_memory.return_value, non_blocking=True)
+    assert empty_like.return_value.copy_.mock_calls == [copied, copied]
 
 
 @pytest.mark.slow

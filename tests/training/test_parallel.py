@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyro
 import pytest
@@ -20,7 +21,7 @@ from two_ranks import CASES, STEPS, make_trainer, one_step, train
 
 from air.storage.checkpoint import read_state
 from air.subsampling import draw_indices
-from air.training.parallel import SINGLE_PROCESS, process_group
+from air.training.parallel import SINGLE_PROCESS, WAIT_FOR_SUMS, process_group
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +67,25 @@ def test_shards_are_drawn_from_as_the_whole_is(size: int) -> None:
 def test_each_rank_draws_random_numbers_of_its_own() -> None:
     groups = SINGLE_PROCESS, SECOND_OF_TWO
     assert len({group.seed(seed, 0) for group in groups for seed in range(50)}) == 100
+
+
+def test_a_process_with_a_gpu_waits_for_no_lost_rank_when_it_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A communicator of NCCL that hangs would block an ordinary exit."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    library = mock.Mock()
+    for name in (
+        *("is_torchelastic_launched", "is_nccl_available", "init_process_group", "new_group"),
+        *("get_rank", "get_world_size", "destroy_process_group"),
+    ):
+        monkeypatch.setattr(torch.distributed, name, getattr(library, name))
+    with mock.patch("os._exit") as leave, pytest.raises(SystemExit), process_group():
+        sys.exit(3)
+    leave.assert_called_once_with(3)
+    library.destroy_process_group.assert_not_called()
+    library.init_process_group.assert_called_once_with("cpu:gloo,cuda:nccl", timeout=WAIT_FOR_SUMS)
 
 
 def test_a_plain_start_joins_no_process_group() -> None:
