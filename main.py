@@ -246,6 +246,7 @@ def build_trainer(config: Config, context: Context) -> tuple[Trainer, Config, st
     channels = x.shape[1] if x.ndim == 4 else 1
     config = with_image_size(config, x.shape[-1], channels)
     torch.set_num_threads(config["threads"])
+    torch.set_float32_matmul_precision(config["matmul_precision"])
     pyro.enable_validation(False)  # its checks read from the device at every site of every step
     pyro.set_rng_seed(config["seed"])
     uses_baselines = config["use_baselines"] and config["estimator"] == "score"

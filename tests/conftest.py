@@ -16,7 +16,7 @@ from air import AIR
 def _reproducible() -> Iterator[None]:
     """Seeds the generators, empties Pyro's store, and keeps torch to one thread.
 
-    Afterwards the threads and Pyro's validation, which the program changes, are as before.
+    Afterwards what the program changes in torch and Pyro is as before.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two on a busy machine can be ten times slower
@@ -25,6 +25,7 @@ def _reproducible() -> Iterator[None]:
     with pyro.validation_enabled():
         yield
     torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ LINES = [
     TUTORIAL,
     f"{SMALL} --output-dir run --eval-every 2 --eval-scenes 10 --save-every 3 --save out.pt -v",
     f"{SMALL} -n 0 --load weights.pt --evaluate --iwae-samples 3 --iwae-scenes 30 --device cpu "
-    "--threads 2 -lr 1e-3 --lr-schedule cosine --clip-grad-norm 5 "
+    "--threads 2 -lr 1e-3 --lr-schedule cosine --clip-grad-norm 5 --matmul-precision medium "
     "--estimator score --baseline-scalar 2 --restarts 1 --alarm-after 1e6",
     f"{SMALL} -t 1 --estimator score --no-baselines --no-masking --embed-net 20 10 "
     "--non-linearity Tanh --compile",

@@ -50,8 +50,9 @@ class ProgramSettings:
     device: str = setting(
         "auto", "device: auto, cpu, cuda, cuda:1, ... or mps; auto is cuda if available"
     )
-    # More threads gain little on these small nets, and lose much on a busy machine.
-    threads: int = setting(1, "threads of a CPU; more may be faster on an idle machine", low=1)
+    # Two threads take 0.6 to 0.8 of the time of one on two idle cores, but 2.7 times as long where
+    # a second run does the same (tests/benchmarks).
+    threads: int = setting(1, "threads of a CPU; more are faster on an idle machine only", low=1)
     evaluate: bool = setting(
         False,
         "at the end, bound log p(x) by importance weighting and write evaluation.json; with -n 0 "

@@ -51,7 +51,8 @@ def inductor(graph: fx.GraphModule) -> Captured:
         wanted |= {"combo_kernels": True, "combo_kernel_max_num_nodes": 32}
         wanted |= {"realize_opcount_threshold": 100, "realize_reads_threshold": 8}
     known = torch._inductor.list_options()  # of this version of torch
-    return torch.compile(graph, options={name: wanted[name] for name in wanted if name in known})
+    options = {name: wanted[name] for name in wanted if name in known}
+    return torch.compile(graph, fullgraph=True, options=options)
 
 
 class CompiledSVI(SVI):
@@ -115,7 +116,6 @@ class CompiledSVI(SVI):
             return super()._before_reduce(data, args, kwargs)
         with torch.no_grad():
             gradients, found = compiled(data)
-        self.optim.zero_grad(set_to_none=True)  # of parameters that are frozen now
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
         return found if isinstance(found, Tensor) else StepResult(*found)
@@ -124,7 +124,6 @@ class CompiledSVI(SVI):
         elbo, surrogate_loss = self._elbo_and_surrogate_loss(data, args, kwargs)
         gradients = torch.autograd.grad(surrogate_loss, self._parameters, allow_unused=True)
         alone = _as_backward_leaves_them(gradients)
-        self.optim.zero_grad(set_to_none=True)
         for parameter, gradient in zip(self._parameters, alone, strict=True):
             parameter.grad = gradient
         return -elbo.detach()

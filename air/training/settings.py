@@ -9,6 +9,7 @@ from air.settings import SettingError, check_settings, setting
 from air.training.schedules import Schedule
 
 Estimator = Literal["score", "marginal"]
+MatmulPrecision = Literal["highest", "high", "medium"]  # of torch.set_float32_matmul_precision
 
 LEARN_PRIOR_EVERY = 100  # steps
 LEARN_PRIOR_SCENES = 1000
@@ -68,6 +69,11 @@ class TrainingSettings:
     anneal_prior_duration: int = setting(100_000, "steps that annealing takes", low=1)
     compile: bool | None = setting(
         None, "compile the step, a minute or two (default: if --num-steps is 5000 or more)"
+    )
+    matmul_precision: MatmulPrecision = setting(
+        "highest",
+        "of float32 matrix products: high and medium are faster on GPUs (TF32), medium on CPUs "
+        "with bfloat16",
     )
     jit: bool = setting(False, "trace the step once by torch.jit")
     seed: int = setting(

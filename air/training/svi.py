@@ -132,6 +132,7 @@ class SVI:
             ValueError: If every parameter is frozen.
         """
         self._find_trainable()
+        self.optim.zero_grad(set_to_none=True)
         found = self._before_reduce(data, args, kwargs)
         if self.all_reduce is not None:
             self.all_reduce(found)
@@ -192,8 +193,7 @@ class SVI:
         return loss
 
     def _loss_and_grads(self, data: Tensor, args: Arguments, kwargs: Keywords) -> Tensor:
-        """Leaves gradients in the parameters and returns the loss."""
-        self.optim.zero_grad(set_to_none=True)
+        """Leaves gradients in the parameters, which have none, and returns the loss."""
         if type(self.loss) is not TraceGraph_ELBO:
             loss = self.loss.loss_and_grads(self.model, self.guide, data, *args, **kwargs)
             return self._parameters[0].new_tensor(loss)
