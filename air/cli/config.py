@@ -1,5 +1,6 @@
 """The configuration of a run: the value of every flag by key, from all its sources."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,10 @@ def check_config(config: Mapping[str, Any], source: Path) -> None:
     Raises:
         CheckpointError: If a setting cannot have its value.
     """
+    try:
+        json.dumps(dict(config))
+    except TypeError as error:  # a tensor, which would pass for a number
+        raise CheckpointError(f"{source}: the settings are not all plain values") from error
     # With --data no scenes were made, and x_size is the size of the data.
     skipped = SceneSettings if config.get("data") else None
     for cls in SETTINGS.values():

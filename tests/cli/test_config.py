@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from air import AIR
 from air.cli.config import (
@@ -165,3 +166,9 @@ def test_configurations_in_files_are_checked() -> None:
     ]:  # fmt: skip
         with pytest.raises(CheckpointError, match=r"^file: --\S+: expected .*, got "):
             check_config({key: value}, Path("file"))
+
+
+def test_a_tensor_does_not_pass_for_a_number_in_a_file() -> None:
+    """It could not be written again."""
+    with pytest.raises(CheckpointError, match="file: the settings are not all plain values"):
+        check_config({**DEFAULTS, "alarm_after": torch.tensor(7)}, Path("file"))
