@@ -61,6 +61,11 @@ def test_a_check_that_fails_fails_the_command_and_the_others_go_on(
     assert gpu_check.main(["--device", "cpu", "--quick"], [good]) == 0
 
 
+def test_a_short_run_tells_its_elbo(tmp_path: Path) -> None:
+    said = gpu_check.short_run(Options("cpu", True, tmp_path), "one")
+    assert re.fullmatch(r"10 steps, ELBO \d+\.\d+ to \d+\.\d+", said)
+
+
 def test_a_run_that_fails_is_told_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as failed:
         gpu_check.run_program(Options("cpu", True, tmp_path), "--device cud --output-dir run")
