@@ -36,7 +36,7 @@ from air.cli.device import pick_device
 from air.cli.errors import explain
 from air.cli.flags import DEFAULTS, Config, Parser, build_parser, settings_named_by_flag
 from air.cli.progress import ProgressBar
-from air.cli.recorder import Recorder, restore_trainer
+from air.cli.recorder import Recorder, final_evaluations, restore_trainer
 from air.cli.suggestion import print_suggestion
 from air.data.arrays import DataError
 from air.data.hints import data_hints
@@ -379,12 +379,8 @@ def finish(session: Session, signaled: int | None) -> int:
         return 128 + signaled
     if run is None:
         return 0
-    if config["evaluate"]:
-        iwae = {name: config[name] for name in ("iwae_samples", "iwae_scenes")}
-        evaluated = trainer.evaluate(len(trainer.held_out.images), **iwae)
-        run.write_json("evaluation.json", evaluated.record())
-        result = evaluated.result
-        print(f"log p(x) is at least {result.bound:.1f} ± {result.bound_se:.1f} nats.")
+    for line in final_evaluations(trainer, run, config):
+        print(line)
     print(f"Done. Pictures and curves are in {run.figures}, all else in {run.path}.")
     return 0
 

@@ -83,12 +83,15 @@ class Detection:
         return replace(self, objects=objects)
 
 
-def detect(air: AIR, images: Tensor | Array) -> list[Detection]:
-    """Finds the objects in images, [N, (C,) H, H], floats in [0, 1] or uint8, on any device."""
+def detect(air: AIR, images: Tensor | Array, refine: bool = False) -> list[Detection]:
+    """Finds the objects in images, [N, (C,) H, H], floats in [0, 1] or uint8, on any device.
+
+    With `refine`, latents are fitted to images that the guide explains badly (see `infer`).
+    """
     images = to_tensor(images)
     detections = []
     for batch in torch.split(images, 500) if len(images) else ():
-        inference = infer(air, batch)
+        inference = infer(air, batch, refine)
         painted = inference.objects.amax(-3) if air.channels > 1 else inference.objects
         reached = at_least_probs(inference.count_probs).tolist()
         boxes = tight_boxes(painted).tolist()
@@ -189,7 +192,7 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
             pixels = np.stack([image.pixels for image in batch])
             for hint in brightness_hints(pixels) if number == 0 else ():
                 logging.getLogger("air").warning(hint)
-            for image, detection in zip(batch, detect(air, pixels), strict=True):
+            for image, detection in zip(batch, detect(air, pixels, args.refine), strict=True):
                 if args.figure and len(shown) < MAX_DRAWN:
                     shown.append((image.pixels, detection))
                 original = detection.in_original(image.placement)
@@ -223,6 +226,9 @@ def build_parser() -> Parser:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a new CSV file too")
     parser.add_argument(
         "--figure", type=Path, metavar="FILE", help="draw the objects into a new PNG file"
+    )
+    parser.add_argument(
+        "--refine", action="store_true", help="fit latents to images that are explained badly"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
     as_trained = "(default: as for training)"

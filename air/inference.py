@@ -13,7 +13,8 @@ from air.air import AIR, Latents
 from air.arguments import check_whole
 from air.images import to_tensor
 from air.marginal import AllStepsActive
-from air.priors import continue_probs_from_counts, count_probs_from_continue
+from air.priors import PresencePrior, continue_probs_from_counts, count_probs_from_continue
+from air.refinement import SceneLatents, refine_scenes
 from air.spatial_transformer import window_boxes
 
 # The least probability of a count in a learnt prior. A count of probability zero could not recover.
@@ -30,7 +31,7 @@ def forked_rng(seed: int, device: torch.device) -> Iterator[None]:
 
 
 class Inference(NamedTuple):
-    """The objects that the guide infers in a batch of images, without sampling.
+    """The objects inferred in a batch of images.
 
     Objects of steps >= `counts` are in `z_where`, `z_what`, `boxes` and `objects` too.
     """
@@ -45,11 +46,24 @@ class Inference(NamedTuple):
 
 
 @torch.no_grad()
-def infer(air: AIR, images: Tensor | NDArray[Any]) -> Inference:
+def infer(
+    air: AIR,
+    images: Tensor | NDArray[Any],
+    refine: bool = False,
+    z_pres_prior_p: PresencePrior | None = None,
+) -> Inference:
     """Infers counts, windows and reconstructions for images, [B, (C,) H, H], on any device.
 
     The guide depends on z_pres only through stopping. So one run with every step active, and with
     z_where and z_what at their means, gives all q_t = q(z_pres_t = 1 | z_pres_{t-1} = 1, x).
+
+    Args:
+        air: The model.
+        images: The images.
+        refine: Whether to fit the latents of badly explained images (see `air.refinement`), which
+            takes some 0.3 s for each of them on a CPU. It gives the same latents every time.
+        z_pres_prior_p: The prior of the count, which refinement takes into account; as for
+            `AIR.model`.
 
     Raises:
         ValueError: If the images have another shape, type or range than `AIR.to_images` takes.
@@ -62,17 +76,22 @@ def infer(air: AIR, images: Tensor | NDArray[Any]) -> Inference:
         return Inference._make(part[:0] for part in infer(air, blank))
     steps = AllStepsActive(use_means=True)
     trace: Any = poutine.trace(steps(air.guide)).get_trace(images)
-    count_probs = count_probs_from_continue(torch.cat(steps.continue_probs, 1))
-    counts = count_probs.argmax(1)
-
-    z_where, z_what = (
-        [trace.nodes[f"{site}_{t}"]["value"] for t in range(air.num_steps)]
+    where, what = (
+        torch.stack([trace.nodes[f"{site}_{t}"]["value"] for t in range(air.num_steps)], 1)
         for site in ("z_where", "z_what")
     )
-    objects = air.paint(z_where, z_what).transpose(0, 1)
+    count_probs = count_probs_from_continue(torch.cat(steps.continue_probs, 1))
+    if refine:
+        q_where = [trace.nodes[f"z_where_{t}"]["fn"] for t in range(air.num_steps)]
+        sds = torch.stack([q.variance.sqrt() for q in q_where], 1)
+        found = SceneLatents(count_probs, where, what, sds)
+        with forked_rng(0, images.device):
+            found = refine_scenes(air, air.to_images(images), found, z_pres_prior_p)
+        count_probs, where, what, _ = found
+    counts = count_probs.argmax(1)
+    objects = air.paint(where.unbind(1), what.unbind(1)).transpose(0, 1)
     in_use = torch.arange(air.num_steps, device=counts.device) < counts[:, None]
     canvas = air.likelihood.compose(objects.transpose(0, 1), in_use.t())
-    where, what = torch.stack(z_where, 1), torch.stack(z_what, 1)
     boxes = window_boxes(where, air.x_size)
     return Inference(count_probs, counts, where, what, boxes, objects, canvas)
 

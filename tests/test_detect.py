@@ -127,6 +127,19 @@ def test_the_command_prints_a_line_for_each_image_and_draws(
         assert float(row["object_probability"]) == found["probability"]
 
 
+def test_detections_are_refined_where_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("air.refinement.NUM_STEPS", 5)
+    air = small_air()
+    path = save(air, tmp_path / "checkpoint.pt")
+    image = write_png(tmp_path / "a.png")
+    assert main([*f"--load {path} {tmp_path}/a.png --refine".split()]) == 0
+    (printed,) = found_in(capsys.readouterr().out)
+    (refined,), (plain,) = detect(air, image[None], refine=True), detect(air, image[None])
+    assert printed["probability"] == refined.probability != plain.probability
+
+
 def test_an_image_without_an_object_has_a_line_and_a_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,16 +41,17 @@ TUTORIAL = (  # with few steps, and few scenes
 LINES = [
     TUTORIAL,
     f"{SMALL} --output-dir run --eval-every 2 --eval-scenes 10 --save-every 3 --save out.pt -v",
-    f"{SMALL} -n 0 --load weights.pt --evaluate --iwae-samples 3 --iwae-scenes 30 --device cpu "
-    "--threads 2 -lr 1e-3 --lr-schedule cosine --clip-grad-norm 5 --matmul-precision medium "
-    "--estimator score --baseline-scalar 2 --restarts 1 --alarm-after 1e6",
+    f"{SMALL} -n 0 --load weights.pt --evaluate --refine --iwae-samples 3 --iwae-scenes 30 "
+    "--device cpu --threads 2 -lr 1e-3 --lr-schedule cosine --clip-grad-norm 5 "
+    "--matmul-precision medium --estimator score --baseline-scalar 2 --restarts 1 "
+    "--alarm-after 1e6",
     f"{SMALL} -t 1 --estimator score --no-baselines --no-masking --embed-net 20 10 "
     "--non-linearity Tanh",
     f"{SMALL} -t 1 --compile",
     f"{SMALL} -t 5 --estimator marginal --window-size 20 --no-decoder-output-use-sigmoid "
     "--likelihood-sd 0.2 --jit",
     f"{SMALL} --z-pres-prior 0.9 --z-pres-prior-raw --anneal-prior exp --anneal-prior-to 1e-3 "
-    "--anneal-prior-begin 1 --anneal-prior-duration 1e6 --no-viz --scale-prior-mean 2 "
+    "--anneal-prior-begin 1 --anneal-prior-duration 1e6 --no-viz --no-refine --scale-prior-mean 2 "
     "--scale-prior-sd 0.3 --pos-prior-mean 0.1 --pos-prior-sd 0.9 --counts 0 1 --x-size 40 "
     "--scale-mean 1.5 --scale-sd 0.05 --min-gap 2 --data-seed 3 --digits embedded --recipe air "
     "--cache-dir cache",
@@ -102,6 +103,11 @@ def test_lines_end_well(line: str, tmp_path: Path, environment: dict[str, str]) 
         found = json.loads(written.read_text())
         assert math.isfinite(found["bound"])
         assert found["bound_se"] > 0
+    if "--refine" in line:
+        (written,) = tmp_path.glob("runs/*/refined.json")
+        found = json.loads(written.read_text())
+        assert found["seconds_per_scene"] > 0
+        assert f"count accuracy {found['accuracy_mode']:.1%} by mode." in done.stdout
     assert "Warning" not in done.stderr
 
 

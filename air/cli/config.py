@@ -18,7 +18,7 @@ COMPILE_MIN_STEPS = 5000  # some 2,500 steps save the time that compiling takes 
 # A resumed run may change these: they do not change what it learns.
 _MAY_CHANGE_ON_RESUME = {
     "num_steps", "progress_every", "eval_every", "eval_scenes", "save_every", "save", "restarts",
-    "alarm_after", "evaluate", "iwae_samples", "iwae_scenes", "device", "threads", "viz",
+    "alarm_after", "evaluate", "refine", "iwae_samples", "iwae_scenes", "device", "threads", "viz",
     "viz_every", "viz_log", "visdom_env", "visdom_server", "visdom_port", "verbose", "resume",
     "data", "mnist_dir", "cache_dir", "suggest",
 }  # fmt: skip

@@ -58,6 +58,11 @@ class ProgramSettings:
         "at the end, bound log p(x) by importance weighting and write evaluation.json; with -n 0 "
         "--load FILE, of a model without further training",
     )
+    refine: bool = setting(
+        False,
+        "at the end, count the held-out scenes by latents that are fitted where the guide explains "
+        "a scene badly, and write refined.json",
+    )
     iwae_samples: int = setting(100, "importance-weighted samples of each scene", low=1)
     iwae_scenes: int = setting(2000, "held-out scenes in that bound", low=1)
     viz: bool = setting(False, "draw curves and scenes live on a visdom server")

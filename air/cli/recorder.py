@@ -1,7 +1,8 @@
 """Writes the events of training: metrics, checkpoints, snapshots, and the live page."""
 
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,24 @@ def restore_trainer(
             trainer.load_state_dict(state)
     except Exception as error:  # a foreign file can hold anything
         raise CheckpointError(f"{source} holds no state of this run: {error!r}") from error
+
+
+def final_evaluations(trainer: Trainer, run: RunFolder, config: Mapping[str, Any]) -> Iterator[str]:
+    """The evaluations of --evaluate and --refine; writes them, and yields a line about each."""
+    num_scenes = len(trainer.held_out.images)
+    if config["evaluate"]:
+        iwae = {name: config[name] for name in ("iwae_samples", "iwae_scenes")}
+        evaluated = trainer.evaluate(num_scenes, **iwae)
+        run.write_json("evaluation.json", evaluated.record())
+        result = evaluated.result
+        yield f"log p(x) is at least {result.bound:.1f} ± {result.bound_se:.1f} nats."
+    if config["refine"]:
+        start = time.perf_counter()
+        evaluated = trainer.evaluate(num_scenes, refine=True)
+        seconds = (time.perf_counter() - start) / num_scenes
+        run.write_json("refined.json", {**evaluated.record(), "seconds_per_scene": seconds})
+        result = evaluated.result
+        found = f"scenes by inferred count {result.count_histogram}"
+        if result.accuracy_mode is not None:
+            found = f"count accuracy {result.accuracy_mode:.1%} by mode"
+        yield f"With refined latents, in {1e3 * seconds:.1f} ms a scene: {found}."

@@ -102,6 +102,7 @@ def evaluate(
     seed: int = 0,
     iwae_samples: int = 0,
     iwae_scenes: int = 2000,
+    refine: bool = False,
 ) -> Evaluation:
     """Evaluates a model on held-out scenes.
 
@@ -113,6 +114,8 @@ def evaluate(
         seed: Seed of the samples; the global generators are restored afterwards.
         iwae_samples: Samples in the importance-weighted bound; 0 for no bound.
         iwae_scenes: The bound is taken over the first `iwae_scenes` scenes.
+        refine: Whether counts (by mode) and boxes are of refined latents (see `infer`). All else is
+            of the guide.
 
     Raises:
         ValueError: If there are no scenes, or scenes or numbers that cannot be used.
@@ -121,9 +124,9 @@ def evaluate(
     check_whole("iwae_samples", iwae_samples, 0)
     check_whole("iwae_scenes", iwae_scenes, 1)
     scenes = check_scenes(air, scenes)
-    with forked_rng(seed, air.h_init.device):
-        batches = torch.split(scenes.images, batch_size)
-        parts = [_measure(air, batch.to(air.h_init.device), z_pres_prior_p) for batch in batches]
+    device, batches = air.h_init.device, torch.split(scenes.images, batch_size)
+    with forked_rng(seed, device):
+        parts = [_measure(air, batch.to(device), z_pres_prior_p, refine) for batch in batches]
         bound = _bound(air, scenes.images[:iwae_scenes], z_pres_prior_p, batch_size, iwae_samples)
     count_probs, boxes, *terms = map(torch.cat, zip(*parts, strict=True))
     sampled = ElboTerms(*terms)
@@ -160,9 +163,11 @@ def check_scenes(air: AIR, scenes: HeldOut) -> HeldOut:
     return scenes
 
 
-def _measure(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None) -> tuple[Tensor, ...]:
+def _measure(
+    air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None, refine: bool
+) -> tuple[Tensor, ...]:
     """q(n), boxes and the terms of a sampled ELBO for one batch, on the CPU."""
-    inference = infer(air, images)
+    inference = infer(air, images, refine, z_pres_prior_p)
     terms = sample_elbo(air, images, z_pres_prior_p)
     objects = inference.objects.amax(-3) if air.channels > 1 else inference.objects
     return tuple(part.cpu() for part in (inference.count_probs, tight_boxes(objects), *terms))

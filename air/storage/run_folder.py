@@ -10,6 +10,7 @@ metrics.jsonl           one JSON object per line, in the order of time. Progress
 checkpoint.pt           weights, optimiser, step and random state, from which a run resumes
 checkpoint.previous.pt  the checkpoint before it
 evaluation.json         the last evaluation with the importance-weighted bound, with --evaluate
+refined.json            the last evaluation with refined latents, with --refine
 snapshots/<step>.npz    64 held-out scenes, what was inferred in them, and samples of the prior
 figures/*.png           pictures and curves
 """

@@ -225,15 +225,15 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"].fill_(rate * factor)
 
-    def evaluate(self, num_scenes: int, **iwae: int) -> Evaluated:
+    def evaluate(self, num_scenes: int, **options: Any) -> Evaluated:  # noqa: ANN401
         """Evaluates on the first held-out scenes, under the prior at the present step.
 
         Args:
             num_scenes: The number of scenes.
-            iwae: ``iwae_samples`` and ``iwae_scenes`` of `evaluate`, for a bound of log p(x).
+            options: ``iwae_samples``, ``iwae_scenes`` and ``refine`` of `evaluate`.
         """
         scenes, seed = self.held_out.first(num_scenes), self.settings.seed
-        result = evaluate(self.air, scenes, self.prior, seed=seed, **iwae)
+        result = evaluate(self.air, scenes, self.prior, seed=seed, **options)
         empty = empty_canvas_elbo(self.air, scenes.images)
         self.miscounted = result.miscounted or []
         late = self.step >= self.settings.alarm_after
