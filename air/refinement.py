@@ -27,6 +27,9 @@ BADLY_EXPLAINED = 0.2  # least relative residual of a scene that is refined
 NUM_STEPS = 100  # of Adam
 WHERE_RATE, WHAT_RATE = 0.05, 0.1  # learning rates of the means
 SAMPLES = 8  # in the ELBO by which hypotheses are compared
+# Nats by which a hypothesis of another count than the guide's must be better. The best of several
+# sampled ELBOs is too high, and a further object also explains what no code of one object can.
+MARGIN = 10.0
 MAX_AT_ONCE = 256  # hypotheses, to bound the memory
 SPLIT = 0.6  # from the centre of a window to those of its two halves, in half sides
 
@@ -65,7 +68,7 @@ def refine_scenes(
 
     Returns:
         The latents. For a refined scene, q(n) is proportional to exp(ELBO) of the best hypothesis
-        with n objects, and zero where no hypothesis has n.
+        with n objects, less `MARGIN`, and zero where no hypothesis has n.
     """
     counts = found.count_probs.argmax(1)
     canvas = paint_scenes(air, found.where, found.what, counts)
@@ -84,6 +87,7 @@ def refine_scenes(
         part = Hypotheses._make(each[k] for each in hypotheses)
         parts.append(_fit(air, images[part.scenes], part, where_sd, count_log_probs(probs)))
     elbos, where, what = map(torch.cat, zip(*parts, strict=True))
+    elbos = elbos - MARGIN * (hypotheses.counts != counts[hypotheses.scenes])
     return _with_winners(found, hypotheses, elbos, where, what)
 
 
