@@ -3,8 +3,9 @@
 The guide infers a scene in one pass. Now and then it puts one window over two close objects, though
 the model explains the scene better by two. Such a scene is explained badly, which shows without
 labels: in the relative residual, |x - canvas|^2 / |x|^2. For these scenes, hypotheses with one
-object more, one fewer or one elsewhere are fitted by gradient steps on their ELBO, and that of the
-highest ELBO wins. (Kim et al. 2018, arXiv:1802.02550, refine the latents of a VAE so.)
+object more, one fewer or one elsewhere are fitted by gradient steps on their ELBO. The highest ELBO
+wins; one of another count than the guide's must be `MARGIN` nats higher. (Kim et al. 2018,
+arXiv:1802.02550, refine the latents of a VAE so.)
 
 A hypothesis has a count n, of which it is certain, and for each object a Normal q(z_where) and
 q(z_what), whose means are fitted. Its ELBO is E_q[log p(x | z)] + log p(n) - sum_t KL(q || p).
@@ -23,7 +24,7 @@ from air.air import AIR
 from air.priors import PresencePrior, count_log_probs
 from air.spatial_transformer import image_to_window, positive_scale
 
-BADLY_EXPLAINED = 0.2  # least relative residual of a scene that is refined
+BADLY_EXPLAINED = 0.2  # relative residual above which a scene is refined
 NUM_STEPS = 100  # of Adam
 WHERE_RATE, WHAT_RATE = 0.05, 0.1  # learning rates of the means
 SAMPLES = 8  # in the ELBO by which hypotheses are compared
@@ -68,8 +69,13 @@ def refine_scenes(
 
     Returns:
         The latents. For a refined scene, q(n) is proportional to exp(ELBO) of the best hypothesis
-        with n objects, less `MARGIN`, and zero where no hypothesis has n.
+        with n objects, less `MARGIN` for another count, and zero where no hypothesis has n.
+
+    Raises:
+        ValueError: If the prior has no probability for a step, or one that is not in [0, 1].
     """
+    probs = images.new_tensor([float(p) for p in air.continue_probs(z_pres_prior_p)])
+    log_prior = count_log_probs(probs)
     counts = found.count_probs.argmax(1)
     canvas = paint_scenes(air, found.where, found.what, counts)
     scenes = (relative_residual(images, canvas) > BADLY_EXPLAINED).nonzero()[:, 0]
@@ -80,12 +86,11 @@ def refine_scenes(
     where_sd = sds.median(0).values  # in all hypotheses, [3]
     starts = list(make_hypotheses(air, images - canvas, found, scenes))
     hypotheses = Hypotheses._make(map(torch.cat, zip(*starts, strict=True)))
-    probs = images.new_tensor([float(p) for p in air.continue_probs(z_pres_prior_p)])
     parts = []
     indices = torch.arange(len(hypotheses.scenes), device=images.device)
     for k in torch.split(indices, MAX_AT_ONCE):
         part = Hypotheses._make(each[k] for each in hypotheses)
-        parts.append(_fit(air, images[part.scenes], part, where_sd, count_log_probs(probs)))
+        parts.append(_fit(air, images[part.scenes], part, where_sd, log_prior))
     elbos, where, what = map(torch.cat, zip(*parts, strict=True))
     elbos = elbos - MARGIN * (hypotheses.counts != counts[hypotheses.scenes])
     return _with_winners(found, hypotheses, elbos, where, what)

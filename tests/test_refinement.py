@@ -159,3 +159,10 @@ def test_every_kind_of_model_is_refined(
     torch.testing.assert_close(first.count_probs.sum(1), torch.ones(4))
     assert torch.equal(first.counts, first.count_probs.argmax(1))
     assert len(infer(air, images[:0], refine=True).counts) == 0
+
+
+def test_a_prior_that_cannot_be_used_is_refused_even_where_nothing_is_refined(air: AIR) -> None:
+    found = latents(air, TWO, 2)
+    image = paint_scenes(air, found.where, found.what, torch.tensor([2]))
+    with pytest.raises(ValueError, match="expected a probability for each of 3 steps"):
+        refine_scenes(air, image, found, [0.5].__getitem__)

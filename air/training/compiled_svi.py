@@ -46,8 +46,8 @@ def inductor(graph: fx.GraphModule) -> Captured:
     }
     devices = (node.kwargs.get("device") for node in graph.graph.nodes)
     if any(isinstance(device, torch.device) and device.type == "cuda" for device in devices):
-        # The step is a chain of some 150 small kernels; the fewer they are, the faster it is. So
-        # independent ones run as one, and intermediate results are rather computed twice.
+        # A step launches some 160 small kernels, one after another, so they should be few: those
+        # that are independent run as one, and what is cheap is computed twice, not stored.
         wanted |= {"combo_kernels": True, "combo_kernel_max_num_nodes": 32}
         wanted |= {"realize_opcount_threshold": 100, "realize_reads_threshold": 8}
     known = torch._inductor.list_options()  # of this version of torch

@@ -72,8 +72,8 @@ class TrainingSettings:
     )
     matmul_precision: MatmulPrecision = setting(
         "highest",
-        "of float32 matrix products: high and medium are faster on GPUs (TF32), medium on CPUs "
-        "with bfloat16",
+        "of float32 matrix products, as in torch.set_float32_matmul_precision; medium is faster on "
+        "CPUs with bfloat16",
     )
     jit: bool = setting(False, "trace the step once by torch.jit")
     seed: int = setting(
