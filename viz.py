@@ -21,6 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from air.data.arrays import Array
 from air.process.streams import steady_streams
 from air.storage.files import write_atomically
 from air.storage.run_folder import RunFolder
@@ -52,7 +53,8 @@ def draw_run(run: RunFolder, gif: bool = False) -> None:
 
     `inputs`, `inferred`, `reconstructions` and `prior_samples` show up to 64 scenes, `errors` the
     scenes counted wrongly, `objects` what each step sees and paints, `scenes` eight scenes with
-    their reconstructions, and `curves` the metrics.
+    their reconstructions, and `curves` the metrics. Where true counts are known, `reliability`
+    compares the accuracy of the inferred counts with their confidence.
 
     Args:
         run: The folder of the run.
@@ -71,8 +73,13 @@ def draw_run(run: RunFolder, gif: bool = False) -> None:
     for name, sheet in sheets(snapshot, 8, zoom).items():
         save_picture(run.figures / f"{name}.png", sheet)
     save_figure(run.figures / "scenes.png", overview(snapshot.scenes.pick(slice(8))), dpi=100)
+    history = History(run.read_metrics())
     with rc_context({"font.size": 6.5}):
-        save_figure(run.figures / "curves.png", curves(History(run.read_metrics())), dpi=DPI)
+        save_figure(run.figures / "curves.png", curves(history), dpi=DPI)
+        if "reliability" in history.latest:
+            error = history.latest.get("calibration_error", math.nan)
+            figure = reliability(history.latest["reliability"], error)
+            save_figure(run.figures / "reliability.png", figure, dpi=DPI)
     if gif:
         chosen = np.unique(np.linspace(0, len(paths) - 1, FRAMES).round().astype(int))
         save_animation(run.figures / "learning.gif", [load_snapshot(paths[i]) for i in chosen])
@@ -116,7 +123,7 @@ def overview(scenes: InferredScenes) -> Figure:
 
 def curves(history: History) -> Figure:
     """Draws all curves that have points, the counts and the confusion matrix; 180 mm wide."""
-    panels = [p for p in PANELS if any(history.points(c.key)[0] for c in p.curves)]
+    panels = [panel for panel in PANELS if history.has_points(panel)]
     latest = history.latest
     plots: list[Callable[[Axes], None]] = [
         partial(_draw_panel, panel=panel, history=history) for panel in panels
@@ -180,6 +187,49 @@ def _draw_histogram(axes: Axes, histogram: Sequence[int]) -> None:
     axes.set(xticks=range(len(histogram)), xlabel="inferred count", ylabel="held-out scenes")
     axes.set_title("Scenes by inferred count", size="medium")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def reliability(bins: Sequence[Sequence[float]], error: float) -> Figure:
+    """Draws accuracy against confidence, and the number of scenes in each bin; 85 mm wide.
+
+    Args:
+        bins: Scenes, mean confidence and accuracy of each bin; see `counting.reliability`.
+        error: The calibration error.
+    """
+    table = np.array(bins, float)
+    scenes, confidence, accuracy = table[table[:, 0] > 0].T
+    figure = Figure((3.35, 4))
+    figure.subplots_adjust(0.14, 0.1, 0.97, 0.94, hspace=0.12)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], "--", color="0.6", lw=0.8, label="calibrated")
+    bars = np.abs(_wilson(accuracy, scenes) - accuracy)
+    upper.errorbar(
+        confidence, accuracy, bars, fmt="o", color="#0072B2", ms=3, lw=0.8, capsize=1.5,
+        label="held-out scenes, with 95 % interval",
+    )  # fmt: skip
+    upper.set(ylabel="fraction counted right", xlim=(0, 1.02), ylim=(0, 1.02))
+    title = f"Reliability of the count (calibration error {100 * error:.1f} %)"
+    upper.set_title(title, size="medium")
+    upper.legend(loc="upper left")
+    width = 1 / len(table)
+    drawn = lower.bar(width * (np.arange(len(table)) + 0.5), table[:, 0], 0.9 * width, color="0.7")
+    lower.bar_label(drawn, [f"{n:,.0f}" if n else "" for n in table[:, 0]], size="x-small")
+    lower.set(xlabel="confidence: greatest q(n)", ylabel="scenes", yscale="log")
+    lower.set_ylim(0.5, 5 * scenes.max())
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.93")
+        axes.set_axisbelow(True)
+    return figure
+
+
+def _wilson(fraction: Array, number: Array) -> Array:
+    """The ends of Wilson's 95 % interval of a fraction of so many: [N], [N] to [2, N]."""
+    z = 1.96
+    middle = (fraction + z**2 / (2 * number)) / (1 + z**2 / number)
+    half = np.sqrt(fraction * (1 - fraction) / number + (z / (2 * number)) ** 2)
+    half *= z / (1 + z**2 / number)
+    return np.stack((middle - half, middle + half))
 
 
 def save_animation(path: Path, snapshots: Sequence[Snapshot]) -> None:

@@ -195,6 +195,8 @@ def ask(url: str, body: bytes | None = None) -> str:
 EVALUATION = Evaluation(
     elbo=630.12, elbo_se=0.5, log_likelihood=660.0, kl_pres=1.0, kl_where=9.0, kl_what=20.0,
     count_histogram=[2, 0, 1], accuracy_mode=0.5, accuracy_sample=0.25, accuracy_apart=None,
+    accuracy_by_distance=[0.5, 0.75, 1.0], accuracy_by_overlap=[1.0, 0.5, None],
+    calibration_error=0.125, reliability=[*[[0.0] * 3] * 9, [3.0, 0.96, 0.5]],
     confusion=[[1, 0, 0], [1, 0, 1]], bound=None, bound_se=None,
     box_iou=None, box_f1=None, box_ap=None, miscounted=[1], baseline_error=7.5,
 )  # fmt: skip
@@ -205,8 +207,14 @@ PROGRESS = Progress(20, 601.2, 0, 45.0, 1e-3, [1e-4, 1e-5], 1280.0, 20.0, 3.5)
 
 RECORDS = [
     *({"step": step, "elbo": 400.0 + step, "grad_norm": float("inf")} for step in range(1, 21)),
-    {"step": 10, "eval_elbo": 410.5, "accuracy_mode": 0.5, "baseline_error": 9.0},
-    {"step": 20, "eval_elbo": 420.5, "count_histogram": [3, 0, 1], "confusion": [[3, 0], [0, 1]]},
+    {
+        "step": 10, "eval_elbo": 410.5, "accuracy_mode": 0.5, "baseline_error": 9.0,
+        "accuracy_by_distance": [0.25, None, 0.75], "calibration_error": 0.25,
+    },
+    {
+        "step": 20, "eval_elbo": 420.5, "count_histogram": [3, 0, 1], "confusion": [[3, 0], [0, 1]],
+        "reliability": [*[[0, 0, 0]] * 8, [1, 0.85, 1.0], [2, 0.95, 0.5]],
+    },
 ]  # fmt: skip
 
 
@@ -249,5 +257,5 @@ SECOND_OF_TWO = ProcessGroup(rank=1, world_size=2, local_rank=1)  # without the 
 
 NAMES = {
     "inputs", "inferred", "reconstructions", "objects", "prior_samples", "errors", "scenes",
-    "curves",
+    "curves", "reliability",
 }  # fmt: skip

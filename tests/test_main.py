@@ -409,7 +409,7 @@ def test_viz_on_a_server_that_dies_and_comes_back(
         assert process.returncode == 0, complaints
     assert f"Live plots: http://127.0.0.1:{port}/env/live" in output
     assert complaints.count("\n") == complaints.count("no live plots for now") == 1
-    assert sorted(found) == sorted(ORDER)
+    assert set(found) == set(ORDER) - {"distance"}  # no scene has two objects
     traces = {trace["name"]: trace for trace in found["elbo"]["content"]["data"]}
     assert traces["training"]["x"] == list(range(2, 251, 2))
     assert traces["held out"]["x"] == [*range(20, 250, 20), 250]

@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +18,7 @@ from PIL import Image
 
 import multi_mnist
 from air.data.arrays import Array
-from air.data.digits import load_embedded
+from air.data.digits import load_embedded, resize_digit
 from air.data.sources import load_data
 from air.data.sprites import SHAPES
 from multi_mnist import DataError, Scenes, SceneSettings, load_file, load_scenes
@@ -46,6 +46,12 @@ def files(folder: Path) -> list[str]:
 def start(cwd: Path, *words: str) -> subprocess.Popen[str]:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *words], cwd=cwd, **pipes)
+
+
+def cut(image: Array) -> Array:
+    """The part of an image [H, H] within the tight box of its light pixels."""
+    ys, xs = (np.flatnonzero(image.any(axis)) for axis in (1, 0))
+    return image[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
 
 
 def script(cwd: Path, line: str) -> tuple[int, str, str]:
@@ -104,6 +110,47 @@ def test_min_gap_is_kept(tmp_path: Path) -> None:
         pairs = [pair for places in boxes for pair in combinations(places, 2)]
         gaps = [max(*(a[:2] - b[2:]), *(b[:2] - a[2:])) for a, b in pairs]
         assert gap <= min(gaps) < gap + 3
+
+
+@pytest.mark.parametrize("counts", [(0, 1, 2), (3,)])
+def test_digits_of_recipe_apart_are_apart_along_both_axes(counts: tuple[int, ...]) -> None:
+    solid = np.full((1, 28, 28), 100, np.uint8), np.zeros(1, np.uint8)  # as large as its square
+    settings = SMALL(recipe="apart", counts=counts, num_scenes=2000)
+    x, found, overlaps, _, all_boxes = multi_mnist._draw(settings, False, *solid)
+    boxes = np.asarray(all_boxes)
+    assert np.nanmax(boxes) == 50  # up to the edges
+    assert np.nanmin(boxes) == 0
+    sides = boxes[..., 2:] - boxes[..., :2]
+    assert np.all((sides == 24) | np.isnan(sides))
+    assert set(np.asarray(found)) == set(counts)
+    pairs = [pair for places in boxes for pair in combinations(places, 2)]
+    steps = np.array([np.abs(a[:2] - b[:2]) for a, b in pairs if not np.isnan([a, b]).any()])
+    assert len(steps) > 500
+    assert steps.min(0).tolist() == [12, 12]
+    assert np.asarray(overlaps).any()  # at the corners
+    assert x.max() == 200
+
+
+def test_digits_of_recipe_apart_never_add_up_to_more_than_255() -> None:
+    light = np.full((1, 28, 28), 128, np.uint8), np.zeros(1, np.uint8)
+    x, _, overlaps, *_ = multi_mnist._draw(SMALL(recipe="apart", counts=(2,)), False, *light)
+    assert not np.asarray(overlaps).any()  # such scenes are drawn again
+    assert np.all(x.sum((1, 2), dtype=int) == 2 * 128 * 24**2)
+
+
+def test_recipe_apart_is_deterministic_and_splits_the_digits(
+    digits: list[Array], tmp_path: Path
+) -> None:
+    splits = [load_scenes(SMALL(recipe="apart"), cache_dir=tmp_path / part) for part in "ab"]
+    assert splits[0].sha256 == splits[1].sha256
+    assert splits[0].sha256.startswith("4f3587381121")
+    assert load_scenes(SMALL(recipe="apart", seed=1), cache_dir=tmp_path).sha256 != splits[0].sha256
+    one = SMALL(recipe="apart", counts=(1,), num_test_scenes=300)
+    alone = load_scenes(one, cache_dir=tmp_path)
+    for (x, _, _, labels, _), bank in ((alone.train, digits[:2]), (alone.test, digits[2:])):
+        small = [resize_digit(image, 24) for image in bank[0]]
+        known = {cut(image).tobytes(): label for image, label in zip(small, bank[1], strict=True)}
+        assert [[known[cut(image).tobytes()]] for image in x] == np.asarray(labels).tolist()
 
 
 def test_the_side_of_a_digit_follows_the_scale() -> None:
@@ -278,7 +325,7 @@ def test_pyro_sets_have_their_published_pixel_sums(name: str, total: int, tmp_pa
 def test_a_setting_out_of_bounds_is_named() -> None:
     cases: list[tuple[str, str, list[object]]] = [
         ("digits", "embedded or mnist", ["emnist"]),
-        ("recipe", "air or dsprites or pyro-nearest or pyro-bicubic", ["pyro", None]),
+        ("recipe", "air or apart or dsprites or pyro-nearest or pyro-bicubic", ["pyro", None]),
         (
             "counts",
             "a list of values, each a whole number of at least 0, at most 50",
@@ -314,11 +361,28 @@ def test_settings_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
         SceneSettings(binary=True, background="noisy")
     with pytest.raises(ValueError, match=r"digits: expected none for recipe dsprites, got mnist"):
         SceneSettings(recipe="dsprites", digits="mnist")
-    with pytest.raises(ValueError, match=r"counts: no room for 9 objects; try fewer"):
-        train(tmp_path, counts=(9,), x_size=30)
+    for name, given, fixed in (
+        ("sides", (9, 18), r"\(24, 24\)"), ("sides", (24, 25), r"\(24, 24\)"),
+        ("scale_mean", 1.2, "1.1666"), ("scale_sd", 0.2, "0.0"),
+    ):  # fmt: skip
+        with pytest.raises(
+            ValueError, match=f"^{name}: expected {fixed}.*, which apart fixes, got"
+        ):
+            SceneSettings(recipe="apart", **{name: given})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^x_size: expected at least 24 for recipe apart, got 23"):
+        SceneSettings(recipe="apart", x_size=23)
+    for impossible in ({"counts": (9,), "x_size": 30}, {"counts": (4,), "recipe": "apart"}):
+        with pytest.raises(ValueError, match=r"counts: no room for \d objects; try fewer"):
+            train(tmp_path, **impossible)
     with pytest.raises(ValueError, match=r"mnist_dir: expected only with digits mnist, got"):
         load_scenes(SMALL(), cache_dir=tmp_path, mnist_dir=tmp_path)
     assert not files(tmp_path)
+
+
+def test_settings_of_recipe_apart_can_be_changed_by_replace() -> None:
+    settings = SceneSettings(recipe="apart", sides=(24, 24))
+    assert settings == SceneSettings(recipe="apart")
+    assert replace(settings, seed=1) == SceneSettings(recipe="apart", seed=1)
 
 
 def test_a_second_load_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,40 @@ def test_curves_draw_what_is_there(tmp_path: Path, records: list[dict[str, Any]]
     assert (len(picture.getcolors(1 << 24) or []) > 1) == bool(records)
 
 
+@pytest.mark.parametrize(
+    "bins",
+    [
+        [*[[0.0] * 3] * 9, [10.0, 1.0, 1.0]],
+        [[3.0, 0.0, 0.0], *[[0.0] * 3] * 9],
+        [[10.0**m, 0.1 * m + 0.05, 1 - 0.1 * m] for m in range(10)],
+    ],
+)
+def test_reliability_is_drawn_with_its_intervals(tmp_path: Path, bins: list[list[float]]) -> None:
+    figure = viz.reliability(bins, 0.125)
+    upper, lower = figure.axes
+    assert "12.5 %" in upper.get_title()
+    used = np.array([each for each in bins if each[0]])
+    (points, _, (intervals,)) = upper.containers[0]
+    np.testing.assert_allclose(np.transpose(points.get_data()), used[:, 1:])
+    for (scenes, confidence, accuracy), ends in zip(used, intervals.get_segments(), strict=True):
+        np.testing.assert_allclose(ends[:, 0], confidence)
+        for end in ends[:, 1]:  # Wilson's interval ends where the accuracy is 1.96 errors away
+            error = 1.96 * math.sqrt(end * (1 - end) / scenes)
+            assert abs(accuracy - end) == pytest.approx(error, abs=1e-9)
+    assert [bar.get_height() for bar in lower.patches] == [scenes for scenes, *_ in bins]
+    viz.save_figure(tmp_path / "reliability.png", figure, viz.DPI)
+    assert load(tmp_path / "reliability.png").width == 1005
+
+
+def test_reliability_is_drawn_where_true_counts_are_known(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 5)
+    run.metrics.unlink()
+    for known in (None, [*[[0.0] * 3] * 9, [3.0, 0.96, 0.5]]):
+        run.log({"step": 5, "eval_elbo": 1.0, "reliability": known})
+        viz.draw_run(run)
+        assert (run.figures / "reliability.png").exists() == (known is not None)
+
+
 def test_the_program_draws_a_run_or_says_why_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""How good a model is on held-out scenes: count accuracy, confusion, ELBO."""
+"""How good a model is on held-out scenes: ELBO, counts, boxes."""
 
 import math
 from typing import Any, NamedTuple
@@ -11,13 +11,13 @@ from torch import Tensor
 from air.air import AIR
 from air.arguments import check_whole
 from air.evaluation.boxes import score_boxes, tight_boxes
+from air.evaluation.counting import score_counts
 from air.evaluation.elbo import ElboTerms, importance_weighted_bound, sample_elbo
 from air.images import to_tensor
 from air.inference import forked_rng, infer
 from air.priors import PresencePrior, at_least_probs
 
 MAX_OBJECTS = 1000  # in one scene; a larger count is an error in the data
-MAX_MISCOUNTED = 16  # wrongly counted scenes that an evaluation lists
 
 
 class HeldOut(NamedTuple):
@@ -64,7 +64,8 @@ class Evaluation(NamedTuple):
     """Measures of one model on a set of scenes; None if the scenes lack what a measure needs.
 
     Nats are per image; an accuracy is the fraction of scenes whose count is right. "By mode" means
-    that the inferred count is the mode of q(n).
+    that the inferred count is the mode of q(n). The measures of counts are those of
+    `counting.CountScores`.
     """
 
     elbo: float
@@ -79,19 +80,18 @@ class Evaluation(NamedTuple):
     accuracy_mode: float | None = None
     accuracy_sample: float | None = None  # the inferred count is one sample of q(n)
     accuracy_apart: float | None = None  # by mode, over scenes of several objects without overlap
+    # By mode, over scenes of several objects: in bands of the distance of the closest two centres,
+    # and in bands of the number of pixels that objects share.
+    accuracy_by_distance: list[float | None] | None = None
+    accuracy_by_overlap: list[float | None] | None = None
+    calibration_error: float | None = None  # expected calibration error of q(n), in [0, 1]
+    reliability: list[list[float]] | None = None  # scenes, mean confidence, accuracy of each bin
     confusion: list[list[int]] | None = None  # images by true count (rows) and inferred (mode)
     box_iou: float | None = None  # of the boxes around the painted objects; see `boxes.BoxScores`
     box_f1: float | None = None
     box_ap: float | None = None
     miscounted: list[int] | None = None  # indices of the first scenes whose count (mode) is wrong
     baseline_error: float | None = None  # root mean square error of the baseline, in nats
-
-
-def confusion_matrix(true: Tensor, inferred: Tensor, num_steps: int) -> Tensor:
-    """The number of images by true count (rows) and inferred count (columns, 0..num_steps)."""
-    rows = int(true.max()) + 1 if len(true) else 1
-    cells = true * (num_steps + 1) + inferred
-    return torch.bincount(cells, minlength=rows * (num_steps + 1)).reshape(rows, -1)
 
 
 def evaluate(
@@ -114,8 +114,8 @@ def evaluate(
         seed: Seed of the samples; the global generators are restored afterwards.
         iwae_samples: Samples in the importance-weighted bound; 0 for no bound.
         iwae_scenes: The bound is taken over the first `iwae_scenes` scenes.
-        refine: Whether counts (by mode) and boxes are of refined latents (see `infer`). All else is
-            of the guide.
+        refine: Whether q(n), counts by mode and boxes are of refined latents (see `infer`). All
+            else is of the guide.
 
     Raises:
         ValueError: If there are no scenes, or scenes or numbers that cannot be used.
@@ -198,20 +198,13 @@ def _compare_with_truth(
     """The measures that need true counts, and the measures that need true boxes or overlaps too."""
     if scenes.counts is None:
         return {}
-    true, mode = scenes.counts.cpu().long(), count_probs.argmax(1)
-    right = (mode == true).double()
-    measures: dict[str, Any] = {
-        "miscounted": (mode != true).nonzero()[:MAX_MISCOUNTED, 0].tolist(),
-        "accuracy_mode": float(right.mean()),
-        "accuracy_sample": float((sampled_counts == true).double().mean()),
-        "confusion": confusion_matrix(true, mode, count_probs.size(1) - 1).tolist(),
-    }
-    if scenes.overlaps is not None:
-        apart = (true > 1) & (scenes.overlaps.cpu() == 0)
-        measures["accuracy_apart"] = float(right[apart].mean())
-    if scenes.boxes is not None:
-        reached = at_least_probs(count_probs)
-        scores = score_boxes(boxes, reached, mode, scenes.boxes.cpu(), true)
+    true = scenes.counts.cpu().long()
+    true_boxes, overlaps = (None if p is None else p.cpu() for p in (scenes.boxes, scenes.overlaps))
+    counting = score_counts(count_probs, sampled_counts, true, true_boxes, overlaps)
+    measures: dict[str, Any] = counting._asdict()
+    if true_boxes is not None:
+        reached, mode = at_least_probs(count_probs), count_probs.argmax(1)
+        scores = score_boxes(boxes, reached, mode, true_boxes, true)
         measures |= {f"box_{name}": score for name, score in scores._asdict().items()}
     return measures
 

@@ -261,12 +261,13 @@ def _new_folder(path: Path) -> Path:
             number += 1
 
 
-def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with None for numbers that are not finite, which JSON lacks."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
-    }
+def _finite(value: Any) -> Any:  # noqa: ANN401
+    """The value with None for numbers that are not finite, which JSON lacks, also within lists."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from air.evaluation.counting import DISTANCE_BANDS
 from air.evaluation.metrics import Evaluation
 
 
@@ -55,7 +56,7 @@ class Evaluated:
         }
 
     def __str__(self) -> str:
-        """The evaluation for reading, with its confusion matrix."""
+        """The evaluation for reading, with confusion matrix and accuracy by distance if known."""
         result = self.result
         text = (
             f"step {self.step:,}, {self.scenes:,} held-out scenes: "
@@ -70,6 +71,11 @@ class Evaluated:
         ]
         for true, row in enumerate(result.confusion):
             lines.append(f"{true:17}" + "".join(f"{n:7}" for n in row))
+        accuracies = result.accuracy_by_distance or [None] * len(DISTANCE_BANDS)
+        bands = zip(DISTANCE_BANDS, accuracies, strict=True)
+        known = [f"{band} {found:.1%}" for band, found in bands if found is not None]
+        if known:
+            lines.append(f"  count accuracy by distance of centres: {', '.join(known)}")
         return "\n".join(lines)
 
 

@@ -6,6 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from air.evaluation.counting import DISTANCE_BANDS
+
 Record = Mapping[str, Any]  # one line of metrics.jsonl
 Points = tuple[list[int], list[float | None]]  # steps and values; None is a gap in the curve
 
@@ -15,20 +17,26 @@ MAX_POINTS = 1000  # drawn of one curve: more would slow a browser down and not 
 class Curve(NamedTuple):
     """A line in a panel, in one of Okabe and Ito's colours, which colour-blind people can tell."""
 
-    key: str  # in a record
+    key: str  # in a record; "name.i" is element i of a list
     label: str
     colour: str
     style: Literal["line", "points", "dotted"] = "line"  # points: marked and joined by a line
 
 
 class Panel(NamedTuple):
-    """Curves that share their axes; the x axis is the step."""
+    """Curves that share their axes; the x axis is the step.
+
+    A panel without points is left out. Only the live page draws some panels before they have
+    points, so that their panes keep their places: `from_start`, or `with_truth`, which means from
+    the start if the true counts of the held-out scenes are known.
+    """
 
     name: str
     title: str
     unit: str
     curves: tuple[Curve, ...]
     axis: Literal["top", "zero", "log"] = "top"
+    appears: Literal["from_start", "with_truth", "with_points"] = "from_start"
 
     def y_axis(
         self, curves: Sequence[Sequence[float | None]]
@@ -87,6 +95,27 @@ PANELS = (
             Curve("accuracy_sample", "sampled count", _ORANGE, "points"),
         ),
         "zero",
+        "with_truth",
+    ),
+    Panel(
+        "distance",
+        "Held-out count accuracy by the distance of centres",
+        "scenes counted right (%)",
+        (
+            Curve("accuracy_by_distance.0", DISTANCE_BANDS[0], _RED, "points"),
+            Curve("accuracy_by_distance.1", DISTANCE_BANDS[1], _ORANGE, "points"),
+            Curve("accuracy_by_distance.2", DISTANCE_BANDS[2], _BLUE, "points"),
+        ),
+        "zero",
+        "with_points",
+    ),
+    Panel(
+        "calibration",
+        "Calibration error of the count (held out)",
+        "|accuracy - confidence| (%)",
+        (Curve("calibration_error", "q(n)", _BLUE, "points"),),
+        "zero",
+        "with_truth",
     ),
     Panel(
         "baseline",
@@ -94,6 +123,7 @@ PANELS = (
         "nats per image",
         (Curve("baseline_error", "baseline", _RED, "points"),),
         "log",
+        "with_points",
     ),
     Panel(
         "grad_norm",
@@ -108,7 +138,7 @@ PANELS = (
         "rate, probability",
         (
             Curve("learning_rate", "learning rate", _BLUE),
-            Curve("p_any", "prior, p(n > 0)", _RED),
+            Curve("z_pres_prior_p.0", "prior, p(n > 0)", _RED),
         ),
         "log",
     ),
@@ -123,13 +153,14 @@ PANELS = (
 
 
 def value(record: Record, key: str) -> float | None:
-    """The value of a curve in a record, or None; an accuracy is in percent."""
-    if key == "p_any":
-        return record["z_pres_prior_p"][0] if record.get("z_pres_prior_p") else None
-    found = record.get(key)
+    """The value of a curve in a record, or None; accuracy and calibration error are in percent."""
+    name, _, index = key.partition(".")
+    found = record.get(name)
+    if index and found is not None:
+        found = found[int(index)] if int(index) < len(found) else None
     if found is None:
         return None
-    return 100.0 * found if key.startswith("accuracy") else float(found)
+    return 100.0 * found if name.startswith(("accuracy", "calibration")) else float(found)
 
 
 class History:
@@ -157,6 +188,10 @@ class History:
         copied._values = {key: values.copy() for key, values in self._values.items()}
         copied.latest = self.latest.copy()
         return copied
+
+    def has_points(self, panel: Panel) -> bool:
+        """Whether a curve of the panel has a point."""
+        return any(self._values[curve.key] for curve in panel.curves)
 
     def points(self, key: str) -> Points:
         """Steps and values of a curve; None for a value that is not finite.

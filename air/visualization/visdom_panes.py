@@ -4,7 +4,9 @@ Each pane has a fixed name, under which the visdom server replaces the pane as a
 """
 
 import html
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -18,7 +20,8 @@ ORDER = (  # on the page: four plots are as wide as two pictures
     "elbo", "accuracy", "kl", "confusion",
     "inferred", "reconstructions",
     "objects", "prior_samples", "errors",
-    "counts", "grad_norm", "rates", "speed", "baseline", "settings",
+    "counts", "grad_norm", "rates", "speed",
+    "reliability", "calibration", "settings", "distance", "baseline",
 )  # fmt: skip
 _ROWS, _COLUMNS = 2, 8  # of scenes in a picture
 ON_PAGE = _ROWS * _COLUMNS  # scenes that a picture shows
@@ -47,23 +50,28 @@ class Page:
         self._env = env
 
     def draw(self, history: History, snapshot: Snapshot, settings: Mapping[str, Any]) -> None:
-        """Draws every pane; the baseline's pane only if its error is known."""
-        panels = {panel.name: panel for panel in PANELS}
-        if not history.points("baseline_error")[0]:
-            del panels["baseline"]
+        """Draws every pane for which there is something to draw, or will be (see `Panel`)."""
+        has_truth = snapshot.scenes.true_counts is not None
+        latest = history.latest
         zoom = max(1, _SCENE_SIDE // snapshot.scenes.images.shape[-1])
         pictures = sheets(snapshot, _COLUMNS, zoom, _ROWS, _OBJECT_ROWS)
+        panes: dict[str, Callable[[], None]] = {
+            name: partial(self._draw_picture, name, pictures[name], snapshot.step)
+            for name in _TITLES
+        }
+        panes["counts"] = partial(self._draw_counts, latest)
+        panes["settings"] = partial(self._draw_settings, settings)
+        for panel in PANELS:
+            at_once = panel.appears == "from_start" or (panel.appears == "with_truth" and has_truth)
+            if at_once or history.has_points(panel):
+                panes[panel.name] = partial(self._draw_curves, panel, history)
+        if has_truth or "confusion" in latest:
+            panes["confusion"] = partial(self._draw_confusion, latest.get("confusion", [[0]]))
+        if has_truth or "reliability" in latest:
+            panes["reliability"] = partial(self._draw_reliability, latest.get("reliability", []))
         for name in ORDER:
-            if name in panels:
-                self._draw_curves(panels[name], history)
-            elif name in _TITLES:
-                self._draw_picture(name, pictures[name], snapshot.step)
-            elif name == "counts":
-                self._draw_counts(history.latest)
-            elif name == "confusion":
-                self._draw_confusion(history.latest.get("confusion", [[0]]))
-            elif name == "settings":
-                self._draw_settings(settings)
+            if name in panes:
+                panes[name]()
 
     def _draw_curves(self, panel: Panel, history: History) -> None:
         points: list[tuple[float, float | None]] = []
@@ -127,6 +135,35 @@ class Page:
         )
         options |= {"xmin": 0, "xmax": 1, "colormap": "Reds"}
         self._client.heatmap(shares, win="confusion", env=self._env, opts=options)
+
+    def _draw_reliability(self, bins: Sequence[Sequence[float]]) -> None:
+        """Accuracy against confidence in each bin, labelled by its scenes, and the diagonal."""
+        used = [each for each in bins if each[0]]
+        points = [(confidence, accuracy) for _, confidence, accuracy in used] or [(0, math.nan)]
+        options = _plot_options(
+            "Reliability of the count, with numbers of held-out scenes",
+            {"title": "confidence: greatest q(n)", "dtick": 0.2, "range": [0, 1.06]},
+            {"title": "counted right (fraction)", "dtick": 0.2, "range": [-0.12, 1.06]},
+            showlegend=False,
+        )
+        options["legend"] = ["calibrated", "scenes"]
+        options["traceopts"] = {
+            "plotly": {
+                "calibrated": {"mode": "lines", "line": {"color": _GREY, "dash": "dash"}},
+                "scenes": {
+                    "mode": "markers+text",
+                    "text": [f"{scenes:,.0f}" for scenes, *_ in used],
+                    "textposition": "bottom center",
+                    "marker": {
+                        "color": _BLUE,
+                        "size": [4 + 3 * math.log10(scenes) for scenes, *_ in used],
+                    },
+                },
+            }
+        }
+        positions = np.array([(0, 0), (1, 1), *points], float)
+        numbers = np.array([1, 1] + [2] * len(points))  # of the trace of each point
+        self._client.scatter(positions, numbers, win="reliability", env=self._env, opts=options)
 
     def _draw_picture(self, name: str, picture: Pictures, step: int) -> None:
         options = {"title": f"{_TITLES[name]} (step {step:,})"}

@@ -1,4 +1,4 @@
-"""Counts, confusion and ELBO on held-out scenes, against Pyro and cases computed by hand."""
+"""ELBO, counts and boxes on held-out scenes, against Pyro and cases computed by hand."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,8 @@ from air import AIR
 from air.evaluation import HeldOut, evaluate, importance_weighted_bound, sample_elbo
 from air.evaluation.boxes import tight_boxes
 from air.evaluation.collapse import empty_canvas_elbo
-from air.evaluation.metrics import MAX_MISCOUNTED, MAX_OBJECTS, confusion_matrix
+from air.evaluation.counting import confusion_matrix
+from air.evaluation.metrics import MAX_OBJECTS
 from air.inference import infer, mean_count_probs
 
 
@@ -168,12 +169,6 @@ def test_the_bound_equals_the_log_of_the_mean_of_all_weights(air: AIR, images: T
     assert first.bound != found.bound
 
 
-def test_the_confusion_matrix_equals_a_computation_by_hand() -> None:
-    true, inferred = torch.tensor([0, 1, 1, 4]), torch.tensor([0, 1, 2, 2])
-    expected = [[1, 0, 0], [0, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 1]]
-    assert confusion_matrix(true, inferred, 2).tolist() == expected
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 100])
 def test_every_scene_counts_once_in_any_batch_size(air: AIR, batch_size: int) -> None:
     images, counts = torch.rand(10, 12, 12), torch.randint(6, (10,))
@@ -206,26 +201,6 @@ def test_one_scene_has_no_standard_error_and_no_scenes_are_refused(air: AIR) -> 
     assert math.isnan(evaluate(air, HeldOut(torch.rand(1, 12, 12), torch.tensor([1]))).elbo_se)
     with pytest.raises(ValueError, match="no scenes"):
         evaluate(air, HeldOut(torch.rand(0, 12, 12)))
-
-
-def test_accuracy_apart_covers_scenes_of_several_objects_without_overlap(images: Tensor) -> None:
-    air = small_air()
-    count_on(air, 0, 9.0)  # it infers three objects in every scene
-    counts = torch.tensor([0, 1, 2, 2, 3, 3, 3, 1, 3, 2])
-    overlaps = torch.tensor([0, 0, 0, 5, 0, 0, 1, 0, 0, 1])
-    found = evaluate(air, HeldOut(images, counts, overlaps=overlaps))
-    assert found.accuracy_apart == pytest.approx(3 / 4)  # over the counts 2, 3, 3, 3
-    assert evaluate(air, HeldOut(images, counts)).accuracy_apart is None
-
-
-def test_scenes_with_a_wrong_count_are_listed(images: Tensor) -> None:
-    air = small_air()
-    count_on(air, 0, 9.0)
-    counts = torch.tensor([3, 1, 3, 3, 0, 3, 2, 3, 3, 3])
-    assert evaluate(air, HeldOut(images, counts)).miscounted == [1, 4, 6]
-    assert evaluate(air, HeldOut(images)).miscounted is None
-    many = HeldOut(images.repeat(5, 1, 1), torch.zeros(50))
-    assert evaluate(air, many).miscounted == list(range(MAX_MISCOUNTED))
 
 
 def test_box_scores_are_of_the_boxes_around_painted_objects(images: Tensor) -> None:

@@ -60,10 +60,13 @@ def test_metrics_are_lines_of_json(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", 0)
     assert run.read_metrics() == []
     run.log({"step": 1, "elbo": 2.5})
-    run.log({"step": 2, "elbo": math.nan})
+    run.log({"step": 2, "elbo": math.nan, "bins": [[1, math.inf], [0.5]]})
     with run.metrics.open("a") as file:
         file.write('{"step": 3, "el')  # cut off by a kill
-    assert run.read_metrics() == [{"step": 1, "elbo": 2.5}, {"step": 2, "elbo": None}]
+    assert run.read_metrics() == [
+        {"step": 1, "elbo": 2.5},
+        {"step": 2, "elbo": None, "bins": [[1, None], [0.5]]},
+    ]
     for step in (0, 1, 2, 30):
         run.snapshots.mkdir(exist_ok=True)
         (run.snapshots / f"{step:08}.npz").write_text("")

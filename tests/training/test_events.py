@@ -25,9 +25,16 @@ def test_an_evaluation_for_the_log() -> None:
 
 
 def test_an_evaluation_for_reading() -> None:
-    first, header, *rows = str(Evaluated(7, 3, EVALUATION, 480.0, None)).splitlines()
+    first, header, *rows, last = str(Evaluated(7, 3, EVALUATION, 480.0, None)).splitlines()
     assert "3 held-out scenes: ELBO 630.1 ± 0.5 nats, count accuracy 50.0% by mode" in first
     assert header.split() == ["true", "\\", "inferred", "0", "1", "2"]
     assert [row.split() for row in rows] == [["0", "1", "0", "0"], ["1", "1", "0", "1"]]
+    accuracies = "below 11 px 50.0%, 11 to 17 px 75.0%, above 17 px 100.0%"
+    assert last == f"  count accuracy by distance of centres: {accuracies}"
+    some = EVALUATION._replace(accuracy_by_distance=[None, 0.75, None])
+    assert str(Evaluated(7, 3, some, 480.0, None)).endswith(" of centres: 11 to 17 px 75.0%")
+    for unknown in (None, [None] * 3):
+        text = str(Evaluated(7, 3, EVALUATION._replace(accuracy_by_distance=unknown), 480.0, None))
+        assert len(text.splitlines()) == 4
     blind = EVALUATION._replace(confusion=None, accuracy_mode=None, accuracy_sample=None)
     assert "by inferred count [2, 0, 1]" in str(Evaluated(7, 3, blind, 480.0, None))

@@ -17,8 +17,10 @@ def test_every_curve_finds_its_value_in_what_training_tells() -> None:
     assert all(steps == [20] for steps, _ in values.values()), values
     expected = {
         "elbo": 601.2, "eval_elbo": 630.12, "accuracy_mode": 50.0, "accuracy_sample": 25.0,
-        "p_any": 1e-4, "learning_rate": 1e-3, "steps_per_second": 20.0, "kl_what": 20.0,
+        "z_pres_prior_p.0": 1e-4, "learning_rate": 1e-3, "steps_per_second": 20.0, "kl_what": 20.0,
         "grad_norm": 45.0, "baseline_error": 7.5, "empty_elbo": 480.0,
+        "accuracy_by_distance.0": 50.0, "accuracy_by_distance.1": 75.0,
+        "accuracy_by_distance.2": 100.0, "calibration_error": 12.5,
     }  # fmt: skip
     for key, value in expected.items():
         assert values[key][1] == [pytest.approx(value)], key
@@ -59,6 +61,15 @@ def test_a_step_that_comes_again_takes_the_place_of_the_first() -> None:
 def test_a_value_that_is_not_finite_is_a_gap() -> None:
     records = [{"step": i, "elbo": v} for i, v in enumerate([1.0, math.nan, -math.inf, 2.0])]
     assert History(records).points("elbo") == ([0, 1, 2, 3], [1.0, None, None, 2.0])
+
+
+def test_an_element_of_a_list_that_is_not_there_is_no_point() -> None:
+    lists = [[0.5, None, 1.0], None, [], [0.25]]
+    history = History({"step": i, "accuracy_by_distance": each} for i, each in enumerate(lists))
+    assert history.points("accuracy_by_distance.0") == ([0, 3], [50.0, 25.0])
+    assert history.points("accuracy_by_distance.1") == ([], [])
+    assert history.points("accuracy_by_distance.2") == ([0], [100.0])
+    assert [p.name for p in PANELS if history.has_points(p)] == ["distance"]
 
 
 def panel(name: str) -> curves.Panel:

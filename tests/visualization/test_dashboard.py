@@ -94,9 +94,10 @@ def test_ten_drawings_leave_one_pane_each(
     board.close()
     last = panes(port, "runs_one")
     assert sorted(last) == EVERYTHING
-    assert [last[name]["i"] for name in ORDER if name != "baseline"] == [
-        first[name]["i"] for name in ORDER if name != "baseline"
-    ]  # each where it was
+    assert {name: last[name]["i"] for name in first} == {
+        name: pane["i"] for name, pane in first.items()
+    }  # each where it was
+    assert {*first, "baseline", "distance"} == set(last)
     elbo = {trace["name"]: trace for trace in last["elbo"]["content"]["data"]}
     assert elbo["training"]["y"] == [400.0 + step for step in range(1, 22)]
     assert "<td>seed</td><td>7</td>" in last["settings"]["content"]
@@ -147,7 +148,7 @@ def test_curves_are_whole_when_a_server_comes_back(
         found = wait_for_title(port, "phoenix", 10)
         elbo = {trace["name"]: trace for trace in found["elbo"]["content"]["data"]}
         assert elbo["training"]["x"] == list(range(1, 11))
-        assert sorted(found) == sorted(set(ORDER) - {"baseline"})
+        assert sorted(found) == sorted(set(ORDER) - {"baseline", "distance"})
         board.close()
     assert (tmp_path / "two" / "phoenix.json").is_file()  # for the next start of that server
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -310,7 +311,7 @@ def test_a_browser_shows_every_pane_and_its_changes(
             assert time.monotonic() < deadline, f"{len(shown('.window'))} panes are shown"
             time.sleep(0.5)
         assert len(shown(".window")) == len(ORDER)
-        assert len(shown(".js-plotly-plot")) == 9
+        assert len(shown(".js-plotly-plot")) == 12
         widths = [picture.get_property("naturalWidth") for picture in shown(".window img")]
         assert widths == [828] * 5  # decoded, and not stretched except by rounding
         sizes = [picture.size["width"] for picture in shown(".window img")]

@@ -49,7 +49,7 @@ def draw(tmp_path: Path) -> Draw:
 def test_every_pane_is_there_from_the_beginning_and_keeps_its_size(draw: Draw) -> None:
     before = draw([], make_snapshot(wrong=0), {})
     after = draw(RECORDS, make_snapshot(wrong=9), {"seed": 1})
-    assert {*before, "baseline"} == set(after) == set(ORDER)
+    assert {*before, "baseline", "distance"} == set(after) == set(ORDER)
     for name, pane in before.items():
         for side in ("width", "height"):
             assert pane["opts"][side] == after[name]["opts"][side], name
@@ -67,9 +67,32 @@ def test_curves_hold_their_points(draw: Draw) -> None:
     assert traces["model and guide"]["y"] == [None] * 20
     assert traces["inferred"]["y"] == [75.0, 0.0, 25.0]
     assert traces["true"]["y"] == [75.0, 25.0, 0.0]
+    assert (traces["below 11 px"]["x"], traces["below 11 px"]["y"]) == ([10], [25.0])
+    assert traces["11 to 17 px"]["y"] == [None]
+    assert panes["calibration"]["data"][0]["y"] == [25.0]
     assert panes["confusion"]["data"][0]["z"] == [[1.0, 0.0], [0.0, 1.0]]
     numbers = {(a["x"], a["y"]): a["text"] for a in panes["confusion"]["layout"]["annotations"]}
     assert numbers == {(0, 0): "3", (1, 0): "0", (0, 1): "0", (1, 1): "1"}
+
+
+def test_reliability_shows_the_bins_that_hold_scenes(draw: Draw) -> None:
+    before = draw([], make_snapshot(), {})["reliability"]["data"]
+    diagonal, scenes = draw(RECORDS, make_snapshot(), {})["reliability"]["data"]
+    for line in (before[0], diagonal):
+        assert (line["x"], line["y"], line["mode"]) == ([0.0, 1.0], [0.0, 1.0], "lines")
+    assert before[1]["y"] == [None]
+    assert (scenes["x"], scenes["y"]) == ([0.85, 0.95], [1.0, 0.5])
+    assert scenes["text"] == ["1", "2"]
+    assert scenes["marker"]["size"][0] < scenes["marker"]["size"][1]
+
+
+def test_without_true_counts_no_pane_is_about_them(draw: Draw) -> None:
+    snapshot = make_snapshot()
+    blind = snapshot._replace(scenes=snapshot.scenes._replace(true_counts=None))
+    measured = [{"step": 1, "eval_elbo": 1.0, "accuracy_by_distance": None, "reliability": None}]
+    about_truth = {"accuracy", "distance", "calibration", "confusion", "reliability"}
+    for records in ([], measured):
+        assert set(draw(records, blind, {})) == set(ORDER) - about_truth - {"baseline"}
 
 
 def test_curves_have_their_style_and_axes(draw: Draw) -> None:
