@@ -5,6 +5,7 @@ names of Pyro's AIR example, so that weights trained there load here.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,52 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.seq(x)
+
+
+class ConvEmbed(nn.Module):
+    """What the LSTMs see of an image: convolutions, and linear layers behind them.
+
+    Each convolution halves the sides. Counts of close digits need it: two digits and one digit
+    differ in edges and corners, which are sums of products of pixels and not sums of pixels.
+
+    Inputs are [B, C * H * H], outputs [B, the last of `sizes`], or without `sizes` the pixels of
+    all channels of the last convolution.
+    """
+
+    def __init__(
+        self,
+        image_channels: int,
+        x_size: int,
+        channels: Sequence[int],
+        sizes: Sequence[int],
+        non_linearity: NonLinearity,
+    ) -> None:
+        super().__init__()
+        self.shape = [image_channels, x_size, x_size]
+        layers: list[nn.Module] = []
+        side, kernel = x_size, 5
+        for i, o in pairwise([image_channels, *channels]):
+            layers += [nn.Conv2d(i, o, kernel, stride=2, padding=kernel // 2), non_linearity()]
+            side, kernel = (side + 1) // 2, 3
+        self.conv = nn.Sequential(*layers)
+        self.mlp = MLP(channels[-1] * side**2, sizes, non_linearity, output_non_linearity=True)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.mlp(self.conv(image.view(-1, *self.shape)).flatten(1))
+
+
+def make_embed(
+    image_channels: int,
+    x_size: int,
+    conv_channels: Sequence[int],
+    sizes: Sequence[int],
+    non_linearity: NonLinearity,
+) -> nn.Module:
+    """The net between the image, [B, C * H * H], and the LSTMs; without layers the identity."""
+    if conv_channels:
+        return ConvEmbed(image_channels, x_size, conv_channels, sizes, non_linearity)
+    pixels = image_channels * x_size**2
+    return MLP(pixels, sizes, non_linearity, output_non_linearity=True)
 
 
 class Encoder(nn.Module):

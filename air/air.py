@@ -25,7 +25,7 @@ from air.priors import DEFAULT_COUNT_RATIO, PresencePrior, geometric_count_prior
 from air.settings import as_arguments
 from air.spatial_transformer import image_to_window, window_to_image
 from air.subsampling import subsample_indices
-from modules import MLP, Decoder, Encoder, ImageLSTMCell, Predict, Projection
+from modules import MLP, Decoder, Encoder, ImageLSTMCell, Predict, Projection, make_embed
 
 Latents = tuple[list[Tensor], list[Tensor]]  # z_where, T times [B, 3]; z_pres, T times [B, 1]
 
@@ -102,6 +102,7 @@ class AIR(nn.Module):
         channels: int = ModelSettings.channels,
         use_cuda: bool = False,
         *,
+        embed_channels: Sequence[int] | None = ModelSettings.embed_channels,
         encode: nn.Module | None = None,
         decode: nn.Module | None = None,
         predict: nn.Module | None = None,
@@ -132,17 +133,16 @@ class AIR(nn.Module):
         self.register_buffer("z_where_scale_prior", torch.tensor([*map(float, where_scale)]))
         nl: type[nn.Module] = getattr(nn, s.non_linearity)
         window_pixels, image_pixels = s.channels * s.window_size**2, s.channels * s.x_size**2
-        embed_sizes, rnn_hidden_size = s.embed_net or (), s.rnn_hidden_size
-        embedded_size = [image_pixels, *embed_sizes][-1]
-        if embed is not None:
-            (embedded_size,) = output_sizes(embed, image_pixels)
+        rnn_hidden_size = s.rnn_hidden_size
+        embedding = s.channels, s.x_size, s.embed_channels or (), s.embed_net or (), nl
         latent_size = Z_WHERE_SIZE + z_what_size + Z_PRES_SIZE
 
         # The generative model.
         output = s.decoder_output_bias, s.decoder_output_use_sigmoid
         self.decode: nn.Module = Decoder(window_pixels, s.decoder_net, z_what_size, *output, nl)
         # The inference network.
-        self.embed: nn.Module = MLP(image_pixels, embed_sizes, nl, output_non_linearity=True)
+        self.embed = make_embed(*embedding)
+        (embedded_size,) = output_sizes(embed or self.embed, image_pixels)
         self.rnn = ImageLSTMCell(embedded_size, latent_size, rnn_hidden_size)
         self.predict: nn.Module = Predict(
             rnn_hidden_size, s.predict_net, Z_PRES_SIZE, Z_WHERE_SIZE, nl
@@ -153,7 +153,7 @@ class AIR(nn.Module):
         self.z_where_init = nn.Parameter(torch.zeros(1, Z_WHERE_SIZE))
         self.z_what_init = nn.Parameter(torch.zeros(1, z_what_size))
         # The baseline.
-        self.bl_embed: nn.Module = MLP(image_pixels, embed_sizes, nl, output_non_linearity=True)
+        self.bl_embed = make_embed(*embedding)
         self.bl_rnn = ImageLSTMCell(embedded_size, latent_size, rnn_hidden_size)
         self.bl_predict = MLP(rnn_hidden_size, [*s.bl_predict_net, 1], nl)
         self.bl_h_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))

@@ -41,9 +41,17 @@ class ModelSettings:
     predict_net: Sequence[int] = setting(
         (200,), "hidden layers of q(z_pres, z_where | h)", low=1, metavar="SIZE"
     )
+    embed_channels: Sequence[int] | None = setting(
+        None,
+        "channels of convolutions between the image and the LSTMs, each of which halves the sides "
+        "(default: none)",
+        low=1,
+        length=(1, None),
+        metavar="CHANNELS",
+    )
     embed_net: Sequence[int] | None = setting(
         None,
-        "layers between the image and the LSTMs (default: none)",
+        "linear layers between the image, or the convolutions, and the LSTMs (default: none)",
         low=1,
         length=(1, None),
         metavar="SIZE",

@@ -76,10 +76,11 @@ def by_hand(
         seen = x
         if air.guide_input == "difference":
             seen, (z_where, z_what, state, bl_state) = x - canvas, unset
-        inputs = torch.cat((seen.flatten(1), z_where, z_what, z_pres), 1)
-        state = lstm(air.rnn, inputs, state)
+        latents = torch.cat((z_where, z_what, z_pres), 1)
+        state = lstm(air.rnn, torch.cat((air.embed(seen.flatten(1)), latents), 1), state)
         out = air.predict.mlp(state[0])
-        bl_state = lstm(air.bl_rnn, inputs.detach(), bl_state)
+        bl_inputs = air.bl_embed(seen.detach().flatten(1)), latents.detach()
+        bl_state = lstm(air.bl_rnn, torch.cat(bl_inputs, 1), bl_state)
         baselines.append(air.bl_predict(bl_state[0])[:, 0])
         if masking:
             baselines[-1] = baselines[-1] * z_pres[:, 0]
@@ -135,9 +136,11 @@ def by_hand(
         {"use_baselines": False},
         {"use_masking": False},
         {"embed_net": None, "x_size": 9},
+        {"embed_channels": [3, 2], "embed_net": [7]},
         {"guide_input": "difference"},
         {"guide_input": "difference", "use_masking": False},
         {"channels": 3, "guide_input": "difference"},
+        {"channels": 3, "guide_input": "difference", "embed_channels": [4]},
         {"likelihood": "bernoulli"},
         {"likelihood": "bernoulli", "channels": 2, "guide_input": "difference"},
     ],
@@ -168,7 +171,10 @@ def test_elbo_and_every_gradient_equal_a_second_computation(
             torch.testing.assert_close(ours[name], parameter.grad, msg=name, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"embed_net": [6, 5]}, {"guide_input": "difference"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"embed_net": [6, 5]}, {"embed_channels": [3, 2]}, {"guide_input": "difference"}],
+)
 def test_every_named_parameter_gets_a_gradient(options: dict[str, Any]) -> None:
     air, images = small_air(**options), torch.rand(20, 12, 12)
     if air.guide_input == "difference":  # where h is always that of the start, zero

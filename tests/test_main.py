@@ -46,7 +46,7 @@ LINES = [
     "--matmul-precision medium --estimator score --baseline-scalar 2 --restarts 1 "
     "--alarm-after 1e6",
     f"{SMALL} -t 1 --estimator score --no-baselines --no-masking --embed-net 20 10 "
-    "--non-linearity Tanh --compile",
+    "--embed-channels 4 --non-linearity Tanh --compile",
     f"{SMALL} -t 5 --estimator marginal --window-size 20 --no-decoder-output-use-sigmoid "
     "--likelihood-sd 0.2 --jit",
     f"{SMALL} --z-pres-prior 0.9 --z-pres-prior-raw --anneal-prior exp --anneal-prior-to 1e-3 "

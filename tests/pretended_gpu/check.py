@@ -55,6 +55,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # estimator, and arguments 
     "score, likelihood bernoulli": ("score", {"likelihood": "bernoulli"}),
     "marginal, three channels": ("marginal", {"channels": 3}),
     "score, three channels": ("score", {"channels": 3}),
+    "marginal, convolutions": ("marginal", {"embed_channels": [2, 3]}),
     "score, no masking": ("score", {"use_masking": False}),
     "score, no baselines": ("score", {"use_baselines": False}),
     "marginal, no baselines": ("marginal", {"use_baselines": False}),

@@ -67,7 +67,7 @@ def compare_with_eager(
     ("num_steps", "batch_size", "options"),
     [
         (1, 3, {}), (3, None, {}), (5, 7, {}), (2, 3, {"guide_input": "difference"}),
-        (2, 3, {"likelihood": "bernoulli"}),
+        (2, 3, {"likelihood": "bernoulli"}), (2, 3, {"embed_channels": [3, 2], "embed_net": [5]}),
     ],
 )  # fmt: skip
 def test_captured_gradients_equal_eager_ones(
