@@ -11,6 +11,7 @@ no further pass through a net. In Pyro, `poutine.scale` weights each object by q
 `pyro.factor` adds the first sum.
 """
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -26,6 +27,8 @@ from air.arguments import check_call
 from air.param_store import register_parameters
 from air.priors import PresencePrior, check_presence_prior, count_log_probs
 
+CountTerm = Callable[[Tensor, Tensor, int], None]  # of images, log q(n), and the size of the data
+
 
 class AllStepsActive(Messenger):
     """Runs AIR's guide with every step active, and records q(z_pres_t = 1 | z_pres_{t-1} = 1).
@@ -35,11 +38,13 @@ class AllStepsActive(Messenger):
 
     Args:
         use_means: Whether z_where and z_what are their means instead of samples.
+        detach: Whether no gradient flows through z_where and z_what.
     """
 
-    def __init__(self, use_means: bool = False) -> None:
+    def __init__(self, use_means: bool = False, detach: bool = False) -> None:
         super().__init__()
         self.use_means = use_means
+        self.detach = detach
         self.continue_probs: list[Tensor] = []  # q_t, T times [B, 1]
         self._at_least: Any = 1.0  # q(n >= t), [B]
 
@@ -51,8 +56,9 @@ class AllStepsActive(Messenger):
             msg["value"], msg["done"], msg["stop"] = torch.ones_like(q), True, True
         elif msg["name"].startswith("z_"):
             msg["scale"] = msg["scale"] * self._at_least
-            if self.use_means:
-                msg["value"], msg["done"] = msg["fn"].mean, True
+            if self.use_means or self.detach:
+                value = msg["fn"].mean if self.use_means else msg["fn"]()
+                msg["value"], msg["done"] = value.detach() if self.detach else value, True
 
 
 class MarginalAIR:
@@ -61,17 +67,22 @@ class MarginalAIR:
     They take the arguments of `AIR.model` and `AIR.guide`. They never use the baseline, so an AIR
     with ``use_baselines=False`` is faster.
 
+    Args:
+        air: The model.
+        count_term: Adds a term to the loss; see `air.added_scenes.AddedScenes`.
+
     Raises:
         ValueError: If the AIR does not use masking.
     """
 
-    def __init__(self, air: AIR) -> None:
+    def __init__(self, air: AIR, count_term: CountTerm | None = None) -> None:
         if not air.use_masking:
             raise ValueError(
                 "the exact expectation over the count needs masking, because finished steps must "
                 "cost nothing; without masking, use the score function (--estimator score)"
             )
         self.air = air
+        self.count_term = count_term
 
     def guide(
         self,
@@ -119,3 +130,5 @@ class MarginalAIR:
             log_likelihoods = [air.likelihood.log_prob(images, canvas) for canvas in canvases]
             terms = torch.stack(log_likelihoods, 1) + log_prior - log_q
             pyro.factor("obs", (log_q.exp() * terms).sum(1))
+        if self.count_term is not None:
+            self.count_term(images, log_q, num_images or len(data))

@@ -6,7 +6,9 @@ names its parameters as they are named in the module, where Pyro's example has
 """
 
 import logging
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import pyro
 import torch
@@ -18,6 +20,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # The tensors that were registered here. The value is a part of the store as it was then, which
 # `pyro.clear_param_store` replaces by a new one.
 _registered: MutableMapping[Tensor, object] = WeakTensorKeyDictionary()
+_is_unregistered = ContextVar("_is_unregistered", default=False)
+
+
+@contextmanager
+def unregistered() -> Iterator[None]:
+    """Within the block, modules that run leave the store as it is: copies of another module."""
+    token = _is_unregistered.set(True)
+    try:
+        yield
+    finally:
+        _is_unregistered.reset(token)
 
 
 def register_parameters(module: nn.Module) -> None:
@@ -32,6 +45,8 @@ def register_parameters(module: nn.Module) -> None:
     Raises:
         ValueError: If a loaded value has another shape than the parameter.
     """
+    if _is_unregistered.get():
+        return
     store = pyro.get_param_store()
     parameters = dict(module.named_parameters())
     others = {

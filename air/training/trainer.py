@@ -9,6 +9,7 @@ import torch
 from pyro.infer import JitTraceGraph_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
+from air.added_scenes import AddedScenes
 from air.air import AIR
 from air.data.streaming import StreamedImages
 from air.evaluation.collapse import (
@@ -87,7 +88,8 @@ class Trainer:
             air, settings.learning_rate, settings.baseline_learning_rate, settings.clip_grad_norm
         )
         elbo = JitTraceGraph_ELBO(ignore_jit_warnings=True) if settings.jit else TraceGraph_ELBO()
-        program = MarginalAIR(air) if settings.estimator == "marginal" else air
+        self.added_scenes = AddedScenes(air) if settings.added_scenes > 0 else None
+        program = MarginalAIR(air, self.added_scenes) if settings.estimator == "marginal" else air
         arguments = program.model, program.guide, self.optimizer, elbo
         self.svi = (
             CompiledSVI(*arguments, compiler=compiler, all_reduce=group.all_reduce)
@@ -169,12 +171,16 @@ class Trainer:
     def _take_step(self) -> None:
         self.prior.set_step(self.step + 1)
         self._set_learning_rates()
+        if self.added_scenes and self.step >= self.settings.added_scenes_from:
+            self.added_scenes.set_weight(self.settings.added_scenes)
         if isinstance(self.images, StreamedImages):
             data = self.images.draw(self.batch_size)
             size = {"num_images": len(self.images)}
         else:
             data, size = self.images, {"batch_size": self.batch_size}
         self.svi.step_async(data, **size, z_pres_prior_p=self.prior)
+        if self.added_scenes:
+            self.added_scenes.update_teacher()
         self.step += 1
         begin = self.settings.learn_count_prior_from
         if begin is not None and self.step >= begin and is_due(self.step, LEARN_PRIOR_EVERY):
@@ -252,6 +258,7 @@ class Trainer:
             "frozen": frozen_names(self.air),
             "optimized": self._optimized_names(),
             "model": self.air.state_dict(),
+            "teacher": self.added_scenes and self.added_scenes.teacher.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             **self._random_state(),
             "streams": self._random_states,
@@ -276,6 +283,8 @@ class Trainer:
         self.miscounted = list(state["miscounted"])
         self.stats.load_state_dict(state["tally"])
         self.air.load_state_dict(state["model"])
+        if self.added_scenes:
+            self.added_scenes.teacher.load_state_dict(state["teacher"])
         # A parameter that was frozen on the way keeps its moments.
         held = {*state.get("optimized", ())}
         held_ids = {id(p) for name, p in self.air.named_parameters() if name in held}

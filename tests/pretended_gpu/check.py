@@ -332,6 +332,18 @@ def trainers_step(variant: str) -> None:
 
 
 @check()
+def added_scenes() -> None:
+    """They are made on the device, uncompiled and in a recorded step."""
+    with pretended_trainer("marginal", added_scenes=5.0, added_scenes_from=1) as (gpu, make):
+        for captured in (False, True):
+            trainer = make(captured=captured)
+            for _ in range(WARMUP_STEPS + 2):
+                with NothingCrosses():
+                    trainer._take_step()
+        assert len(gpu.graphs) == 1
+
+
+@check()
 def images_in_files() -> None:
     """Each batch is copied to the same place, from which a recorded step reads."""
     with pretended("marginal", warmup_steps=1) as gpu, EveryNumberIsOne():

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from air import AIR
+from air.added_scenes import AddedScenes
 from air.marginal import MarginalAIR
 from air.priors import AnnealedPresencePrior
 from air.subsampling import draw_indices
@@ -36,13 +37,18 @@ def compare_with_eager(
     rtol: float,
     **keywords: Any,  # noqa: ANN401
 ) -> None:
-    """Loss and gradients of a few steps, from the same weights and noise, while weights change."""
+    """Loss and gradients of a few steps, from the same weights and noise, while weights change.
+
+    So do the prior and, if there is one, the weight of added scenes.
+    """
     optimizer = make_optimizer(air, 0.01, 0.1)
     eager = SVI(program.model, program.guide, optimizer, TraceGraph_ELBO())
     compiled = CompiledSVI(program.model, program.guide, optimizer, TraceGraph_ELBO(), compiler)
     prior = AnnealedPresencePrior([0.5] * air.num_steps, "lin", 1e-3, 0, 10)
     for step in range(3):
         prior.set_step(step)
+        if isinstance(program, MarginalAIR) and isinstance(program.count_term, AddedScenes):
+            program.count_term.set_weight(10.0 * step)
         losses, grads = [], []
         for svi in (eager, compiled):
             pyro.set_rng_seed(step)
@@ -80,11 +86,19 @@ def test_captured_gradients_equal_eager_ones(
         compare_with_eager(air, program, data, as_it_is, 1e-10, batch_size=batch_size)
 
 
+@pytest.mark.parametrize("options", [{}, {"guide_input": "difference", "embed_channels": [3]}])
+def test_captured_gradients_of_added_scenes_equal_eager_ones(options: dict[str, Any]) -> None:
+    air = small_air(use_baselines=False, **options).double()
+    program = MarginalAIR(air, AddedScenes(air))
+    with pyro.validation_enabled(False):
+        compare_with_eager(air, program, torch.rand(30, 12, 12), as_it_is, 1e-10, batch_size=9)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["score", "marginal"])
 def test_compiled_gradients_equal_eager_ones(estimator: str) -> None:
     air = small_air(num_steps=1)
-    program = MarginalAIR(air) if estimator == "marginal" else air
+    program = MarginalAIR(air, AddedScenes(air)) if estimator == "marginal" else air
     with pyro.validation_enabled(False):
         compare_with_eager(air, program, torch.rand(10, 12, 12), inductor, 1e-4, batch_size=4)
 

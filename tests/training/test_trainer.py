@@ -85,13 +85,19 @@ def test_same_seed_same_run_and_evaluations_change_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stop", "captured", "estimator"),
-    [(1, False, "score"), (4, False, "marginal"), (5, True, "score"), (11, True, "marginal")],
-)
+    ("stop", "captured", "estimator", "added_scenes"),
+    [
+        (1, False, "score", 0), (4, False, "marginal", 0), (5, True, "score", 0),
+        (11, True, "marginal", 0), (2, False, "marginal", 50), (7, True, "marginal", 50),
+    ],
+)  # fmt: skip
 def test_resumed_is_as_if_never_stopped(
-    stop: int, captured: bool, estimator: Estimator, monkeypatch: pytest.MonkeyPatch
+    stop: int, captured: bool, estimator: Estimator, added_scenes: float
 ) -> None:
-    settings = replace(SETTINGS, compile=captured, estimator=estimator, lr_schedule="cosine")
+    settings = replace(
+        SETTINGS, compile=captured, estimator=estimator, lr_schedule="cosine",
+        added_scenes=added_scenes, added_scenes_from=4,
+    )  # fmt: skip
     whole = trainer(settings, compiler=capture_only)
     expected = [without_times(e) for e in whole.train() if e.step > stop]
 

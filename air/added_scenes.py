@@ -1,0 +1,148 @@
+"""Counts taught by added scenes: two scenes of one object each add up to a scene of two.
+
+Where the guide has learnt to put one window over two close objects, the ELBO does not teach it
+better: beside that window a second one explains little. But the guide counts most scenes rightly,
+so it knows how many objects the sum of two scenes has before it looks at the sum. At every step,
+some pairs of scenes in the batch are added, and q(n) of the sums is fitted to the sums of the
+counts. Lest the guide count too many everywhere, q(n) of the batch itself is fitted to the counts
+that the guide inferred some hundred steps ago. No label is used.
+
+Knobel et al. 2024 learn to count from pasted crops (arXiv:2307.08727). To train on composed scenes
+is the sleep phase of wake-sleep (Hinton et al. 1995); here the parts of a composed scene are real,
+so it has no errors of the decoder. The earlier guide is the mean teacher of Tarvainen and Valpola
+2017 (arXiv:1703.01780).
+"""
+
+import copy
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from torch import Tensor
+
+from air.air import AIR
+from air.marginal import AllStepsActive
+from air.param_store import unregistered
+from air.priors import count_log_probs
+from air.refinement import BADLY_EXPLAINED, relative_residual
+
+PARTNERS = 6  # scenes to which each scene is added, to see whether the sum can be used
+BATCH_PER_MADE = 4  # scenes in the batch for each sum that is used
+LEAST_SHARE = 0.05  # of the batch: a greater count is taught only if so many scenes have it
+TEACHER_DECAY = 0.995  # at a step, of the weights of the earlier guide in their running mean
+
+
+class MadeScenes(NamedTuple):
+    """M scenes made by addition."""
+
+    images: Tensor  # [M, (C,) H, H]
+    counts: Tensor  # [M]
+    valid: Tensor  # bool [M]; false where too few pairs could be added
+
+
+class AddedScenes:
+    """A term of the training loss whose value is zero, and whose gradient teaches q(n).
+
+    Attributes:
+        weight: Nats of the ELBO for one nat of log q(n), [1]. It is zero at first.
+        teacher: An AIR whose weights are the running means of the model's, which infers the counts.
+    """
+
+    def __init__(self, air: AIR) -> None:
+        self.air = air
+        self.weight = torch.zeros_like(air.h_init[0, :1].detach())
+        self.teacher = copy.deepcopy(air).requires_grad_(False)
+        self._is_set_to = 0.0
+        pairs = [
+            (ours, theirs)
+            for (name, ours), theirs in zip(
+                air.named_parameters(), self.teacher.parameters(), strict=True
+            )
+            if not name.startswith("bl_")
+        ]
+        self._parameters, self._means = map(list, zip(*pairs, strict=True))
+
+    def set_weight(self, weight: float) -> None:
+        """Changes the weight; a weight that is set already is not written to the device again."""
+        if weight != self._is_set_to:
+            self.weight.fill_(weight)
+            self._is_set_to = weight
+
+    @torch.no_grad()
+    def update_teacher(self) -> None:
+        """Takes the model's present weights into the means; call it after every step."""
+        torch._foreach_lerp_(self._means, self._parameters, 1 - TEACHER_DECAY)
+
+    def __call__(self, images: Tensor, log_q: Tensor, size: int) -> None:
+        """Adds the term to the model that runs.
+
+        Args:
+            images: The batch, [B, (C,) H, H], as `AIR.to_images` returns it.
+            log_q: log q(n) for n = 0..T, [B, T + 1].
+            size: Number of images by which every cost is multiplied.
+        """
+        counts, explained = infer_counts(self.teacher, images)
+        made = make_scenes(self.air, images, counts, explained)
+        with poutine.block(), AllStepsActive(detach=True) as steps:
+            self.air.guide(made.images)
+        log_q_made = count_log_probs(torch.cat(steps.continue_probs, 1))
+        of_batch, of_made = (
+            each.gather(1, n[:, None])[:, 0]
+            for each, n in ((log_q, counts), (log_q_made, made.counts))
+        )
+        total = of_batch.sum() + (of_made * made.valid).sum()
+        term = self.weight[0] * size * total / (len(images) + made.valid.sum())
+        pyro.factor("added_scenes", term - term.detach())
+
+
+@torch.no_grad()
+def infer_counts(air: AIR, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The modes of q(n), [B], and whether the objects explain the scene well, bool [B].
+
+    As `air.inference.infer`, without its checks and whatever reads from the device.
+    """
+    with unregistered(), poutine.block(), AllStepsActive(use_means=True) as steps:
+        trace: Any = poutine.trace(air.guide).get_trace(images)
+    counts = count_log_probs(torch.cat(steps.continue_probs, 1)).argmax(1)
+    where, what = (
+        [trace.nodes[f"{site}_{t}"]["value"] for t in range(air.num_steps)]
+        for site in ("z_where", "z_what")
+    )
+    painted = air.paint(where, what).unbind()
+    canvases = [*accumulate(painted, air.likelihood.add, initial=torch.zeros_like(images))]
+    residuals = torch.stack([relative_residual(images, canvas) for canvas in canvases], 1)
+    return counts, residuals.gather(1, counts[:, None])[:, 0] < BADLY_EXPLAINED
+
+
+def make_scenes(air: AIR, images: Tensor, counts: Tensor, explained: Tensor) -> MadeScenes:
+    """Adds scenes in pairs; picks pairs at random that can be added.
+
+    Two scenes can be added if both have objects and are explained well, so that their counts are
+    likely right; if no intensity of the sum is above one; and if some scenes of the batch have as
+    many objects.
+
+    Args:
+        air: Says how objects add up.
+        images: The batch, [B, (C,) H, H].
+        counts: The inferred counts, [B].
+        explained: Whether the inferred objects explain the scene well, bool [B].
+
+    Returns:
+        At least one scene, and one for every `BATCH_PER_MADE` scenes in the batch.
+    """
+    n, usable = len(images), explained & (counts > 0)
+    possible = torch.arange(air.num_steps + 1, device=counts.device)
+    shares = (counts[:, None] == possible).to(images.dtype).mean(0)
+    most = (possible * (shares >= LEAST_SHARE)).amax()
+    # The batch is in random order, so neighbours are random pairs.
+    shifts = [k % n for k in range(1, PARTNERS + 1)]
+    totals = torch.cat([counts + counts.roll(k) for k in shifts])
+    both = torch.cat([usable & usable.roll(k) for k in shifts])
+    sums = torch.cat([air.likelihood.add(images, images.roll(k, 0)) for k in shifts])
+    valid = both & (totals <= most) & (sums.flatten(1).amax(1) <= 1)
+    # The valid ones first, both parts in random order.
+    order = (valid + torch.rand(len(valid), device=counts.device)).argsort(descending=True)
+    k = order[: max(1, n // BATCH_PER_MADE)]
+    return MadeScenes(sums[k].clamp(max=1), totals[k].clamp(max=air.num_steps), valid[k])
