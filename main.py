@@ -37,7 +37,6 @@ from air.cli.errors import explain
 from air.cli.flags import DEFAULTS, Config, Parser, build_parser, settings_named_by_flag
 from air.cli.progress import ProgressBar
 from air.cli.recorder import Recorder, final_evaluations, restore_trainer
-from air.cli.suggestion import print_suggestion
 from air.data.arrays import DataError
 from air.data.hints import data_hints
 from air.data.preparation import ImageSettings
@@ -106,6 +105,8 @@ def main(
         parser = build_parser(__doc__ or "", quiet=not group.is_main)
         cli_args = to_json_types(vars(parser.parse_args(argv)))
         if cli_args.get("suggest"):
+            from air.cli.suggestion import print_suggestion  # SciPy would make every start slower
+
             return print_suggestion(parser, cli_args, argv)
         session: Session | None = None
         try:

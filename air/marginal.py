@@ -69,7 +69,7 @@ class MarginalAIR:
 
     Args:
         air: The model.
-        count_term: Adds a term to the loss; see `air.added_scenes.AddedScenes`.
+        count_term: Adds a term to the loss; see `air.training.added_scenes.AddedScenes`.
 
     Raises:
         ValueError: If the AIR does not use masking.

@@ -9,7 +9,6 @@ import torch
 from pyro.infer import JitTraceGraph_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
-from air.added_scenes import AddedScenes
 from air.air import AIR
 from air.data.streaming import StreamedImages
 from air.evaluation.collapse import (
@@ -27,6 +26,7 @@ from air.priors import (
     geometric_count_prior,
 )
 from air.settings import SettingError
+from air.training.added_scenes import AddedScenes
 from air.training.compiled_svi import CompiledSVI, Compiler, inductor
 from air.training.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
 from air.training.parallel import SINGLE_PROCESS, ProcessGroup

@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from air import AIR
-from air.added_scenes import AddedScenes
 from air.marginal import MarginalAIR
 from air.priors import AnnealedPresencePrior
 from air.subsampling import draw_indices
+from air.training.added_scenes import AddedScenes
 from air.training.compiled_svi import CompiledSVI, inductor
 from air.training.svi import SVI, make_optimizer
 
@@ -86,6 +86,15 @@ def test_captured_gradients_equal_eager_ones(
         compare_with_eager(air, program, data, as_it_is, 1e-10, batch_size=batch_size)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # in Inductor itself
+def test_a_compiled_step_reads_the_weight_of_added_scenes_anew() -> None:
+    term = AddedScenes(small_air())
+    compiled = inductor(make_fx(lambda x: x * term.weight)(torch.ones(3)))
+    for weight in (0.0, 2.0, 3.0):
+        term.set_weight(weight)
+        assert compiled(torch.ones(3)).tolist() == [weight] * 3
+
+
 @pytest.mark.parametrize("options", [{}, {"guide_input": "difference", "embed_channels": [3]}])
 def test_captured_gradients_of_added_scenes_equal_eager_ones(options: dict[str, Any]) -> None:
     air = small_air(use_baselines=False, **options).double()
@@ -98,7 +107,7 @@ def test_captured_gradients_of_added_scenes_equal_eager_ones(options: dict[str, 
 @pytest.mark.parametrize("estimator", ["score", "marginal"])
 def test_compiled_gradients_equal_eager_ones(estimator: str) -> None:
     air = small_air(num_steps=1)
-    program = MarginalAIR(air, AddedScenes(air)) if estimator == "marginal" else air
+    program = MarginalAIR(air) if estimator == "marginal" else air
     with pyro.validation_enabled(False):
         compare_with_eager(air, program, torch.rand(10, 12, 12), inductor, 1e-4, batch_size=4)
 

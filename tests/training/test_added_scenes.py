@@ -11,7 +11,10 @@ from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
 
 from air import AIR
-from air.added_scenes import (
+from air.inference import infer
+from air.marginal import MarginalAIR
+from air.refinement import BADLY_EXPLAINED, relative_residual
+from air.training.added_scenes import (
     BATCH_PER_MADE,
     TEACHER_DECAY,
     AddedScenes,
@@ -19,9 +22,6 @@ from air.added_scenes import (
     infer_counts,
     make_scenes,
 )
-from air.inference import infer
-from air.marginal import MarginalAIR
-from air.refinement import BADLY_EXPLAINED, relative_residual
 from air.training.settings import TrainingSettings
 from air.training.svi import SVI, make_optimizer
 
@@ -127,7 +127,7 @@ def test_the_gradient_is_that_of_log_q_and_the_loss_is_unchanged(
     images, others = torch.rand(2, 8, *shape, dtype=torch.float64)
     valid = torch.tensor([True, False, True, True])
     made = MadeScenes(others[:4], torch.tensor([2, 1, 3, 2]), valid)
-    monkeypatch.setattr("air.added_scenes.make_scenes", lambda *_: made)
+    monkeypatch.setattr("air.training.added_scenes.make_scenes", lambda *_: made)
     term = AddedScenes(air)
     with torch.no_grad():  # so that the earlier guide infers other counts than the present one
         term.teacher.predict.mlp.seq[-1].bias[0] += 3
@@ -180,7 +180,7 @@ def test_teaching_raises_the_probability_of_the_sums() -> None:
     program = MarginalAIR(air, term)
     svi = SVI(program.model, program.guide, optimizer, TraceGraph_ELBO())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("air.added_scenes.make_scenes", lambda *_: made)
+        patch.setattr("air.training.added_scenes.make_scenes", lambda *_: made)
         before = log_q_by_hand(air, made.images, made.counts).mean()
         for _ in range(30):
             svi.step(torch.zeros(4, 12, 12))

@@ -46,13 +46,13 @@ class AddedScenes:
     """A term of the training loss whose value is zero, and whose gradient teaches q(n).
 
     Attributes:
-        weight: Nats of the ELBO for one nat of log q(n), [1]. It is zero at first.
+        weight: Nats of the ELBO for one nat of log q(n), a tensor of one number; zero at first.
         teacher: An AIR whose weights are the running means of the model's, which infers the counts.
     """
 
     def __init__(self, air: AIR) -> None:
         self.air = air
-        self.weight = torch.zeros_like(air.h_init[0, :1].detach())
+        self.weight = torch.zeros_like(air.h_init[0, 0].detach())
         self.teacher = copy.deepcopy(air).requires_grad_(False)
         self._is_set_to = 0.0
         pairs = [
@@ -93,7 +93,7 @@ class AddedScenes:
             for each, n in ((log_q, counts), (log_q_made, made.counts))
         )
         total = of_batch.sum() + (of_made * made.valid).sum()
-        term = self.weight[0] * size * total / (len(images) + made.valid.sum())
+        term = self.weight * size * total / (len(images) + made.valid.sum())
         pyro.factor("added_scenes", term - term.detach())
 
 
