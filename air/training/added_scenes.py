@@ -14,7 +14,6 @@ so it has no errors of the decoder. The earlier guide is the mean teacher of Tar
 """
 
 import copy
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import pyro
@@ -26,7 +25,7 @@ from air.air import AIR
 from air.marginal import AllStepsActive
 from air.param_store import unregistered
 from air.priors import count_log_probs
-from air.refinement import BADLY_EXPLAINED, relative_residual
+from air.refinement import BADLY_EXPLAINED, paint_scenes, relative_residual
 
 PARTNERS = 6  # scenes to which each scene is added, to see whether the sum can be used
 BATCH_PER_MADE = 4  # scenes in the batch for each sum that is used
@@ -107,13 +106,11 @@ def infer_counts(air: AIR, images: Tensor) -> tuple[Tensor, Tensor]:
         trace: Any = poutine.trace(air.guide).get_trace(images)
     counts = count_log_probs(torch.cat(steps.continue_probs, 1)).argmax(1)
     where, what = (
-        [trace.nodes[f"{site}_{t}"]["value"] for t in range(air.num_steps)]
+        torch.stack([trace.nodes[f"{site}_{t}"]["value"] for t in range(air.num_steps)], 1)
         for site in ("z_where", "z_what")
     )
-    painted = air.paint(where, what).unbind()
-    canvases = [*accumulate(painted, air.likelihood.add, initial=torch.zeros_like(images))]
-    residuals = torch.stack([relative_residual(images, canvas) for canvas in canvases], 1)
-    return counts, residuals.gather(1, counts[:, None])[:, 0] < BADLY_EXPLAINED
+    canvas = paint_scenes(air, where, what, counts)
+    return counts, relative_residual(images, canvas) < BADLY_EXPLAINED
 
 
 def make_scenes(air: AIR, images: Tensor, counts: Tensor, explained: Tensor) -> MadeScenes:
@@ -136,13 +133,14 @@ def make_scenes(air: AIR, images: Tensor, counts: Tensor, explained: Tensor) -> 
     possible = torch.arange(air.num_steps + 1, device=counts.device)
     shares = (counts[:, None] == possible).to(images.dtype).mean(0)
     most = (possible * (shares >= LEAST_SHARE)).amax()
-    # The batch is in random order, so neighbours are random pairs.
-    shifts = [k % n for k in range(1, PARTNERS + 1)]
-    totals = torch.cat([counts + counts.roll(k) for k in shifts])
-    both = torch.cat([usable & usable.roll(k) for k in shifts])
-    sums = torch.cat([air.likelihood.add(images, images.roll(k, 0)) for k in shifts])
-    valid = both & (totals <= most) & (sums.flatten(1).amax(1) <= 1)
+    scenes = torch.arange(n, device=counts.device)
+    neighbours = [scenes.roll(k % n) for k in range(1, PARTNERS + 1)]  # in the batch
+    brightest = [air.likelihood.add(images, images[k]).flatten(1).amax(1) for k in neighbours]
+    rows, partners, fits = scenes.repeat(PARTNERS), torch.cat(neighbours), torch.cat(brightest) <= 1
+    totals = counts[rows] + counts[partners]
+    valid = usable[rows] & usable[partners] & (totals <= most) & fits
     # The valid ones first, both parts in random order.
     order = (valid + torch.rand(len(valid), device=counts.device)).argsort(descending=True)
     k = order[: max(1, n // BATCH_PER_MADE)]
-    return MadeScenes(sums[k].clamp(max=1), totals[k].clamp(max=air.num_steps), valid[k])
+    sums = air.likelihood.add(images[rows[k]], images[partners[k]]).clamp(max=1)
+    return MadeScenes(sums, totals[k].clamp(max=air.num_steps), valid[k])
