@@ -44,8 +44,8 @@ class MLP(nn.Module):
 class ConvEmbed(nn.Module):
     """What the LSTMs see of an image: convolutions, and linear layers behind them.
 
-    Each convolution halves the sides. Counts of close digits need it: two digits and one digit
-    differ in edges and corners, which are sums of products of pixels and not sums of pixels.
+    Each convolution halves the sides. One linear layer cannot see the edges and corners by which
+    two touching digits differ from one.
 
     Inputs are [B, C * H * H], outputs [B, the last of `sizes`], or without `sizes` the pixels of
     all channels of the last convolution.
@@ -70,7 +70,7 @@ class ConvEmbed(nn.Module):
         self.mlp = MLP(channels[-1] * side**2, sizes, non_linearity, output_non_linearity=True)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.mlp(self.conv(image.view(-1, *self.shape)).flatten(1))
+        return self.mlp(self.conv(image.reshape(-1, *self.shape)).flatten(1))
 
 
 def make_embed(

@@ -6,8 +6,8 @@ A scene has a few objects at random places. The recipes:
   int(28 / scale) pixels, whose intensities add up. A scene with a sum above 255 is drawn again with
   the same count. Training and test scenes use different digits.
 - "apart" is "air" with digits of 24 x 24 pixels, any two of which have their centres at least 12
-  pixels apart along x and along y. Such are the scenes of the AIR in borea17's notebook
-  (borea17.github.io, paper_summaries/air), which reports a count accuracy of 99 %.
+  pixels apart along x and along y. borea17's AIR notebook uses such scenes
+  (borea17.github.io, paper_summaries/air); it reports a count accuracy of 99 %.
 - "dsprites" has coloured shapes; a later shape hides what is behind it.
 - "pyro-nearest" and "pyro-bicubic" rebuild the data set of Pyro's AIR example, which resizes digits
   by nearest neighbour with an old Pillow and bicubically with a new one.

@@ -210,7 +210,7 @@ def reliability(bins: Sequence[Sequence[float]], error: float) -> Figure:
     upper.set(ylabel="fraction counted right", xlim=(0, 1.02), ylim=(0, 1.02))
     title = f"Reliability of the count (calibration error {100 * error:.1f} %)"
     upper.set_title(title, size="medium")
-    upper.legend(loc="upper left")
+    upper.legend(loc="lower right")
     width = 1 / len(table)
     drawn = lower.bar(width * (np.arange(len(table)) + 0.5), table[:, 0], 0.9 * width, color="0.7")
     lower.bar_label(drawn, [f"{n:,.0f}" if n else "" for n in table[:, 0]], size="x-small")

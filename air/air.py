@@ -110,7 +110,8 @@ class AIR(nn.Module):
     ) -> None:
         given = {name: value for name, value in locals().items() if name in MODEL_ARGUMENTS}
         # Pyro's example says by an empty list that there are no such layers.
-        s = ModelSettings(**{**given, "embed_net": embed_net if embed_net else None})
+        layers = {"embed_net": embed_net or None, "embed_channels": embed_channels or None}
+        s = ModelSettings(**{**given, **layers})
         super().__init__()
         self.num_steps = s.num_steps
         self.z_what_size = z_what_size = s.z_what_size
@@ -142,7 +143,7 @@ class AIR(nn.Module):
         self.decode: nn.Module = Decoder(window_pixels, s.decoder_net, z_what_size, *output, nl)
         # The inference network.
         self.embed = make_embed(*embedding)
-        (embedded_size,) = output_sizes(embed or self.embed, image_pixels)
+        (embedded_size,) = output_sizes(self.embed if embed is None else embed, image_pixels)
         self.rnn = ImageLSTMCell(embedded_size, latent_size, rnn_hidden_size)
         self.predict: nn.Module = Predict(
             rnn_hidden_size, s.predict_net, Z_PRES_SIZE, Z_WHERE_SIZE, nl

@@ -25,7 +25,7 @@ _is_unregistered = ContextVar("_is_unregistered", default=False)
 
 @contextmanager
 def unregistered() -> Iterator[None]:
-    """Within the block, modules that run leave the store as it is: copies of another module."""
+    """Within the block, no module is registered: for a copy, which would take over the names."""
     token = _is_unregistered.set(True)
     try:
         yield

@@ -82,6 +82,14 @@ def test_a_checkpoint_knows_the_size_of_its_images(
     assert torch.equal(infer(loaded, images).count_probs, infer(air, images).count_probs)
 
 
+def test_a_model_with_convolutions_loads_from_its_checkpoint(tmp_path: Path) -> None:
+    air = small_air(embed_channels=[2, 3], channels=3)
+    path = save(air, tmp_path / "checkpoint.pt", embed_channels=[2, 3], x_size=12, channels=3)
+    images = torch.rand(5, 3, 12, 12)
+    expected = infer(air, images).count_probs
+    assert torch.equal(infer(load_air(path), images).count_probs, expected)
+
+
 def test_weights_of_the_default_model_load_without_a_checkpoint(tmp_path: Path) -> None:
     air = AIR()
     save_weights(air, tmp_path / "weights.pt")

@@ -48,8 +48,9 @@ LINES = [
     f"{SMALL} -t 1 --estimator score --no-baselines --no-masking --embed-net 20 10 "
     "--embed-channels 4 --non-linearity Tanh --compile",
     f"{SMALL} -t 5 --estimator marginal --window-size 20 --no-decoder-output-use-sigmoid "
-    "--likelihood-sd 0.2 --jit --added-scenes 9 --added-scenes-from 1",
-    f"{SMALL} --z-pres-prior 0.9 --z-pres-prior-raw --anneal-prior exp --anneal-prior-to 1e-3 "
+    "--likelihood-sd 0.2 --jit",
+    f"{SMALL} --added-scenes 9 --added-scenes-from 1 --z-pres-prior 0.9 --z-pres-prior-raw "
+    "--anneal-prior exp --anneal-prior-to 1e-3 "
     "--anneal-prior-begin 1 --anneal-prior-duration 1e6 --no-viz --no-refine --scale-prior-mean 2 "
     "--scale-prior-sd 0.3 --pos-prior-mean 0.1 --pos-prior-sd 0.9 --counts 0 1 --x-size 40 "
     "--scale-mean 1.5 --scale-sd 0.05 --min-gap 2 --data-seed 3 --digits embedded --recipe air "

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 MAX_MISCOUNTED = 16  # wrongly counted scenes that an evaluation lists
-# Pixels between the centres of objects, and pixels that objects share: below the first number, from
-# the first to the second, above the second. In the default scenes, where digits are some 16 pixels
-# long, 61 % of the pairs below 11, 27 % of those up to 17 and 1 % of the others share a pixel.
+# The bounds of the band in the middle, both included. DISTANCES: pixels between two centres.
+# SHARED_PIXELS: pixels that belong to several objects. In the default scenes, where digits are
+# some 16 pixels long, 61 % of the pairs below 11, 27 % of those up to 17 and 1 % of the others
+# share a pixel.
 DISTANCES = 11, 17
 DISTANCE_BANDS = (
     f"below {DISTANCES[0]} px",

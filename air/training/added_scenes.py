@@ -1,16 +1,18 @@
-"""Counts taught by added scenes: two scenes of one object each add up to a scene of two.
+"""Teaches the guide to count, by scenes made by adding two scenes: one and one make two objects.
 
-Where the guide has learnt to put one window over two close objects, the ELBO does not teach it
-better: beside that window a second one explains little. But the guide counts most scenes rightly,
-so it knows how many objects the sum of two scenes has before it looks at the sum. At every step,
-some pairs of scenes in the batch are added, and q(n) of the sums is fitted to the sums of the
-counts. Lest the guide count too many everywhere, q(n) of the batch itself is fitted to the counts
-that the guide inferred some hundred steps ago. No label is used.
+Once the guide covers two close objects with one window, the ELBO gives it no reason to change: a
+second window beside the first explains little more. But the guide counts most scenes rightly, so
+the count of the sum of two scenes is known before anyone looks at the sum. At every step, some
+pairs of scenes in the batch are added, and q(n) of the sums is fitted to the sums of the counts.
+
+Sums alone would teach the guide to count too many everywhere. So q(n) of the batch is fitted as
+well, to the counts of an earlier guide: a net whose weights are the running mean of the model's
+weights, over some 200 steps. No label is used.
 
 Knobel et al. 2024 learn to count from pasted crops (arXiv:2307.08727). To train on composed scenes
 is the sleep phase of wake-sleep (Hinton et al. 1995); here the parts of a composed scene are real,
-so it has no errors of the decoder. The earlier guide is the mean teacher of Tarvainen and Valpola
-2017 (arXiv:1703.01780).
+so it has no errors of the decoder. The earlier guide is the "mean teacher" of Tarvainen and
+Valpola 2017 (arXiv:1703.01780).
 """
 
 import copy
@@ -29,8 +31,10 @@ from air.refinement import BADLY_EXPLAINED, paint_scenes, relative_residual
 
 PARTNERS = 6  # scenes to which each scene is added, to see whether the sum can be used
 BATCH_PER_MADE = 4  # scenes in the batch for each sum that is used
-LEAST_SHARE = 0.05  # of the batch: a greater count is taught only if so many scenes have it
-TEACHER_DECAY = 0.995  # at a step, of the weights of the earlier guide in their running mean
+# A sum of n objects is used only if the counts of at least this share of the batch are n, or some
+# greater number: otherwise objects are taught that do not occur.
+LEAST_SHARE = 0.05
+TEACHER_DECAY = 0.995  # share of the earlier guide's weights that a step keeps
 
 
 class MadeScenes(NamedTuple):
@@ -38,21 +42,25 @@ class MadeScenes(NamedTuple):
 
     images: Tensor  # [M, (C,) H, H]
     counts: Tensor  # [M]
-    valid: Tensor  # bool [M]; false where too few pairs could be added
+    valid: Tensor  # bool [M]; false for fillers, where fewer than M pairs could be added
 
 
 class AddedScenes:
     """A term of the training loss whose value is zero, and whose gradient teaches q(n).
 
+    In the sums, no gradient flows through z_where and z_what. In the batch it does, for there q(n)
+    is that of the ELBO.
+
     Attributes:
-        weight: Nats of the ELBO for one nat of log q(n), a tensor of one number; zero at first.
-        teacher: An AIR whose weights are the running means of the model's, which infers the counts.
+        weight: Factor of the mean log q(n), which is then in nats per image, like the ELBO. A
+            tensor of one number; zero at first.
+        teacher: The earlier guide, an AIR.
     """
 
     def __init__(self, air: AIR) -> None:
         self.air = air
         self.weight = torch.zeros_like(air.h_init[0, 0].detach())
-        self.teacher = copy.deepcopy(air).requires_grad_(False)
+        self.teacher = copy.deepcopy(air).requires_grad_(False).eval()
         self._is_set_to = 0.0
         pairs = [
             (ours, theirs)
@@ -64,15 +72,30 @@ class AddedScenes:
         self._parameters, self._means = map(list, zip(*pairs, strict=True))
 
     def set_weight(self, weight: float) -> None:
-        """Changes the weight; a weight that is set already is not written to the device again."""
+        """Changes the weight. Writes to the device only if it differs."""
         if weight != self._is_set_to:
             self.weight.fill_(weight)
             self._is_set_to = weight
 
     @torch.no_grad()
+    def start(self) -> None:
+        """Makes the earlier guide the present one; call it before the first step."""
+        torch._foreach_copy_(self._means, self._parameters)
+        self._copy_buffers()
+
+    @torch.no_grad()
     def update_teacher(self) -> None:
-        """Takes the model's present weights into the means; call it after every step."""
+        """Takes the model's present weights into the running means; call it after every step."""
         torch._foreach_lerp_(self._means, self._parameters, 1 - TEACHER_DECAY)
+        self._copy_buffers()
+
+    def _copy_buffers(self) -> None:
+        """Copies the buffers of nets of one's own, such as the moments of batches."""
+        for (name, ours), theirs in zip(
+            self.air.named_buffers(), self.teacher.buffers(), strict=True
+        ):
+            if "." in name:
+                theirs.copy_(ours)
 
     def __call__(self, images: Tensor, log_q: Tensor, size: int) -> None:
         """Adds the term to the model that runs.
@@ -100,7 +123,7 @@ class AddedScenes:
 def infer_counts(air: AIR, images: Tensor) -> tuple[Tensor, Tensor]:
     """The modes of q(n), [B], and whether the objects explain the scene well, bool [B].
 
-    As `air.inference.infer`, without its checks and whatever reads from the device.
+    As `air.inference.infer`, without its checks, and without anything that waits for the device.
     """
     with unregistered(), poutine.block(), AllStepsActive(use_means=True) as steps:
         trace: Any = poutine.trace(air.guide).get_trace(images)
@@ -117,8 +140,8 @@ def make_scenes(air: AIR, images: Tensor, counts: Tensor, explained: Tensor) -> 
     """Adds scenes in pairs; picks pairs at random that can be added.
 
     Two scenes can be added if both have objects and are explained well, so that their counts are
-    likely right; if no intensity of the sum is above one; and if some scenes of the batch have as
-    many objects.
+    likely right; if no intensity of the sum is above one (with Bernoulli pixels none is, so objects
+    may overlap); and if the batch has scenes of as many objects, see `LEAST_SHARE`.
 
     Args:
         air: Says how objects add up.
@@ -139,6 +162,7 @@ def make_scenes(air: AIR, images: Tensor, counts: Tensor, explained: Tensor) -> 
     rows, partners, fits = scenes.repeat(PARTNERS), torch.cat(neighbours), torch.cat(brightest) <= 1
     totals = counts[rows] + counts[partners]
     valid = usable[rows] & usable[partners] & (totals <= most) & fits
+    valid = valid & (rows != partners)  # in a small batch, some neighbour is the scene itself
     # The valid ones first, both parts in random order.
     order = (valid + torch.rand(len(valid), device=counts.device)).argsort(descending=True)
     k = order[: max(1, n // BATCH_PER_MADE)]

@@ -69,11 +69,11 @@ class TrainingSettings:
     anneal_prior_duration: int = setting(100_000, "steps that annealing takes", low=1)
     added_scenes: float = setting(
         0.0,
-        "weight of the counts of scenes made by adding two of the batch (marginal; 0: not taught)",
+        "weight of learning to count in sums of two scenes (marginal; 0: off)",
         low=0,
     )
     added_scenes_from: int = setting(
-        2000, "step from which added scenes are taught, when AIR should count well", low=0
+        2000, "first step that uses added scenes; AIR should count well by then", low=0
     )
     compile: bool | None = setting(
         None, "compile the step, a minute or two (default: if --num-steps is 5000 or more)"
@@ -97,11 +97,10 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.added_scenes > 0 and self.estimator != "marginal":
-            raise SettingError(
-                "added_scenes",
-                f"expected 0 with estimator {self.estimator}, got {self.added_scenes}",
-            )
+        if self.added_scenes > 0 and (self.estimator != "marginal" or self.jit):
+            # torch.jit would write their weight and the earlier guide into its trace.
+            other = "jit" if self.jit else f"estimator {self.estimator}"
+            raise SettingError("added_scenes", f"expected 0 with {other}, got {self.added_scenes}")
         annealed_at = self.anneal_prior_begin + self.anneal_prior_duration
         begin = self.learn_count_prior_from
         if begin is not None and self.anneal_prior != "none" and begin < annealed_at:

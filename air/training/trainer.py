@@ -171,6 +171,8 @@ class Trainer:
     def _take_step(self) -> None:
         self.prior.set_step(self.step + 1)
         self._set_learning_rates()
+        if self.added_scenes and self.step == 0:  # the model may have been loaded since
+            self.added_scenes.start()
         if self.added_scenes and self.step >= self.settings.added_scenes_from:
             self.added_scenes.set_weight(self.settings.added_scenes)
         if isinstance(self.images, StreamedImages):
@@ -284,6 +286,8 @@ class Trainer:
         self.stats.load_state_dict(state["tally"])
         self.air.load_state_dict(state["model"])
         if self.added_scenes:
+            if not isinstance(state.get("teacher"), dict):
+                raise ValueError("the state holds no teacher, which added_scenes needs")
             self.added_scenes.teacher.load_state_dict(state["teacher"])
         # A parameter that was frozen on the way keeps its moments.
         held = {*state.get("optimized", ())}

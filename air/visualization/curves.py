@@ -26,9 +26,9 @@ class Curve(NamedTuple):
 class Panel(NamedTuple):
     """Curves that share their axes; the x axis is the step.
 
-    A panel without points is left out. Only the live page draws some panels before they have
-    points, so that their panes keep their places: `from_start`, or `with_truth`, which means from
-    the start if the true counts of the held-out scenes are known.
+    A figure leaves out a panel without points. The live page shows some panels before they have
+    points, so that no pane moves later: `appears` says which. `with_truth` means from the start if
+    the true counts of the held-out scenes are known.
     """
 
     name: str

@@ -50,7 +50,7 @@ class Page:
         self._env = env
 
     def draw(self, history: History, snapshot: Snapshot, settings: Mapping[str, Any]) -> None:
-        """Draws every pane for which there is something to draw, or will be (see `Panel`)."""
+        """Draws every pane that has something to show, and those that will (see `Panel`)."""
         has_truth = snapshot.scenes.true_counts is not None
         latest = history.latest
         zoom = max(1, _SCENE_SIDE // snapshot.scenes.images.shape[-1])

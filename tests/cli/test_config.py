@@ -48,6 +48,9 @@ def test_precedence(saved: dict[str, Any]) -> None:
     assert resolve_config(preset, model=model)["window_size"] == 30
     assert resolve_config({**preset, "window_size": 9}, model=model)["window_size"] == 9
     assert resolve_config({}, run=model)["window_size"] == 30
+    older = {key: value for key, value in saved.items() if key != "embed_channels"}
+    assert resolve_config({"preset": "close-digits"})["embed_channels"] == [16, 32, 32]
+    assert resolve_config({"preset": "close-digits"}, model=older)["embed_channels"] is None
 
 
 def test_a_resumed_run_keeps_its_settings(saved: dict[str, Any]) -> None:

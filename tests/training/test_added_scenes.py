@@ -78,6 +78,8 @@ def test_scenes_that_cannot_be_added_are_not_valid() -> None:
     assert make(air, apart, [1, 1, 1, 1, 2, 2, 2, 2]).valid.any()
     assert not make(air, apart, [1] * 8).valid.any(), "no scene of the batch has two objects"
     assert not make(air, apart, [0, 2] * 4).valid.any(), "too many objects, or an empty scene"
+    many = torch.stack([dots((i // 12, i % 12)) for i in range(60)])
+    assert not make(air, many, [1] * 58 + [2] * 2).valid.any(), "hardly any scene has two objects"
     same = dots((3, 3)).expand(8, 12, 12)
     assert not make(air, same, [1, 1, 1, 1, 1, 1, 1, 2]).valid.any(), "intensities above one"
     assert not make(air, apart, [1, 1, 1, 1, 2, 2, 2, 2], tuple(range(8))).valid.any()
@@ -85,9 +87,14 @@ def test_scenes_that_cannot_be_added_are_not_valid() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_small_batches_make_a_scene_or_none(n: int) -> None:
-    made = make(small_air(), torch.stack([dots((1, i)) for i in range(n)]), [1] * n)
-    assert made.images.shape == (1, 12, 12)
-    assert not made.valid.any()
+    images = torch.stack([dots((1, i)) for i in range(n)])
+    for likelihood in ("normal", "bernoulli"):
+        air = small_air(likelihood=likelihood)
+        made = make(air, air.likelihood.prepare(images), [*[1] * (n - 1), 2])
+        assert made.images.shape == (1, 12, 12)
+        assert made.valid.any() == (n == 3)
+        assert not made.valid.any() or (made.images > 0.4).sum() == 2, "added to itself"
+        assert not make(air, images, [1] * n).valid.any()
 
 
 def log_q_by_hand(air: AIR, images: Tensor, counts: Tensor) -> Tensor:
@@ -187,9 +194,11 @@ def test_teaching_raises_the_probability_of_the_sums() -> None:
     assert log_q_by_hand(air, made.images, made.counts).mean() > before + 0.3
 
 
-def test_a_weight_is_refused_with_the_score_function() -> None:
+def test_a_weight_is_refused_where_it_cannot_be_used() -> None:
     with pytest.raises(ValueError, match="added_scenes: expected 0 with estimator score, got 3"):
         TrainingSettings(added_scenes=3, estimator="score")
+    with pytest.raises(ValueError, match="added_scenes: expected 0 with jit, got 3"):
+        TrainingSettings(added_scenes=3, jit=True)
 
 
 @pytest.mark.parametrize(

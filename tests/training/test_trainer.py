@@ -84,6 +84,20 @@ def test_same_seed_same_run_and_evaluations_change_nothing() -> None:
     assert elbos != run(SETTINGS, 1)[0]
 
 
+def test_the_earlier_guide_begins_with_the_weights_that_were_loaded() -> None:
+    running = trainer(replace(SETTINGS, added_scenes=5.0, added_scenes_from=0))
+    with torch.no_grad():
+        for parameter in running.air.parameters():
+            parameter += torch.randn_like(parameter) / 10
+    running._take_step()
+    assert running.added_scenes
+    for ours, theirs in zip(
+        running.air.parameters(), running.added_scenes.teacher.parameters(), strict=True
+    ):
+        if ours.grad is not None:
+            torch.testing.assert_close(ours, theirs.requires_grad_(), atol=2e-3, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("stop", "captured", "estimator", "added_scenes"),
     [
@@ -114,6 +128,9 @@ def test_resumed_is_as_if_never_stopped(
     assert found == expected
     assert all(torch.equal(x, y) for x, y in zip(weights(whole), weights(resumed), strict=True))
     assert whole.miscounted == resumed.miscounted
+    if whole.added_scenes and resumed.added_scenes:
+        ours, theirs = (each.added_scenes.teacher.parameters() for each in (whole, resumed))
+        assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("estimator", ["score", "marginal"])
