@@ -41,8 +41,8 @@ TUTORIAL = (  # with few steps, and few scenes
 LINES = [
     TUTORIAL,
     f"{SMALL} --output-dir run --eval-every 2 --eval-scenes 10 --save-every 3 --save out.pt -v",
-    f"{SMALL} -n 0 --load weights.pt --evaluate --refine --iwae-samples 3 --iwae-scenes 30 "
-    "--device cpu --threads 2 -lr 1e-3 --lr-schedule cosine --clip-grad-norm 5 "
+    f"{SMALL} -n 0 --num-test-scenes 8 --load weights.pt --evaluate --refine --iwae-samples 3 "
+    "--iwae-scenes 30 --device cpu -lr 1e-3 --lr-schedule cosine --clip-grad-norm 5 "
     "--matmul-precision medium --estimator score --baseline-scalar 2 --restarts 1 "
     "--alarm-after 1e6",
     f"{SMALL} -t 1 --estimator score --no-baselines --no-masking --embed-net 20 10 "
@@ -57,7 +57,7 @@ LINES = [
     "--cache-dir cache",
     "--data mine.npz -n 2 -b 8 --no-compile --no-suggest",
     "--data pictures -n 2 -b 8 --x-size 40 --no-crop --no-invert --alpha-over white "
-    "--count-pattern (\\d+)-objects --threads 1",
+    "--count-pattern (\\d+)-objects --threads 2",
     "--data mine.npz -n 2 -b 8 --x-size 40 --crop --channels 3 --invert",
     f"--preset dsprites {SMALL} --no-binary --background noisy --guide difference "
     "--likelihood bernoulli --count-prior 1 1 1 0.1 --anneal-prior none --learn-count-prior-from 1",
