@@ -112,10 +112,12 @@ def test_min_gap_is_kept(tmp_path: Path) -> None:
         assert gap <= min(gaps) < gap + 3
 
 
-@pytest.mark.parametrize("counts", [(0, 1, 2), (3,)])
-def test_digits_of_recipe_apart_are_apart_along_both_axes(counts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("counts", "number"), [((0, 1, 2), 2000), ((3,), 300)])
+def test_digits_of_recipe_apart_are_apart_along_both_axes(
+    counts: tuple[int, ...], number: int
+) -> None:
     solid = np.full((1, 28, 28), 100, np.uint8), np.zeros(1, np.uint8)  # as large as its square
-    settings = SMALL(recipe="apart", counts=counts, num_scenes=2000)
+    settings = SMALL(recipe="apart", counts=counts, num_scenes=number)
     x, found, overlaps, _, all_boxes = multi_mnist._draw(settings, False, *solid)
     boxes = np.asarray(all_boxes)
     assert np.nanmax(boxes) == 50  # up to the edges
