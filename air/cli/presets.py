@@ -26,7 +26,7 @@ _SMALL_OBJECTS: dict[str, Any] = {
     "clip_grad_norm": 100.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    # For the default scenes. Convolutions can tell two close digits from one; a single linear layer
+    # For the default scenes; on larger digits it failed (tests/benchmarks). Convolutions can tell two close digits from one; a single linear layer
     # cannot. But with convolutions and the default prior, AIR puts one window over all digits from
     # the start. A prior that at first favours many objects prevents this.
     "close-digits": {
