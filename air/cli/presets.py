@@ -26,9 +26,10 @@ _SMALL_OBJECTS: dict[str, Any] = {
     "clip_grad_norm": 100.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    # For the default scenes; on larger digits it failed (tests/benchmarks). Convolutions can tell two close digits from one; a single linear layer
-    # cannot. But with convolutions and the default prior, AIR puts one window over all digits from
-    # the start. A prior that at first favours many objects prevents this.
+    # For the default scenes; on larger digits it failed (tests/benchmarks/README.md). Convolutions
+    # can tell two close digits from one; a single linear layer cannot. But with convolutions and
+    # the default prior, AIR puts one window over all digits from the start. A prior that at first
+    # favours many objects prevents this.
     "close-digits": {
         "num_steps": 6000,
         "embed_channels": [16, 32, 32],
