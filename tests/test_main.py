@@ -41,7 +41,7 @@ TUTORIAL = (  # with few steps, and few scenes
 LINES = [
     TUTORIAL,
     f"{SMALL} --output-dir run --eval-every 2 --eval-scenes 10 --save-every 3 --save out.pt -v",
-    f"{SMALL} -n 0 --num-test-scenes 8 --load weights.pt --evaluate --refine --iwae-samples 3 "
+    f"{SMALL} -n 0 --load weights.pt --evaluate --refine --iwae-samples 3 "
     "--iwae-scenes 30 --device cpu -lr 1e-3 --lr-schedule cosine --clip-grad-norm 5 "
     "--matmul-precision medium --estimator score --baseline-scalar 2 --restarts 1 "
     "--alarm-after 1e6",

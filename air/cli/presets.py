@@ -2,6 +2,13 @@
 
 from typing import Any
 
+_MANY_OBJECTS_AT_FIRST: dict[str, Any] = {
+    "z_pres_prior": 0.99,
+    "z_pres_prior_raw": True,
+    "anneal_prior": "exp",
+    "anneal_prior_to": 1e-4,
+    "anneal_prior_duration": 1500,
+}
 _SMALL_OBJECTS: dict[str, Any] = {
     "x_size": 64,
     "sides": [9, 18],
@@ -15,11 +22,7 @@ _SMALL_OBJECTS: dict[str, Any] = {
     "scale_prior_sd": 1.0,
     "pos_prior_sd": 1.5,
     "decoder_output_bias": -3.0,
-    "z_pres_prior": 0.99,
-    "z_pres_prior_raw": True,
-    "anneal_prior": "exp",
-    "anneal_prior_to": 1e-4,
-    "anneal_prior_duration": 1500,
+    **_MANY_OBJECTS_AT_FIRST,
     # The guide does not see the objects already found, so it finds every object as it found the
     # first.
     "guide": "difference",
@@ -34,11 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_steps": 6000,
         "embed_channels": [16, 32, 32],
         "embed_net": [256],
-        "z_pres_prior": 0.99,
-        "z_pres_prior_raw": True,
-        "anneal_prior": "exp",
-        "anneal_prior_to": 1e-4,
-        "anneal_prior_duration": 1500,
+        **_MANY_OBJECTS_AT_FIRST,
         "lr_schedule": "cosine",
         "added_scenes": 100.0,
     },
