@@ -106,6 +106,10 @@ class Decoder(nn.Module):
 
     A negative `bias` before the sigmoid makes windows nearly black at the start of training.
     Without the bias every early window worsens the likelihood, and the guide learns to use none.
+
+    With `opacity_pixels`, W * W, objects cover what is behind them. The outputs are then the
+    colours multiplied by the opacity, and the opacity, [B, (C + 1) * W * W]; the bias is that of
+    the opacity.
     """
 
     def __init__(
@@ -116,17 +120,27 @@ class Decoder(nn.Module):
         bias: float | None,
         use_sigmoid: bool,
         non_linearity: NonLinearity,
+        opacity_pixels: int = 0,
     ) -> None:
         super().__init__()
         self.bias = bias
         self.use_sigmoid = use_sigmoid
-        self.mlp = MLP(z_size, [*hidden, window_pixels], non_linearity)
+        self.sizes = [window_pixels, opacity_pixels]
+        self.mlp = MLP(z_size, [*hidden, sum(self.sizes)], non_linearity)
 
     def forward(self, z_what: Tensor) -> Tensor:
-        intensities = self.mlp(z_what)
-        if self.bias is not None:
-            intensities = intensities + self.bias
-        return torch.sigmoid(intensities) if self.use_sigmoid else intensities
+        if not self.sizes[1]:
+            return self._intensities(self.mlp(z_what), self.bias)
+        colours, opacity = self.mlp(z_what).split(self.sizes, 1)
+        opacity = torch.sigmoid(opacity + (self.bias or 0))
+        channels = self.sizes[0] // self.sizes[1]
+        colours = self._intensities(colours, None) * opacity.repeat(1, channels)
+        return torch.cat((colours, opacity), 1)
+
+    def _intensities(self, outputs: Tensor, bias: float | None) -> Tensor:
+        if bias is not None:
+            outputs = outputs + bias
+        return torch.sigmoid(outputs) if self.use_sigmoid else outputs
 
 
 class Predict(nn.Module):

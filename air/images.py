@@ -27,6 +27,22 @@ def to_tensor(images: object) -> Tensor:
         ) from error
 
 
+def as_batch(images: Tensor, channels: int, x_size: int) -> Tensor:
+    """Images, [B, (C,) H, H] or [B, 1, H, H], without an axis for a single channel.
+
+    Raises:
+        ValueError: If the images have another shape, or a type that `check_type` refuses.
+    """
+    check_type(images)
+    shape = [channels, x_size, x_size] if channels > 1 else [x_size, x_size]
+    if list(images.shape[1:]) == [1, *shape]:
+        images = images[:, 0]
+    if list(images.shape[1:]) != shape:
+        hint = "; make a batch of a single image by image[None]" * (list(images.shape) == shape)
+        raise ValueError(f"images must be {['B', *shape]}, got {list(images.shape)}{hint}")
+    return images
+
+
 def to_intensities(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Images of any type that `check_type` accepts as floats in [0, 1].
 

@@ -41,8 +41,10 @@ class Inference(NamedTuple):
     z_where: Tensor  # means, [B, T, 3]
     z_what: Tensor  # means, [B, T, Z]
     boxes: Tensor  # (x0, y0, x1, y1) of the windows in pixels, [B, T, 4]
-    objects: Tensor  # each object painted alone, [B, T, (C,) H, H]
-    reconstructions: Tensor  # the canvas of the first `counts` objects, [B, (C,) H, H]
+    objects: Tensor  # each object painted alone on the background, [B, T, (C,) H, H]
+    masks: Tensor  # opacity or, on black, the brightest channel of each object, [B, T, H, H]
+    backgrounds: Tensor  # [B, (C,) H, H]; black without a model of the background
+    reconstructions: Tensor  # the first `counts` objects on the background, [B, (C,) H, H]
 
 
 @torch.no_grad()
@@ -81,19 +83,34 @@ def infer(
         for site in ("z_where", "z_what")
     )
     count_probs = count_probs_from_continue(torch.cat(steps.continue_probs, 1))
+    scenes = air.to_images(images)
+    backgrounds = torch.zeros_like(scenes)
+    if air.background is not None:
+        backgrounds = air.background.paint(trace.nodes["z_background"]["value"])
     if refine:
         q_where = [trace.nodes[f"z_where_{t}"]["fn"] for t in range(air.num_steps)]
         sds = torch.stack([q.variance.sqrt() for q in q_where], 1)
         found = SceneLatents(count_probs, where, what, sds)
         with forked_rng(0, images.device):
-            found = refine_scenes(air, air.to_images(images), found, z_pres_prior_p)
+            found = refine_scenes(air, scenes, backgrounds, found, z_pres_prior_p)
         count_probs, where, what, _ = found
+    return _paint(air, count_probs, where, what, backgrounds)
+
+
+def _paint(
+    air: AIR, count_probs: Tensor, where: Tensor, what: Tensor, backgrounds: Tensor
+) -> Inference:
+    """The latents with the pictures and boxes that follow from them."""
     counts = count_probs.argmax(1)
-    objects = air.paint(where.unbind(1), what.unbind(1)).transpose(0, 1)
-    in_use = torch.arange(air.num_steps, device=counts.device) < counts[:, None]
-    canvas = air.likelihood.compose(objects.transpose(0, 1), in_use.t())
+    painted = air.paint(where.unbind(1), what.unbind(1))
+    in_use = torch.arange(air.num_steps, device=counts.device)[:, None] < counts
+    canvas = air.likelihood.compose(painted, in_use, backgrounds)
+    objects = torch.stack([air.likelihood.add(backgrounds, each) for each in painted], 1)
+    masks = painted.transpose(0, 1)
+    if painted.dim() == 5:
+        masks = masks[:, :, -1] if air.likelihood.covers else masks.amax(2)
     boxes = window_boxes(where, air.x_size)
-    return Inference(count_probs, counts, where, what, boxes, objects, canvas)
+    return Inference(count_probs, counts, where, what, boxes, objects, masks, backgrounds, canvas)
 
 
 def mean_count_probs(air: AIR, images: Tensor | NDArray[Any]) -> list[float]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Likelihood = Literal["normal", "bernoulli"]
 
@@ -20,16 +20,29 @@ Likelihood = Literal["normal", "bernoulli"]
 FLIP_PROB = 1e-3
 
 
-class PixelLikelihood(ABC):
-    """A likelihood of images, [B, (C,) H, H], given canvases of the same shape."""
+# A learnt standard deviation begins at the default of a fixed one, and stays above the least.
+FIRST_SD, LEAST_SD = 0.3, 0.05
+
+
+class PixelLikelihood(nn.Module, ABC):
+    """A likelihood of images, [B, (C,) H, H], given canvases of the same shape.
+
+    Args:
+        covers: Whether objects hide what is behind them. Painted objects then have C + 1 channels:
+            the colours, multiplied by the opacity, and the opacity.
+    """
+
+    def __init__(self, covers: bool = False) -> None:
+        super().__init__()
+        self.covers = covers
 
     @abstractmethod
     def prepare(self, images: Tensor) -> Tensor:
         """Turns intensities in [0, 1] into the images that `log_prob` expects."""
 
     @abstractmethod
-    def add(self, canvas: Tensor, painted: Tensor) -> Tensor:
-        """Adds one painted object to the canvas."""
+    def add_light(self, canvas: Tensor, painted: Tensor) -> Tensor:
+        """Adds one painted object to the canvas, where objects do not cover."""
 
     @abstractmethod
     def distribution(self, canvas: Tensor) -> dist.TorchDistribution:
@@ -39,32 +52,58 @@ class PixelLikelihood(ABC):
     def log_prob(self, images: Tensor, canvas: Tensor) -> Tensor:
         """The log probability of each image, [B]; faster than the sum over `distribution`."""
 
-    def compose(self, painted: Tensor, present: Tensor) -> Tensor:
-        """The canvas of painted objects, [T, B, (C,) H, H], whose `present`, [T, B], is one."""
+    def add(self, canvas: Tensor, painted: Tensor) -> Tensor:
+        """Adds one painted object, [B, (C,) H, H] or [B, C + 1, H, H], to the canvas."""
+        if not self.covers:
+            return self.add_light(canvas, painted)
+        colours, opacity = painted[..., :-1, :, :], painted[..., -1:, :, :]
+        return (canvas.view_as(colours) * (1 - opacity) + colours).view_as(canvas)
+
+    def compose(self, painted: Tensor, present: Tensor, canvas: Tensor | None = None) -> Tensor:
+        """Adds the painted objects, [T, B, ...], whose `present`, [T, B], is one, to a canvas.
+
+        Without a canvas, they are added to the first of them, as if to black.
+        """
         painted = painted * present.view(*present.shape, *[1] * (painted.dim() - 2))
-        return reduce(self.add, painted.unbind())
+        objects = painted.unbind()
+        return reduce(self.add, objects) if canvas is None else reduce(self.add, objects, canvas)
 
 
 class NormalLikelihood(PixelLikelihood):
-    """Intensities add up, and each pixel is Normal around the sum, as in the paper."""
+    """Each pixel is Normal around the canvas; without a background, intensities add up.
 
-    def __init__(self, sd: float) -> None:
-        self.sd = sd
+    Args:
+        sd: Standard deviation of every pixel; "learn" for a parameter, at first `FIRST_SD`.
+        covers: See `PixelLikelihood`.
+    """
+
+    def __init__(self, sd: float | Literal["learn"], covers: bool = False) -> None:
+        super().__init__(covers)
+        self.fixed_sd = None if sd == "learn" else sd
+        if self.fixed_sd is None:
+            self.log_sd = nn.Parameter(torch.tensor(math.log(FIRST_SD - LEAST_SD)))
+
+    @property
+    def sd(self) -> float | Tensor:
+        """The standard deviation of a pixel."""
+        return LEAST_SD + self.log_sd.exp() if self.fixed_sd is None else self.fixed_sd
 
     def prepare(self, images: Tensor) -> Tensor:
         return images
 
-    def add(self, canvas: Tensor, painted: Tensor) -> Tensor:
+    def add_light(self, canvas: Tensor, painted: Tensor) -> Tensor:
         return canvas + painted
 
     def distribution(self, canvas: Tensor) -> dist.TorchDistribution:
-        return dist.Normal(canvas, canvas.new_full((), self.sd))  # no copy from the host
+        sd = self.sd  # of a fixed one, no copy from the host
+        return dist.Normal(canvas, sd if isinstance(sd, Tensor) else canvas.new_full((), sd))
 
     def log_prob(self, images: Tensor, canvas: Tensor) -> Tensor:
         # ``dist.Normal`` would take the logarithm of the same sd for every pixel.
-        squares = (images - canvas).flatten(1).square().sum(1)
-        constant = math.prod(images.shape[1:]) * math.log(self.sd * math.sqrt(2 * math.pi))
-        return -squares / (2 * self.sd**2) - constant
+        squares, sd = (images - canvas).flatten(1).square().sum(1), self.sd
+        log_sd = sd.log() if isinstance(sd, Tensor) else math.log(sd)
+        constant = math.prod(images.shape[1:]) * (log_sd + math.log(2 * math.pi) / 2)
+        return -squares / (2 * sd**2) - constant
 
 
 class BernoulliLikelihood(PixelLikelihood):
@@ -79,7 +118,7 @@ class BernoulliLikelihood(PixelLikelihood):
     def prepare(self, images: Tensor) -> Tensor:
         return (images >= 0.5).to(images.dtype)
 
-    def add(self, canvas: Tensor, painted: Tensor) -> Tensor:
+    def add_light(self, canvas: Tensor, painted: Tensor) -> Tensor:
         return canvas + painted * (1 - canvas)
 
     def distribution(self, canvas: Tensor) -> dist.TorchDistribution:
@@ -93,26 +132,29 @@ class BernoulliLikelihood(PixelLikelihood):
         return FLIP_PROB + (1 - 2 * FLIP_PROB) * canvas
 
 
-def make_likelihood(name: Likelihood, sd: float, bounded: bool = True) -> PixelLikelihood:
+def make_likelihood(
+    name: Likelihood, sd: float | Literal["learn"], bounded: bool = True, covers: bool = False
+) -> PixelLikelihood:
     """Makes a likelihood by its name.
 
     Args:
         name: "normal" or "bernoulli".
-        sd: Standard deviation of each Normal pixel.
+        sd: Standard deviation of each Normal pixel, or "learn".
         bounded: Whether the intensities of painted objects are in [0, 1].
+        covers: See `PixelLikelihood`.
 
     Raises:
         ValueError: If the name is unknown, the standard deviation is not above zero and finite, or
             the likelihood needs bounded intensities.
     """
-    if not 0 < sd < math.inf:
+    if sd != "learn" and not 0 < sd < math.inf:
         raise ValueError(f"likelihood_sd: expected a number above 0, got {sd}")
     if name == "normal":
-        return NormalLikelihood(sd)
+        return NormalLikelihood(sd, covers)
     if name != "bernoulli":
         raise ValueError(f"likelihood must be normal or bernoulli, got {name!r}")
     if not bounded:
         raise ValueError(
             "likelihood bernoulli needs decoder_output_use_sigmoid, for intensities in [0, 1]"
         )
-    return BernoulliLikelihood()
+    return BernoulliLikelihood(covers)

@@ -119,13 +119,14 @@ class MarginalAIR:
         log_prior, log_q = count_log_probs(torch.stack(steps)), count_log_probs(continue_probs)
         with pyro.plate("data", num_images or len(data), device=str(data.device)) as ix:
             images = air.to_images(data[ix])
+            behind = air.sample_background(n)
             always, objects = images.new_ones(n, 1), []
             tiny = torch.finfo(continue_probs.dtype).tiny  # Pyro does not accept a scale of zero
             for t, at_least in enumerate(accumulate(continue_probs.unbind(1), torch.mul)):
                 with poutine.scale(scale=at_least.clamp(min=tiny)):
                     objects.append(air.sample_object(t, always))
             painted = air.paint(*zip(*objects, strict=True))
-            empty = torch.zeros_like(images)
+            empty = torch.zeros_like(images) if behind is None else behind
             canvases = accumulate(painted.unbind(), air.likelihood.add, initial=empty)
             log_likelihoods = [air.likelihood.log_prob(images, canvas) for canvas in canvases]
             terms = torch.stack(log_likelihoods, 1) + log_prior - log_q

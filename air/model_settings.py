@@ -9,6 +9,7 @@ from torch import nn
 from air.likelihoods import Likelihood
 from air.settings import check_settings, setting
 
+BackgroundModel = Literal["none", "constant", "vae"]
 GuideInput = Literal["image", "difference"]
 
 
@@ -92,12 +93,26 @@ class ModelSettings:
         "distribution of a pixel: normal around the canvas, or bernoulli, on or off (images are "
         "binarised at 1/2)",
     )
-    likelihood_sd: float = setting(0.3, "standard deviation of a pixel (normal)", above=0)
+    likelihood_sd: float | Literal["learn"] = setting(
+        0.3, "standard deviation of a pixel, or learn for a parameter (normal)", above=0
+    )
     guide_input: GuideInput = setting(
         "image",
         "input of the guide's steps: the image, or the difference of the image and the canvas "
         "painted so far (DAIR)",
         key="guide",
+    )
+    background_model: BackgroundModel = setting(
+        "none",
+        "what is behind the objects: black (none), one level per channel (constant), or a picture "
+        "with a code of its own (vae)",
+    )
+    z_background_size: int = setting(8, "dimensions of z_background (vae)", low=1)
+    background_net: Sequence[int] = setting(
+        (200,),
+        "hidden layers of q(z_background | image), and in reverse of its decoder (vae)",
+        low=1,
+        metavar="SIZE",
     )
     channels: int = setting(1, "channels of the images, C", low=1, flag="")  # from the data
 

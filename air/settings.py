@@ -10,8 +10,8 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class SettingError(ValueError):
@@ -74,6 +74,7 @@ class Setting:
     is_list: bool
     is_optional: bool
     choices: tuple[str, ...]
+    words: tuple[str, ...] = ()  # accepted in place of a number
 
     @property
     def flags(self) -> list[str]:
@@ -96,7 +97,7 @@ class Setting:
             text += f" of at least {_number(self.about['low'])}"
         if self.about["high"] < math.inf:
             text += f", at most {_number(self.about['high'])}"
-        return text
+        return " or ".join((text, *self.words))
 
     def parse(self, text: str) -> Any:  # noqa: ANN401
         """The value that a word of a command line stands for; 1e4 is a whole number too.
@@ -105,7 +106,7 @@ class Setting:
             argparse.ArgumentTypeError: If it stands for none.
         """
         value: Any = text
-        if self.scalar in (int, float):
+        if text not in self.words and self.scalar in (int, float):
             try:
                 value = float(text)
             except ValueError:
@@ -138,6 +139,8 @@ class Setting:
 
     def _accepts(self, value: Any) -> bool:  # noqa: ANN401
         """Whether the setting can have this value, or its list this element."""
+        if isinstance(value, str) and value in self.words:
+            return True
         if self.scalar is bool or isinstance(value, bool):
             return self.scalar is bool and isinstance(value, bool)
         if self.scalar is str:
@@ -155,17 +158,27 @@ def settings_of(cls: type) -> tuple[Setting, ...]:
     declared = []
     for spec in fields(cls):
         hint = hints[spec.name]
-        options = [option for option in get_args(hint) if option is not NoneType]
-        is_optional = NoneType in get_args(hint)
-        if is_optional:
-            (hint,) = options
+        options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        is_optional, words = NoneType in options, ()
+        options = tuple(option for option in options if option is not NoneType)
+        if len(options) > 1:  # a number, or one of a few words: float | Literal["learn"]
+            options, words = options[:1], get_args(options[1])
+        (hint,) = options
         is_list = isinstance(get_origin(hint), type)  # tuple[int, ...] or Sequence[int]
         choices = get_args(hint) if get_origin(hint) is Literal else ()
         scalar = str if choices else get_args(hint)[0] if is_list else hint
         key = spec.metadata["key"] or spec.name
         declared.append(
             Setting(
-                spec.name, key, spec.default, spec.metadata, scalar, is_list, is_optional, choices
+                spec.name,
+                key,
+                spec.default,
+                spec.metadata,
+                scalar,
+                is_list,
+                is_optional,
+                choices,
+                words,
             )
         )
     return tuple(declared)

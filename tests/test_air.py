@@ -68,12 +68,22 @@ def by_hand(
     state = (air.h_init.expand(n, -1), air.c_init.expand(n, -1))
     bl_state = (air.bl_h_init.expand(n, -1), air.bl_c_init.expand(n, -1))
     where_prior = Normal(air.z_where_loc_prior, air.z_where_scale_prior)
-    canvas = torch.zeros_like(x)
-    pathwise: Any = 0.0
+    canvas, pathwise, behind = torch.zeros_like(x), x.new_zeros(n), 0.0
+    if air.background is not None:
+        loc, raw = air.background.encode.mlp(x.flatten(1)).chunk(2, 1)
+        q_behind = Normal(loc, softplus(raw) + 1e-6)
+        z = q_behind.loc + q_behind.scale * noise["z_background"]
+        levels = air.background.decode.mlp(z).sigmoid()
+        behind = levels.view(
+            n, *x.shape[1:-2], *(x.shape[-2:] if levels[0].numel() > 3 else (1, 1))
+        )
+        canvas = canvas + behind
+        pathwise = pathwise + (Normal(0, 1).log_prob(z) - q_behind.log_prob(z)).sum(1)
+    cost_of_background = pathwise
     chosen, sampled, scores, baselines = [], [], [], []
     unset = z_where, z_what, state, bl_state
     for t in range(air.num_steps):
-        seen = x
+        seen = x - behind
         if air.guide_input == "difference":
             seen, (z_where, z_what, state, bl_state) = x - canvas, unset
         latents = torch.cat((z_where, z_what, z_pres), 1)
@@ -96,10 +106,22 @@ def by_hand(
         loc, raw = air.encode.mlp(seen.flatten(1)).chunk(2, 1)
         q_what = Normal(loc, softplus(raw) + 1e-6)
         z_what = q_what.loc + q_what.scale * noise[f"z_what_{t}"]
-        painted = air.decode(z_what).view(*x.shape[:-2], window, window)
-        painted = sample_grid(painted, z_where[:, :1], z_where[:, 1:], size)
-        painted = painted * z_pres.view(n, *[1] * (x.dim() - 1))
-        if isinstance(air.likelihood, BernoulliLikelihood):
+        present = z_pres.view(n, *[1] * (x.dim() - 1))
+        colours = air.decode.mlp(z_what)[:, : window**2 * air.channels]
+        opacity = air.decode.mlp(z_what)[:, window**2 * air.channels :]
+        if opacity.numel():
+            opacity = (opacity - 2).sigmoid().view(n, *[1] * (x.dim() - 3), window, window)
+            colours = colours.sigmoid().view(*x.shape[:-2], window, window) * opacity
+            opacity = (
+                sample_grid(opacity.expand_as(colours), z_where[:, :1], z_where[:, 1:], size)
+                * present
+            )
+        else:
+            colours = (colours - 2).sigmoid().view(*x.shape[:-2], window, window)
+        painted = sample_grid(colours, z_where[:, :1], z_where[:, 1:], size) * present
+        if air.background is not None:
+            canvas = canvas - canvas * opacity + painted
+        elif isinstance(air.likelihood, BernoulliLikelihood):
             canvas = 1 - (1 - canvas) * (1 - painted)
         else:
             canvas = canvas + painted
@@ -113,11 +135,12 @@ def by_hand(
         chosen.append(log_p - log_q + (rest if masking else 0))
         sampled.append(log_p - log_q + rest)
         scores.append(log_q)
-    pixels: Any = Normal(canvas, 0.3)
+    learnt = dict(air.likelihood.named_parameters())
+    pixels: Any = Normal(canvas, 0.05 + learnt["log_sd"].exp() if learnt else 0.3)
     if isinstance(air.likelihood, BernoulliLikelihood):
         pixels = Bernoulli(canvas * (1 - FLIP_PROB) + (1 - canvas) * FLIP_PROB)
     likelihood = pixels.log_prob(x).flatten(1).sum(1)
-    elbo = likelihood + sum(sampled)
+    elbo = likelihood + cost_of_background + sum(sampled)
     surrogate, regression = scale * (likelihood + pathwise).sum(), x.new_zeros(())
     for t, (score, baseline) in enumerate(zip(scores, baselines, strict=True)):
         cost = scale * (likelihood + chosen[t] + sum(sampled[t + 1 :])).detach()
@@ -143,6 +166,10 @@ def by_hand(
         {"channels": 3, "guide_input": "difference", "embed_channels": [4]},
         {"likelihood": "bernoulli"},
         {"likelihood": "bernoulli", "channels": 2, "guide_input": "difference"},
+        {"background_model": "vae", "z_background_size": 4, "background_net": [6, 5]},
+        {"background_model": "constant", "likelihood": "bernoulli"},
+        {"background_model": "constant", "channels": 3, "guide_input": "difference"},
+        {"background_model": "vae", "use_masking": False, "likelihood_sd": "learn"},
     ],
     ids=str,
 )

@@ -48,7 +48,7 @@ LINES = [
     f"{SMALL} -t 1 --estimator score --no-baselines --no-masking --embed-net 20 10 "
     "--embed-channels 4 --non-linearity Tanh --compile",
     f"{SMALL} -t 5 --estimator marginal --window-size 20 --no-decoder-output-use-sigmoid "
-    "--likelihood-sd 0.2 --jit",
+    "--likelihood-sd learn --jit",
     f"{SMALL} --added-scenes 9 --added-scenes-from 1 --z-pres-prior 0.9 --z-pres-prior-raw "
     "--anneal-prior exp --anneal-prior-to 1e-3 "
     "--anneal-prior-begin 1 --anneal-prior-duration 1e6 --no-viz --no-refine --scale-prior-mean 2 "
@@ -60,6 +60,8 @@ LINES = [
     "--count-pattern (\\d+)-objects --threads 2",
     "--data mine.npz -n 2 -b 8 --x-size 40 --crop --channels 3 --invert",
     f"--preset dsprites {SMALL} --no-binary --background noisy --guide difference "
+    "--background-levels 20 90 --object-levels 100 255 --background-model vae "
+    "--z-background-size 3 --background-net 20 "
     "--likelihood bernoulli --count-prior 1 1 1 0.1 --anneal-prior none --learn-count-prior-from 1",
     f"{SMALL} --sides 9 18 --rotation 20 --binary --masking --baselines --no-z-pres-prior-raw "
     "--no-verbose --no-evaluate --no-jit",

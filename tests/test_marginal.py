@@ -48,7 +48,8 @@ def log_joint_terms(air: AIR, images: Tensor, prior: list[float], fixed: Fixed) 
 
 def draw_noise(num_steps: int, n: int) -> dict[str, Tensor]:
     noise = {f"z_where_{t}": torch.randn(n, 3).double() for t in range(num_steps)}
-    return noise | {f"z_what_{t}": torch.randn(n, 5).double() for t in range(num_steps)}
+    noise |= {f"z_what_{t}": torch.randn(n, 5).double() for t in range(num_steps)}
+    return noise | {"z_background": torch.randn(n, 3).double()}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,10 @@ def draw_noise(num_steps: int, n: int) -> dict[str, Tensor]:
         (3, {"guide_input": "difference"}),
         (2, {"likelihood": "bernoulli"}),
         (3, {"likelihood": "bernoulli", "guide_input": "difference", "channels": 3}),
+        (2, {"background_model": "vae", "z_background_size": 3}),
+        (3, {"background_model": "constant", "channels": 3, "guide_input": "difference"}),
+        (2, {"background_model": "vae", "z_background_size": 3, "likelihood": "bernoulli"}),
+        (3, {"likelihood_sd": "learn"}),
     ],
 )
 def test_value_and_gradients_equal_the_sum_over_all_counts(

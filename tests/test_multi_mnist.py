@@ -344,7 +344,7 @@ def test_a_setting_out_of_bounds_is_named() -> None:
         ("sides", "at most x_size, 50", [(9, 51)]),
         ("rotation", "a number of at least 0, at most 180", [-1, 181]),
         ("binary", "yes or no", [2, "yes"]),
-        ("background", "black or uniform or noisy", ["white", None]),
+        ("background", "black or uniform or gradient or grid or", ["white", None]),
         ("min_gap", "a number of at least 0, at most 1000", [-1, float("inf")]),
         ("seed", "a whole number of at least 0", [-1, 0.5]),
     ]
@@ -361,7 +361,7 @@ def test_settings_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
         SceneSettings(recipe="pyro-bicubic", background="noisy")
     with pytest.raises(ValueError, match=r"background: expected black for binary .* got noisy"):
         SceneSettings(binary=True, background="noisy")
-    with pytest.raises(ValueError, match=r"digits: expected none for recipe dsprites, got mnist"):
+    with pytest.raises(ValueError, match=r"digits: expected embedded for recipe dsp.*, got mnist"):
         SceneSettings(recipe="dsprites", digits="mnist")
     for name, given, fixed in (
         ("sides", (9, 18), r"\(24, 24\)"), ("sides", (24, 25), r"\(24, 24\)"),

@@ -67,7 +67,7 @@ def test_an_animation_shows_one_snapshot_after_another(tmp_path: Path) -> None:
         assert gif.info["duration"] == viz.LAST_MS
     assert (frames[0] != frames[1]).any()  # the number of the step
     scenes = make_scenes(20).pick(slice(8))
-    images, _, boxes, counts, true_counts = scenes
+    images, _, boxes, counts, true_counts, _ = scenes
     row = tile(draw_boxes(images, boxes, counts, 2, true_counts), 8)
     shown = frames[-1][24 : 24 + len(row)].astype(int)
     assert np.abs(shown - row).mean() < 4  # of 255: a GIF has few colours

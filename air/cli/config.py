@@ -66,8 +66,8 @@ def resolve_config(
     """
     preset = PRESETS.get(cli_args.get("preset") or "", {})
     of_model = {key: value for key, value in (model or {}).items() if key in _SAVED_WITH_MODEL}
-    if of_model:  # a model that was saved before there were convolutions has none
-        of_model = {"embed_channels": None, **of_model}
+    if of_model:  # a model that was saved before there were convolutions or backgrounds has none
+        of_model = {"embed_channels": None, "background_model": "none", **of_model}
     of_run = {key: value for key, value in (run or {}).items() if key not in _NEVER_FROM_FILE}
     if run is not None:
         _check_unchanged(cli_args, run)

@@ -32,7 +32,10 @@ def empty_canvas_elbo(air: AIR, images: Tensor) -> float:
     total = 0.0
     for part in torch.split(images, 1000):
         prepared = air.to_images(part.to(air.h_init.device))
-        log_probs = air.likelihood.log_prob(prepared, torch.zeros_like(prepared))
+        empty = torch.zeros_like(prepared)
+        if air.background is not None:  # the mean level of each channel
+            empty = prepared.mean((-2, -1), keepdim=True).expand_as(prepared)
+        log_probs = air.likelihood.log_prob(prepared, empty)
         total += float(log_probs.cpu().double().sum())  # MPS has no float64
     return total / len(images)
 
@@ -81,7 +84,7 @@ def first_not_finite(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | N
             return f"the weight {name}"
     with forked_rng(0, air.h_init.device):
         terms = sample_elbo(air, air.to_images(images[:MAX_CHECKED_IMAGES]), z_pres_prior_p)
-    for name in ("kl_pres", "kl_where", "kl_what", "log_likelihood"):
+    for name in ("kl_pres", "kl_where", "kl_what", "kl_background", "log_likelihood"):
         if not getattr(terms, name).isfinite().all():
             return name
     for name, parameter in air.named_parameters():

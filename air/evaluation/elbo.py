@@ -20,13 +20,15 @@ class ElboTerms(NamedTuple):
     kl_pres: Tensor  # log q(z_pres) - log p(z_pres) of the sample
     kl_where: Tensor
     kl_what: Tensor
+    kl_background: Tensor  # zero without a model of the background
     counts: Tensor  # objects in the sample
     baseline_squares: Tensor  # squared errors of the baseline, summed over the steps that use it
 
     @property
     def elbo(self) -> Tensor:
         """The sampled ELBO, [B], which is also the log of an importance weight p(x, z) / q(z)."""
-        return self.log_likelihood - self.kl_pres - self.kl_where - self.kl_what
+        kl_objects = self.kl_pres + self.kl_where + self.kl_what
+        return self.log_likelihood - kl_objects - self.kl_background
 
 
 @torch.no_grad()
@@ -48,13 +50,17 @@ def sample_elbo(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None =
     model.compute_log_prob()
     presence = [guide.nodes[f"z_pres_{t}"] for t in range(air.num_steps)]
 
+    def cost(name: str) -> Tensor:
+        difference: Tensor = guide.nodes[name]["log_prob"] - model.nodes[name]["log_prob"]
+        return difference
+
     def costs(site: str) -> Tensor:  # [T, B]
-        names = [f"{site}_{t}" for t in range(air.num_steps)]
-        return torch.stack([guide.nodes[n]["log_prob"] - model.nodes[n]["log_prob"] for n in names])
+        return torch.stack([cost(f"{site}_{t}") for t in range(air.num_steps)])
 
     pres, where, what = costs("z_pres"), costs("z_where"), costs("z_what")
     likelihood = model.nodes["obs"]["log_prob"]
     squares = torch.zeros_like(likelihood)
+    background = torch.zeros_like(likelihood) if air.background is None else cost("z_background")
     if air.use_baselines:
         baseline = torch.stack([node["infer"]["baseline"]["baseline_value"] for node in presence])
         # The baseline of z_pres_t predicts the terms that depend on z_pres_t: the likelihood, and
@@ -63,7 +69,8 @@ def sample_elbo(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None =
         used = torch.stack([torch.ones_like(squares)] + [n["value"][:, 0] for n in presence[:-1]])
         squares = (used * (dependent - baseline) ** 2).sum(0)
     counts = sum(node["value"][:, 0] for node in presence).long()
-    return ElboTerms(likelihood, pres.sum(0), where.sum(0), what.sum(0), counts, squares)
+    kls = pres.sum(0), where.sum(0), what.sum(0), background
+    return ElboTerms(likelihood, *kls, counts, squares)
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ class Evaluation(NamedTuple):
 
     elbo: float
     elbo_se: float  # standard error over images
-    log_likelihood: float  # elbo = log_likelihood - kl_pres - kl_where - kl_what
+    log_likelihood: float  # elbo = log_likelihood - all the kl
     kl_pres: float
     kl_where: float
     kl_what: float
@@ -90,6 +90,7 @@ class Evaluation(NamedTuple):
     box_iou: float | None = None  # of the boxes around the painted objects; see `boxes.BoxScores`
     box_f1: float | None = None
     box_ap: float | None = None
+    kl_background: float | None = None
     miscounted: list[int] | None = None  # indices of the first scenes whose count (mode) is wrong
     baseline_error: float | None = None  # root mean square error of the baseline, in nats
 
@@ -139,6 +140,7 @@ def evaluate(
         float(sampled.kl_where.mean()),
         float(sampled.kl_what.mean()),
         torch.bincount(count_probs.argmax(1), minlength=air.num_steps + 1).tolist(),
+        kl_background=float(sampled.kl_background.mean()) if air.background else None,
         **bound,
         **_baseline_error(sampled, air),
         **_compare_with_truth(scenes, count_probs, sampled.counts, boxes),
@@ -169,8 +171,8 @@ def _measure(
     """q(n), boxes and the terms of a sampled ELBO for one batch, on the CPU."""
     inference = infer(air, images, refine, z_pres_prior_p)
     terms = sample_elbo(air, images, z_pres_prior_p)
-    objects = inference.objects.amax(-3) if air.channels > 1 else inference.objects
-    return tuple(part.cpu() for part in (inference.count_probs, tight_boxes(objects), *terms))
+    boxes = tight_boxes(inference.masks)
+    return tuple(part.cpu() for part in (inference.count_probs, boxes, *terms))
 
 
 def _bound(

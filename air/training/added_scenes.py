@@ -28,6 +28,7 @@ from air.marginal import AllStepsActive
 from air.param_store import unregistered
 from air.priors import count_log_probs
 from air.refinement import BADLY_EXPLAINED, paint_scenes, relative_residual
+from air.settings import SettingError
 
 PARTNERS = 6  # scenes to which each scene is added, to see whether the sum can be used
 BATCH_PER_MADE = 4  # scenes in the batch for each sum that is used
@@ -55,9 +56,15 @@ class AddedScenes:
         weight: Factor of the mean log q(n), which is then in nats per image, like the ELBO. A
             tensor of one number; zero at first.
         teacher: The earlier guide, an AIR.
+
+    Raises:
+        SettingError: If the AIR has a model of the background.
     """
 
     def __init__(self, air: AIR) -> None:
+        if air.background is not None:
+            reason = "0 with a model of the background, for a sum of two scenes would have two"
+            raise SettingError("added_scenes", f"expected {reason}")
         self.air = air
         self.weight = torch.zeros_like(air.h_init[0, 0].detach())
         self.teacher = copy.deepcopy(air).requires_grad_(False).eval()
@@ -132,8 +139,9 @@ def infer_counts(air: AIR, images: Tensor) -> tuple[Tensor, Tensor]:
         torch.stack([trace.nodes[f"{site}_{t}"]["value"] for t in range(air.num_steps)], 1)
         for site in ("z_where", "z_what")
     )
-    canvas = paint_scenes(air, where, what, counts)
-    return counts, relative_residual(images, canvas) < BADLY_EXPLAINED
+    black = torch.zeros_like(images)
+    canvas = paint_scenes(air, where, what, counts, black)
+    return counts, relative_residual(images, canvas, black) < BADLY_EXPLAINED
 
 
 def make_scenes(air: AIR, images: Tensor, counts: Tensor, explained: Tensor) -> MadeScenes:

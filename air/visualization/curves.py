@@ -21,6 +21,7 @@ class Curve(NamedTuple):
     label: str
     colour: str
     style: Literal["line", "points", "dotted"] = "line"  # points: marked and joined by a line
+    optional: bool = False  # of some models only, so without points it has no place in the legend
 
 
 class Panel(NamedTuple):
@@ -83,6 +84,7 @@ PANELS = (
             Curve("kl_pres", "z_pres", _RED, "points"),
             Curve("kl_where", "z_where", _BLUE, "points"),
             Curve("kl_what", "z_what", _ORANGE, "points"),
+            Curve("kl_background", "z_background", _GREEN, "points", optional=True),
         ),
         "zero",
     ),

@@ -125,12 +125,16 @@ def sheets(
         "prior_samples": draw_scenes(samples, zoom),
         "errors": draw_scenes(errors, zoom),
     }
+    if scenes.backgrounds is not None:
+        pictures["backgrounds"] = enlarge(scenes.backgrounds, zoom)
     drawn = {name: tile(picture, columns, rows) for name, picture in pictures.items()}
     return {**drawn, "objects": object_sheet(snapshot, zoom, object_rows)}
 
 
 def object_sheet(snapshot: Snapshot, zoom: int, rows: int | None = None) -> Pictures:
     """Draws one scene a row: the scene, what each step sees and paints, the reconstruction.
+
+    With a model of the background, the inferred background comes second.
 
     The number on what a step sees is the probability q(n >= t) that the step is used. What a step
     paints has the outline of its box. Both are dark if the step is not used.
@@ -147,6 +151,9 @@ def object_sheet(snapshot: Snapshot, zoom: int, rows: int | None = None) -> Pict
     nearest = np.arange(side) * window_side // side  # the window's pixel at each drawn pixel
     columns = [draw_scenes(scenes, zoom)]
     titles = ["scene"]
+    if scenes.backgrounds is not None:
+        columns.append(enlarge(scenes.backgrounds, zoom))
+        titles.append("behind")
     for t in range(num_steps):
         used = t < scenes.counts
         seen = _dim_unused(windows[:, t], used)[..., nearest, :][..., nearest]

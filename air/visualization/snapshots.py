@@ -17,7 +17,7 @@ from torch import Tensor
 
 from air.air import AIR
 from air.evaluation.metrics import HeldOut
-from air.inference import infer, sample_prior
+from air.inference import Inference, infer, sample_prior
 from air.priors import at_least_probs
 from air.spatial_transformer import image_to_window
 from air.storage.files import write_atomically
@@ -40,6 +40,7 @@ class InferredScenes(NamedTuple):
     boxes: Array  # (x0, y0, x1, y1) in pixels, [N, T, 4]; may lie outside the image
     counts: Array  # [N], number of steps used; later boxes mean nothing
     true_counts: Array | None = None  # [N]
+    backgrounds: Array | None = None  # [N, (C,) H, H], with a model of the background
 
     def pick(self, index: slice | Array) -> "InferredScenes":
         """The scenes of a slice, a mask or indices."""
@@ -90,33 +91,43 @@ def take_snapshot(
         inference.boxes.cpu().numpy(),
         inference.counts.cpu().numpy(),
         true_counts,
+        None if air.background is None else as_bytes(inference.backgrounds),
     )
     further = inferred.pick(slice(len(first), None))
     is_error = further.counts != further.true_counts if true_counts is not None else slice(0)
     canvases, boxes, counts = sample_prior(air, num_scenes, seed, count_prior)
     samples = as_bytes(canvases)
     decomposed = slice(min(DECOMPOSED_SCENES, len(first)))
-    objects = inference.objects[decomposed]
+    windows = _windows(air, images[decomposed], Inference._make(f[decomposed] for f in inference))
     return Snapshot(
         step=step,
         scenes=inferred.pick(slice(len(first))),
         errors=further.pick(is_error),
         samples=InferredScenes(samples, samples, boxes.cpu().numpy(), counts.cpu().numpy()),
-        windows=as_bytes(_windows(air, images[decomposed], inference.z_where[decomposed], objects)),
-        objects=as_bytes(objects),
+        windows=as_bytes(windows),
+        objects=as_bytes(inference.objects[decomposed]),
         presence=at_least_probs(inference.count_probs[decomposed]).cpu().numpy(),
     )
 
 
-def _windows(air: AIR, images: Tensor, z_where: Tensor, objects: Tensor) -> Tensor:
-    """The windows of images [M, (C,) H, H] that the steps encode, [M, T, (C,) W, W]."""
-    seen = images[:, None].expand_as(objects)
+def _windows(air: AIR, images: Tensor, inference: Inference) -> Tensor:
+    """The windows of images [M, (C,) H, H] that the steps encode, [M, T, (C,) W, W].
+
+    With a model of the background, they show differences, of which 0 is grey.
+    """
+    seen = images[:, None].expand_as(inference.objects)
+    canvas = inference.backgrounds
     if air.guide_input == "difference":  # less what earlier steps painted
-        before = objects.unbind(1)[:-1]
-        painted = accumulate(before, air.likelihood.add, initial=torch.zeros_like(images))
-        seen = seen - torch.stack([*painted], 1)
+        painted = air.paint(inference.z_where.unbind(1), inference.z_what.unbind(1))
+        canvases = accumulate(painted.unbind()[:-1], air.likelihood.add, initial=canvas)
+        seen = seen - torch.stack([*canvases], 1)
+    else:
+        seen = seen - canvas[:, None]
+    if air.background is not None:
+        seen = (1 + seen) / 2
     flat = seen.flatten(0, 1)
-    windows = image_to_window(z_where.flatten(0, 1), air.window_size, air.x_size, flat)
+    where = inference.z_where.flatten(0, 1)
+    windows = image_to_window(where, air.window_size, air.x_size, flat)
     return windows.reshape(*seen.shape[:-2], air.window_size, air.window_size)
 
 

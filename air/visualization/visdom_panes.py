@@ -18,7 +18,7 @@ from air.visualization.snapshots import Snapshot
 
 ORDER = (  # on the page: four plots are as wide as two pictures
     "elbo", "accuracy", "kl", "confusion",
-    "inferred", "reconstructions",
+    "inferred", "reconstructions", "backgrounds",
     "objects", "prior_samples", "errors",
     "counts", "grad_norm", "rates", "speed",
     "reliability", "calibration", "settings", "distance", "baseline",
@@ -31,6 +31,7 @@ _BLUE, _GREY = "#0072B2", "#BBBBBB"
 _TITLES = {
     "inferred": "Held-out scenes with the inferred boxes and counts",
     "reconstructions": "Reconstructions of the same scenes",
+    "backgrounds": "Backgrounds of the same scenes",
     "objects": "What each step sees, with the probability that it is used, and what it paints",
     "prior_samples": "Samples from the prior; all counts equally likely unless the prior is learnt",
     "errors": "Scenes counted wrongly in the last evaluation, and still now",
@@ -58,6 +59,7 @@ class Page:
         panes: dict[str, Callable[[], None]] = {
             name: partial(self._draw_picture, name, pictures[name], snapshot.step)
             for name in _TITLES
+            if name in pictures
         }
         panes["counts"] = partial(self._draw_counts, latest)
         panes["settings"] = partial(self._draw_settings, settings)
@@ -77,7 +79,8 @@ class Page:
         points: list[tuple[float, float | None]] = []
         numbers: list[int] = []  # of the curve of each point, from 1
         styles = {}
-        for number, curve in enumerate(panel.curves, start=1):
+        shown = [c for c in panel.curves if not c.optional or any(history.points(c.key))]
+        for number, curve in enumerate(shown, start=1):
             # visdom refuses a plot without points; a point without a value is not visible.
             found = list(zip(*history.points(curve.key), strict=True)) or [(0, None)]
             points += found
@@ -87,12 +90,12 @@ class Page:
                 "mode": "lines+markers" if curve.style == "points" else "lines",
                 "line": {"color": curve.colour, "dash": dash},
             }
-        scale, limits = panel.y_axis([history.points(curve.key)[1] for curve in panel.curves])
+        scale, limits = panel.y_axis([history.points(curve.key)[1] for curve in shown])
         legend = {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"}
         y_axis = {"title": panel.unit, "type": scale, "range": limits, "exponentformat": "power"}
         x_axis = {"title": "step", "rangemode": "tozero"}
         options = _plot_options(panel.title, x_axis, y_axis, legend=legend)
-        options["legend"] = [curve.label for curve in panel.curves]
+        options["legend"] = [curve.label for curve in shown]
         options["traceopts"] = {"plotly": styles}
         options |= {"markersize": 5, "markersymbol": "circle", "markerborderwidth": 0}
         positions = np.array(points, float)  # None becomes NaN, and visdom sends null for NaN

