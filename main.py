@@ -241,7 +241,8 @@ def build_trainer(config: Config, context: Context) -> tuple[Trainer, Config, st
     device = pick_device(config["device"], group.local_rank)
     with group.main_first():  # which makes the scenes, where they are not cached yet
         scenes = load_scenes(config)
-    for hint in data_hints(scenes, config["model_steps"]) if group.is_main else ():
+    on_black = config["background_model"] == "none"
+    for hint in data_hints(scenes, config["model_steps"], on_black) if group.is_main else ():
         logging.getLogger("air").warning(hint)
     x, test = group.shard(scenes.train.x), scenes.test
     channels = x.shape[1] if x.ndim == 4 else 1

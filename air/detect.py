@@ -202,7 +202,8 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
             table.writerow(CSV_COLUMNS)
         for number, batch in enumerate(batches(reader.read())):
             pixels = np.stack([image.pixels for image in batch])
-            for hint in brightness_hints(pixels) if number == 0 else ():
+            on_black = air.background is None
+            for hint in brightness_hints(pixels, on_black) if number == 0 else ():
                 logging.getLogger("air").warning(hint)
             for image, detection in zip(batch, detect(air, pixels, args.refine), strict=True):
                 if args.figure and len(shown) < MAX_DRAWN:

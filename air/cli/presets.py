@@ -41,6 +41,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_schedule": "cosine",
         "added_scenes": 100.0,
     },
+    # With the default prior, one object covers two digits from the start and stays there.
+    "background": {
+        "background": "gradient",
+        "background_model": "vae",
+        **_MANY_OBJECTS_AT_FIRST,
+    },
     # With the annealed prior, AIR overlooks the smallest digits; with a learnt prior, it adds blank
     # windows between two digits until the learning rate has fallen.
     "small-digits": {

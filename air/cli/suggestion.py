@@ -11,6 +11,7 @@ from typing import Any
 
 from air.cli.flags import Parser
 from air.cli.presets import PRESETS
+from air.data.hints import BACKGROUND
 from air.data.preparation import ImageSettings
 from air.data.survey import Survey, sample_images, survey
 from air.settings import from_config
@@ -121,6 +122,12 @@ def _advise_model(found: Survey, cli_args: Mapping[str, Any]) -> Advice:
     elif typical < SMALL:
         preset = "small-digits"
         reason = f"for small objects: a typical one has {typical:.0%} of the image's side"
+    if found.background > BACKGROUND:
+        behind = f"the background is not black ({found.background:.0f} of 255)"
+        if preset:
+            advice["background_model"] = "--background-model vae", behind
+        else:
+            preset, reason = "background", behind
     if preset:
         advice["preset"] = f"--preset {preset}", reason
     window = round(min(max(MARGIN * large * side, WINDOW_SIDES[0]), WINDOW_SIDES[1]))

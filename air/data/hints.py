@@ -15,15 +15,16 @@ OTHER_COUNTS = 0.3  # total variation distance of the counts of training and hel
 MIN_HELD_OUT = 10  # scenes, of which the counts are compared
 
 
-def data_hints(splits: SceneSplits, num_steps: int) -> list[str]:
+def data_hints(splits: SceneSplits, num_steps: int, on_black: bool = True) -> list[str]:
     """What is probably wrong with scenes, one line each, with its remedy.
 
     Args:
         splits: The scenes.
         num_steps: The model's steps T, which are the most objects that it can count.
+        on_black: Whether the model has no background but black.
     """
     x: Any = splits.train.x if len(splits.train.x) else splits.test.x
-    hints = brightness_hints(np.asarray(x[:: max(1, len(x) // SAMPLE)]))
+    hints = brightness_hints(np.asarray(x[:: max(1, len(x) // SAMPLE)]), on_black)
     side = x.shape[-1]
     if side > LARGE:
         hints.append(
@@ -56,8 +57,8 @@ def _counts_differ(train: Array, test: Array) -> bool:
     return len(test) >= MIN_HELD_OUT and abs(shares[0] - shares[1]).sum() / 2 > OTHER_COUNTS
 
 
-def brightness_hints(images: Array) -> list[str]:
-    """Hints about the intensities of images, uint8 [N, (C,) H, H]."""
+def brightness_hints(images: Array, on_black: bool = True) -> list[str]:
+    """Hints about the intensities of images, uint8 [N, (C,) H, H]; `on_black` as above."""
     if not images.size:
         return []
     largest = int(images.max())
@@ -67,14 +68,14 @@ def brightness_hints(images: Array) -> list[str]:
             "0..255, or store images of 0 and 1 as bool"
         ]
     median = float(np.median(images))
+    if not on_black or median <= BACKGROUND:
+        return []
     if median > 255 / 2:
         return [
             f"the images are light (median {median:.0f} of 255), but AIR paints light objects on "
-            "black; for dark objects on a light background, add --invert"
+            "black; for dark objects on a light background, add --invert, or --preset background"
         ]
-    if median > BACKGROUND:
-        return [
-            f"the background is not black (median {median:.0f} of 255); AIR may spend an object "
-            "on it"
-        ]
-    return []
+    return [
+        f"the background is not black (median {median:.0f} of 255); AIR may spend an object on it, "
+        "unless --preset background models it"
+    ]

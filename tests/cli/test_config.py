@@ -51,6 +51,8 @@ def test_precedence(saved: dict[str, Any]) -> None:
     older = {key: value for key, value in saved.items() if key != "embed_channels"}
     assert resolve_config({"preset": "close-digits"})["embed_channels"] == [16, 32, 32]
     assert resolve_config({"preset": "close-digits"}, model=older)["embed_channels"] is None
+    assert resolve_config({"preset": "background"})["background_model"] == "vae"
+    assert resolve_config({"preset": "background"}, model=older)["background_model"] == "none"
 
 
 def test_a_resumed_run_keeps_its_settings(saved: dict[str, Any]) -> None:

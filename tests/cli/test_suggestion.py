@@ -8,6 +8,7 @@ import pytest
 from helpers import run
 from PIL import Image
 
+from air.cli.config import resolve_config
 from air.cli.flags import build_parser
 from air.cli.suggestion import suggest
 from air.data.arrays import Array
@@ -99,6 +100,22 @@ def test_light_large_and_odd_images_are_brought_into_shape(tmp_path: Path) -> No
     assert "60 images are few" in text
     np.savez(tmp_path / "x.npz", x=images[:, :, :, :150])
     assert suggestion(tmp_path / "x.npz")[0]["channels"] == 1
+
+
+@pytest.mark.parametrize(
+    ("channels", "side", "preset"),
+    [(1, 20, "background"), (1, 9, "small-digits"), (3, 20, "dsprites")],
+)
+def test_a_background_that_is_not_black_is_modelled(
+    channels: int, side: int, preset: str, tmp_path: Path
+) -> None:
+    images = squares(80, (48, 48), side, 1, channels)
+    np.savez(tmp_path / "x.npz", x=np.maximum(images, 80))
+    flags, text = suggestion(tmp_path / "x.npz")
+    assert flags["preset"] == preset
+    assert ("background_model" in flags) == (preset != "background")
+    assert "the background is not black (80 of 255)" in text
+    assert resolve_config(flags)["background_model"] == "vae"
 
 
 def test_images_are_looked_at_as_the_given_flags_prepare_them(tmp_path: Path) -> None:

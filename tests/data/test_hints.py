@@ -42,8 +42,8 @@ def test_usual_data_need_no_hint() -> None:
         (scenes(ink=1), "the largest value of the images is 1 of 255, nearly black; scale them"),
         (scenes(ink=16), "the largest value of the images is 16 of 255"),  # 12 bits as 16
         (scenes(ink=0), "the largest value of the images is 0 of 255"),
-        (scenes(ink=0, ground=255), "the images are light .*, add --invert"),
-        (scenes(ground=60), r"the background is not black \(median 60 of 255\)"),
+        (scenes(ink=0, ground=255), "the images are light .*, add --invert, or --preset backg"),
+        (scenes(ground=60), r"the background is not black \(median 60 of 255\).* --preset backg"),
         (scenes(2, side=201), "images of 201 x 201 pixels need much memory and time; --x-size"),
     ],
     ids=["binary", "12 bits", "black", "dark on light", "grey ground", "large"],
@@ -52,6 +52,14 @@ def test_unusual_images_are_hinted_at(x: Array, hint: str) -> None:
     (found,) = hints(x)
     assert re.match(hint, found)
     assert "\n" not in found
+
+
+@pytest.mark.parametrize("ground", [60, 255])
+def test_a_model_of_the_background_needs_no_black(ground: int) -> None:
+    x = scenes(ink=0, ground=ground)
+    splits = SceneSplits(Scenes(x, None), Scenes(x, None), "")
+    assert data_hints(splits, 3, on_black=False) == brightness_hints(x, on_black=False) == []
+    assert len(data_hints(splits, 3)) == len(brightness_hints(x)) == 1
 
 
 def test_more_objects_than_steps_are_hinted_at() -> None:

@@ -1,0 +1,113 @@
+"""Backgrounds: what each kind looks like, that its bytes never change, that objects cover it."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from numpy.random import PCG64, Generator
+
+from air.data.backgrounds import Background, draw_background
+from multi_mnist import SceneSettings, load_scenes
+
+KINDS = get_args(Background)
+
+
+def draw(
+    kind: Background, channels: int = 2, side: int = 30, low: int = 20, high: int = 220
+) -> Any:  # noqa: ANN401
+    random = Generator(PCG64(3))
+    many = [draw_background(kind, random, channels, side, (low, high)) for _ in range(40)]
+    return np.stack(many).astype(int)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_levels_are_within_bounds_and_differ_between_scenes_and_channels(kind: Background) -> None:
+    found = draw(kind)
+    assert found.shape == (40, 2, 30, 30)
+    if kind == "black":
+        assert not found.any()
+        return
+    assert found.min() >= 20
+    assert found.max() <= 220
+    assert found.max() - found.min() > 150, "the range is used"
+    means = found.mean((2, 3))
+    assert len(np.unique(means, axis=0)) >= 38
+    assert abs(np.corrcoef(means.T)[0, 1]) < 0.5
+    assert (draw(kind, low=70, high=70) == 70).all()
+
+
+def test_each_kind_is_what_its_name_says() -> None:
+    uniform, gradient, grid, textured, noisy = (draw(kind) for kind in KINDS[1:])
+    assert (np.ptp(uniform, axis=(2, 3)) == 0).all()
+    # A plane: second differences vanish, but for the rounding of three levels.
+    for axis in (2, 3):
+        assert abs(np.diff(gradient, 2, axis=axis)).max() <= 2
+    assert np.ptp(gradient, axis=(2, 3)).mean() > 30
+    assert {len(np.unique(channel)) for scene in grid for channel in scene} == {2}
+    cell = 30 // 5
+    assert (grid[..., cell:, :] + grid[..., :-cell, :] == grid.max((2, 3), keepdims=True)
+            + grid.min((2, 3), keepdims=True)).all(), "cells alternate"  # fmt: skip
+    steepest = (220 - 20) * 5 / 29 + 1  # six levels, five ways between them
+    for axis in (2, 3):
+        assert abs(np.diff(textured, axis=axis)).max() <= steepest
+    assert np.ptp(textured, axis=(2, 3)).min() > 60
+    neighbours = noisy[..., 1:].ravel(), noisy[..., :-1].ravel()
+    assert abs(np.corrcoef(*neighbours)[0, 1]) < 0.02
+    assert abs(noisy.std() - 200 / 12**0.5) < 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "sha256"),
+    [
+        ("uniform", "737e958e9956"),
+        ("gradient", "aad97eb87dda"),
+        ("grid", "59eaa4617bf6"),
+        ("textured", "d2981261acdc"),
+        ("noisy", "efcad3156a99"),
+    ],
+)
+def test_backgrounds_are_the_same_on_every_machine(kind: Background, sha256: str) -> None:
+    """And in every version: otherwise results could not be compared."""
+    assert hashlib.sha256(draw(kind).astype("<u2").tobytes()).hexdigest().startswith(sha256)
+
+
+def scenes(cache: Path, **settings: Any) -> Any:  # noqa: ANN401
+    sizes = {"num_scenes": 60, "num_test_scenes": 2, "x_size": 40}
+    return load_scenes(SceneSettings(**sizes, **settings), cache_dir=cache).train  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recipe", ["air", "dsprites"])
+@pytest.mark.parametrize("level", [0, 60, 255])
+def test_objects_cover_the_background(recipe: str, level: int, tmp_path: Path) -> None:
+    """Of the same random numbers, scenes on black and on a level give the coverage."""
+    common = {"recipe": recipe, "counts": (1,), "background": "uniform"}
+    white, black, mixed = (
+        scenes(tmp_path, **common, background_levels=(behind, behind), object_levels=(ink, ink))
+        for behind, ink in ((0, 255), (255, 0), (130, level))
+    )
+    bright = [part.x.reshape(60, -1, 40, 40).astype(float) for part in (white, black, mixed)]
+    np.testing.assert_array_equal(white.boxes, mixed.boxes)
+    coverage = 1 - bright[1].min(1) / 255  # black objects on white
+    ink = bright[0] / 255 * (level / 255)  # the colours, multiplied by the coverage
+    expected = 130 * (1 - coverage)[:, None] + 255 * ink
+    assert abs(bright[2] - expected).max() <= 3, "rounding"
+    assert (bright[2][(coverage == 0)[:, None].repeat(bright[2].shape[1], 1)] == 130).all()
+
+
+def test_objects_have_levels_of_their_own(tmp_path: Path) -> None:
+    found = scenes(tmp_path, object_levels=(90, 200), counts=(1,))
+    brightest = found.x.max((1, 2))
+    assert brightest.min() >= 60  # a thin digit may not reach its level
+    assert brightest.max() <= 200
+    assert len(set(brightest.tolist())) > 25
+
+
+def test_grey_digits_that_overlap_much_are_drawn_again(tmp_path: Path) -> None:
+    """As on black, though they would cover each other."""
+    found = scenes(tmp_path, counts=(4,), background="uniform", background_levels=(255, 255),
+                   object_levels=(0, 0))  # fmt: skip
+    assert found.overlaps.max() > 0
+    black = scenes(tmp_path, counts=(4,))
+    assert found.overlaps.mean() < 2 * black.overlaps.mean() + 5

@@ -1,0 +1,240 @@
+"""The model of the background: what covers what, what is learnt, what is shown."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import count_on, small_air
+from PIL import Image
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO
+from test_refinement import ONE, TWO, Disc, latents, windows
+from torch import Tensor
+
+from air import AIR
+from air.detect import detect, draw
+from air.evaluation.elbo import sample_elbo
+from air.evaluation.metrics import HeldOut, evaluate
+from air.inference import infer, sample_prior
+from air.likelihoods import FIRST_SD, LEAST_SD, NormalLikelihood, make_likelihood
+from air.marginal import MarginalAIR
+from air.refinement import paint_scenes, refine_scenes
+from air.spatial_transformer import window_boxes
+from air.storage.checkpoint import load_air, write_state
+from air.training import Trainer, TrainingSettings
+from air.visualization.drawing import enlarge, sheets
+from air.visualization.snapshots import as_bytes, load_snapshot, save_snapshot, take_snapshot
+
+KINDS = [("constant", 1), ("constant", 3), ("vae", 1), ("vae", 3)]
+
+
+def scenes(number: int, channels: int) -> Tensor:
+    return torch.rand(number, channels, 12, 12).squeeze(1)
+
+
+@pytest.mark.parametrize("name", ["normal", "bernoulli"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_objects_cover_what_is_behind_them(name: Any, channels: int) -> None:  # noqa: ANN401
+    """Against a loop over pixels in NumPy; the last object lies in front."""
+    likelihood = make_likelihood(name, 0.3, covers=True)
+    background, opacity = scenes(4, channels), torch.rand(3, 4, 1, 12, 12)
+    opacity[0, :, :, :5], opacity[1, :, :, 5:] = 0, 1
+    colours = torch.rand(3, 4, channels, 12, 12)
+    present = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]).float()
+    painted = torch.cat((colours * opacity, opacity), 2)
+    canvas = likelihood.compose(painted, present, background)
+    expected = background.reshape(4, channels, 12, 12).numpy().copy()
+    for t in range(3):
+        for scene in np.flatnonzero(present[t]):
+            for row, column in np.ndindex(12, 12):
+                a = float(opacity[t, scene, 0, row, column])
+                before = expected[scene, :, row, column]
+                ink = colours[t, scene, :, row, column].numpy()
+                expected[scene, :, row, column] = (1 - a) * before + a * ink
+    np.testing.assert_allclose(canvas.view(4, channels, 12, 12), expected, atol=1e-6)
+    assert torch.equal(canvas[3], background[3])
+
+
+@pytest.mark.parametrize(("kind", "channels"), KINDS)
+def test_backgrounds_have_the_shape_of_images(kind: Any, channels: int) -> None:  # noqa: ANN401
+    air = small_air(background_model=kind, channels=channels, z_background_size=4)
+    assert air.background is not None
+    assert air.background.z_size == (channels if kind == "constant" else 4)
+    painted = air.background.paint(5 * torch.randn(6, air.background.z_size))
+    assert painted.shape == scenes(6, channels).shape
+    assert 0 <= painted.min() < painted.max() <= 1
+    is_flat = (painted == painted[..., :1, :1]).all()
+    assert is_flat == (kind == "constant")
+
+
+@pytest.mark.parametrize(("kind", "channels"), KINDS)
+@pytest.mark.parametrize("estimator", ["marginal", "score"])
+def test_every_parameter_has_a_gradient(kind: str, channels: int, estimator: str) -> None:
+    air = small_air(background_model=kind, channels=channels, likelihood_sd="learn")
+    program = MarginalAIR(air) if estimator == "marginal" else air
+    TraceGraph_ELBO().loss_and_grads(program.model, program.guide, scenes(40, channels))
+    for name, parameter in air.named_parameters():
+        if estimator == "marginal" and name.startswith("bl_"):
+            continue
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_scenes_of_the_prior_show_backgrounds() -> None:
+    air = small_air(background_model="vae")
+    count_none = [1.0, 1e-30, 1e-30, 1e-30]
+    canvases, _, counts = sample_prior(air, 50, 1, count_none)
+    assert not counts.any()
+    assert canvases.std(0).min() > 0, "every pixel differs between scenes"
+    trace: Any = poutine.trace(air.prior).get_trace(5, [0.0, 0.0, 0.0].__getitem__)
+    assert air.background is not None
+    expected = air.background.paint(trace.nodes["z_background"]["value"])
+    assert torch.equal(trace.nodes["_RETURN"]["value"][1], expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_those_of_the_latents(channels: int) -> None:
+    air, images = small_air(background_model="vae", channels=channels), scenes(9, channels)
+    found = infer(air, images)
+    assert air.background is not None
+    mean, _ = air.background.encode(images.flatten(1))
+    assert torch.equal(found.backgrounds, air.background.paint(mean))
+    for scene in range(9):
+        canvas = found.backgrounds[scene]
+        for t in range(3):
+            (painted,) = air.paint([found.z_where[scene : scene + 1, t]],
+                                   [found.z_what[scene : scene + 1, t]])  # fmt: skip
+            colours, opacity = painted[0, :-1], painted[0, -1]
+            alone = found.backgrounds[scene] * (1 - opacity) + colours.view_as(canvas)
+            torch.testing.assert_close(found.objects[scene, t], alone)
+            torch.testing.assert_close(found.masks[scene, t], opacity)
+            if t < found.counts[scene]:
+                canvas = canvas * (1 - opacity) + colours.view_as(canvas)
+        torch.testing.assert_close(found.reconstructions[scene], canvas)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"guide_input": "difference"}, {"likelihood": "bernoulli"}]
+)
+def test_the_terms_of_the_elbo_add_up_to_pyros(options: dict[str, Any]) -> None:
+    air, images = small_air(background_model="vae", **options), scenes(10, 1)
+    torch.manual_seed(2)
+    terms = sample_elbo(air, images)
+    torch.manual_seed(2)
+    expected = -Trace_ELBO().loss(air.model, air.guide, images)
+    assert terms.elbo.sum().item() == pytest.approx(expected, rel=1e-5)
+    assert (terms.kl_background != 0).all()
+    found = evaluate(air, HeldOut(images), seed=2)
+    assert found.kl_background == pytest.approx(terms.kl_background.mean().item(), rel=1e-4)
+    without = small_air(**options)
+    assert evaluate(without, HeldOut(images)).kl_background is None
+    assert (sample_elbo(without, images).kl_background == 0).all()
+
+
+def sd_of(likelihood: NormalLikelihood) -> float:
+    assert isinstance(likelihood.sd, Tensor)
+    return likelihood.sd.item()
+
+
+@pytest.mark.parametrize("residual", [0.2, 0.01])
+def test_a_learnt_standard_deviation_becomes_that_of_the_residuals(residual: float) -> None:
+    torch.manual_seed(0)
+    likelihood = NormalLikelihood("learn")
+    assert sd_of(likelihood) == pytest.approx(FIRST_SD)
+    canvas = torch.rand(20, 12, 12)
+    images = canvas + residual * torch.randn(20, 12, 12)
+    adam = torch.optim.Adam(likelihood.parameters(), lr=0.05)
+    for _ in range(400):
+        adam.zero_grad()
+        (-likelihood.log_prob(images, canvas).sum()).backward()  # type: ignore[no-untyped-call]
+        adam.step()
+    rms = (images - canvas).square().mean().sqrt().item()
+    assert sd_of(likelihood) == pytest.approx(max(rms, LEAST_SD), rel=0.02)
+    assert sd_of(likelihood) > LEAST_SD
+    by_torch = likelihood.distribution(canvas).log_prob(images).sum((1, 2))
+    torch.testing.assert_close(likelihood.log_prob(images, canvas), by_torch)
+
+
+def test_sums_of_scenes_with_backgrounds_are_refused() -> None:
+    air, images = small_air(background_model="constant"), scenes(8, 1)
+    settings = TrainingSettings(num_steps=1, added_scenes=1.0)
+    with pytest.raises(ValueError, match="added_scenes: expected 0 with a model of the background"):
+        Trainer(air, images, HeldOut(images), settings)
+
+
+class DarkDisc(Disc):
+    """A black disc that hides what is behind it."""
+
+    def forward(self, code: Tensor) -> Tensor:
+        opacity = super().forward(code)
+        return torch.cat((torch.zeros_like(opacity), opacity), 1)
+
+
+@pytest.mark.parametrize(("start", "inferred"), [(ONE, 1), (windows((1.8, 0, 0)), 1)])
+def test_planted_dark_discs_are_found_by_refinement(start: Tensor, inferred: int) -> None:
+    air = AIR(
+        num_steps=3, x_size=20, window_size=8, z_what_size=5, rnn_hidden_size=11, encoder_net=[9],
+        decoder_net=[8], predict_net=[6], use_baselines=False, background_model="vae",
+        decode=DarkDisc(8),
+    )  # fmt: skip
+    ramp = torch.linspace(0.5, 1, 20).expand(1, 20, 20)
+    truth, what = TWO, torch.zeros(1, 3, 5)
+    image = paint_scenes(air, truth[None], what, torch.tensor([2]), ramp)
+    assert image.min() < 0.1
+    found = refine_scenes(air, image, ramp, latents(air, start, inferred))
+    assert int(found.count_probs.argmax()) == 2
+    expected, boxes = (window_boxes(where[:2], 20) for where in (truth, found.where[0]))
+    assert ((boxes[:, None] - expected).abs().amax(-1).amin(0) < 1.5).all()
+
+
+def test_a_snapshot_and_its_sheets_show_the_background(tmp_path: Path) -> None:
+    air, images = small_air(background_model="vae"), scenes(9, 1)
+    save_snapshot(tmp_path, take_snapshot(air, HeldOut(images), 3, seed=0))
+    snapshot = load_snapshot(tmp_path / "00000003.npz")
+    expected = as_bytes(infer(air, images).backgrounds)
+    assert snapshot.scenes.backgrounds is not None
+    np.testing.assert_array_equal(snapshot.scenes.backgrounds, expected)
+    found = sheets(snapshot, 9, 2)
+    width = 2 * 12
+    np.testing.assert_array_equal(found["backgrounds"][:width, :width], enlarge(expected, 2)[0])
+    behind = found["objects"][-width:, width + 4 : 2 * width + 4]  # the second column
+    np.testing.assert_array_equal(behind, enlarge(expected, 2)[7])
+    black = take_snapshot(small_air(), HeldOut(images), 3, seed=0)
+    assert black.scenes.backgrounds is None
+    assert "backgrounds" not in sheets(black, 9, 2)
+    steps_of_three = 2 * 3 + 2
+    assert found["objects"].shape[1] == (steps_of_three + 1) * (width + 4) - 4
+
+
+def test_detect_draws_backgrounds_below_the_images(tmp_path: Path) -> None:
+    air = small_air(background_model="constant", channels=3)
+    count_on(air, 1, 0.0)
+    images = (255 * scenes(11, 3)).byte().numpy()
+    draw(air, images, detect(air, images), tmp_path / "found.png")
+    with Image.open(tmp_path / "found.png") as picture:
+        pixels = np.asarray(picture)
+    zoom = 200 // 12
+    side = 12 * zoom
+    assert len(pixels) == 4 * (side + 4) - 4, "two rows of images, two of backgrounds"
+    behind = as_bytes(infer(air, images).backgrounds)
+    for index, (row, column) in {2: (1, 2), 9: (3, 1)}.items():
+        middle = row * (side + 4) + side // 2, column * (side + 4) + side // 2
+        assert pixels[middle].tolist() == behind[index, :, 6, 6].tolist()
+
+
+def test_a_checkpoint_brings_its_background(tmp_path: Path) -> None:
+    options = {"background_model": "vae", "z_background_size": 4, "background_net": [6]}
+    air, images = small_air(**options, likelihood_sd="learn"), scenes(5, 1)
+    sizes = {
+        "x_size": 12, "window_size": 7, "encoder_latent_size": 5, "rnn_hidden_size": 11,
+        "encoder_net": [9], "decoder_net": [8], "predict_net": [6], "bl_predict_net": [4],
+    }  # fmt: skip
+    config = {**sizes, **options, "likelihood_sd": "learn"}
+    state = {"format": 3, "model": air.state_dict(), "optimizer": {}, "step": 1, "config": config}
+    write_state(tmp_path / "checkpoint.pt", state)
+    loaded = load_air(tmp_path / "checkpoint.pt")
+    assert torch.equal(infer(loaded, images).backgrounds, infer(air, images).backgrounds)
+    learnt = [dict(each.likelihood.named_parameters())["log_sd"] for each in (loaded, air)]
+    assert torch.equal(*learnt)
