@@ -92,3 +92,30 @@ def test_the_difference_guide_learns_to_count_sprites(cache: Path) -> None:
     assert last.result.accuracy_mode is not None
     assert last.result.accuracy_mode >= 0.8
     assert last.result.elbo > empty_canvas_elbo(air, x) + 80
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fast")
+def test_dark_digits_on_gradients_are_learnt(
+    cache: Path,
+) -> None:
+    settings = SceneSettings(
+        x_size=32, sides=(12, 16), counts=(0, 1), background="gradient",
+        background_levels=(160, 255), object_levels=(0, 0), num_scenes=5000, num_test_scenes=1000,
+    )  # fmt: skip
+    scenes = load_scenes(settings, cache_dir=cache)
+    x, counts = map(torch.from_numpy, scenes.test[:2])
+    recipe = TrainingSettings(
+        num_steps=400, eval_every=0, learning_rate=4e-3, z_pres_prior=0.99, z_pres_prior_raw=True,
+        anneal_prior="exp", anneal_prior_to=1e-4, anneal_prior_duration=150,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    air = AIR(
+        num_steps=2, x_size=32, window_size=16, z_what_size=10, rnn_hidden_size=64,
+        encoder_net=[64], decoder_net=[64], predict_net=[64], use_baselines=False,
+        scale_prior_mean=2.2, background_model="vae", background_net=[64],
+    )  # fmt: skip
+    trainer = Trainer(air, torch.from_numpy(scenes.train.x), HeldOut(x, counts), recipe)
+    *_, last = (event for event in trainer.train() if isinstance(event, Evaluated))
+    assert last.result.accuracy_mode is not None
+    assert last.result.accuracy_mode >= 0.7
