@@ -53,7 +53,8 @@ def draw_run(run: RunFolder, gif: bool = False) -> None:
 
     `inputs`, `inferred`, `reconstructions` and `prior_samples` show up to 64 scenes, `errors` the
     scenes counted wrongly, `objects` what each step sees and paints, `scenes` eight scenes with
-    their reconstructions, and `curves` the metrics. Where true counts are known, `reliability`
+    their reconstructions, and `curves` the metrics; `backgrounds`, with a model of them, what is
+    behind the objects. Where true counts are known, `reliability`
     compares the accuracy of the inferred counts with their confidence.
 
     Args:

@@ -14,16 +14,18 @@ Glossary of shapes, used throughout:
     z_pres  [B, 1]  one while there is a further object, then zero
     z_where [B, 3]  scale s and shift (x, y) of the object's window; see spatial_transformer
     z_what  [B, Z]  the object's code
+    z_background  [B, any size]  the code of what is behind the objects, if that is not black
     canvas  [B, (C,) H, H]  the scene as painted from the latents
 
 ELBOs are in nats per image; higher is better.
 
-The paper is at the top of this package, some 1,200 lines. Read it in this order:
+The paper is at the top of this package, some 1,300 lines. Read it in this order:
 
     modules.py                  the nets
     air/spatial_transformer.py  the geometry of z_where
     air/air.py                  the generative model, the guide and its baseline
     air/likelihoods.py          from objects to pixels
+    air/background.py           what is behind the objects
     air/priors.py               the prior over the count
     air/marginal.py             the exact expectation over the count
     air/inference.py            the objects in an image; samples of the prior

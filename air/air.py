@@ -16,7 +16,7 @@ from pyro.ops.provenance import detach_provenance
 from torch import Tensor, nn
 
 from air import arguments
-from air.background import make_background
+from air.background import Background
 from air.distributions import Presence
 from air.images import as_batch, check_range, to_intensities
 from air.likelihoods import Likelihood, make_likelihood
@@ -148,7 +148,7 @@ class AIR(nn.Module):
         self.decode: nn.Module = Decoder(
             window_pixels, s.decoder_net, z_what_size, *output, nl, opacity_pixels
         )
-        self.background = make_background(s, nl) if covers else None
+        self.background = Background(s, nl) if covers else None
         # The inference network.
         self.embed = make_embed(*embedding)
         (embedded_size,) = arguments.output_sizes(

@@ -8,47 +8,35 @@ Objects cover what is behind them. So a step paints colours and an opacity, see
 `likelihoods.PixelLikelihood`, and an object can be darker than the background.
 """
 
-from collections.abc import Sequence
-
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from air.model_settings import BackgroundModel, ModelSettings
+from air.model_settings import ModelSettings
 from modules import MLP, Decoder, Encoder, NonLinearity
 
 
 class Background(nn.Module):
     """p(background | z_background) p(z_background) and q(z_background | x).
 
-    Args:
-        kind: "constant" for one level per channel, or "vae" for a level for each pixel.
-        channels, x_size: Channels C and side H of the images.
-        z_size: Dimensions of z_background; a constant background has C.
-        hidden: Hidden layers of the encoder and, in reverse, of the decoder.
-        non_linearity: Makes the activation between layers.
+    A "constant" background has one level per channel, and a code of C dimensions. A "vae" has a
+    level for each pixel.
     """
 
-    def __init__(
-        self,
-        kind: BackgroundModel,
-        channels: int,
-        x_size: int,
-        z_size: int,
-        hidden: Sequence[int],
-        non_linearity: NonLinearity,
-    ) -> None:
+    def __init__(self, settings: ModelSettings, non_linearity: NonLinearity) -> None:
         super().__init__()
-        self.shape = [channels, x_size, x_size] if channels > 1 else [x_size, x_size]
-        pixels = channels * x_size**2
-        self.z_size = channels if kind == "constant" else z_size
+        s, area = settings, settings.x_size**2
+        self.shape = [s.channels, s.x_size, s.x_size] if s.channels > 1 else [s.x_size, s.x_size]
+        is_constant = s.background_model == "constant"
+        self.z_size = s.channels if is_constant else s.z_background_size
+        pixels, hidden = s.channels * area, s.background_net
         self.encode = Encoder(pixels, hidden, self.z_size, non_linearity)
-        self.decode: nn.Module = Decoder(
-            pixels, [*reversed(hidden)], self.z_size, None, True, non_linearity
+        self.decode: nn.Module = (
+            ConstantDecoder(s.channels, area)
+            if is_constant
+            else Decoder(pixels, hidden[::-1], self.z_size, None, True, non_linearity)
         )
-        if kind == "constant":
-            self.decode = ConstantDecoder(channels, x_size**2)
 
     def model(self, like: Tensor, n: int) -> Tensor:
         """Draws the backgrounds of n images, [n, (C,) H, H], of the type and device of `like`."""
@@ -64,13 +52,6 @@ class Background(nn.Module):
     def paint(self, z_background: Tensor) -> Tensor:
         """Backgrounds from their codes, [B, z_size] to [B, (C,) H, H]."""
         return self.decode(z_background).view(len(z_background), *self.shape)
-
-
-def make_background(settings: ModelSettings, non_linearity: NonLinearity) -> Background:
-    """The background that the settings describe."""
-    s = settings
-    sizes = s.channels, s.x_size, s.z_background_size, s.background_net
-    return Background(s.background_model, *sizes, non_linearity)
 
 
 class ConstantDecoder(nn.Module):

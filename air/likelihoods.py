@@ -81,12 +81,12 @@ class NormalLikelihood(PixelLikelihood):
         super().__init__(covers)
         self.fixed_sd = None if sd == "learn" else sd
         if self.fixed_sd is None:
-            self.log_sd = nn.Parameter(torch.tensor(math.log(FIRST_SD - LEAST_SD)))
+            self.raw_sd = nn.Parameter(torch.tensor(math.log(FIRST_SD - LEAST_SD)))
 
     @property
     def sd(self) -> float | Tensor:
         """The standard deviation of a pixel."""
-        return LEAST_SD + self.log_sd.exp() if self.fixed_sd is None else self.fixed_sd
+        return LEAST_SD + self.raw_sd.exp() if self.fixed_sd is None else self.fixed_sd
 
     def prepare(self, images: Tensor) -> Tensor:
         return images

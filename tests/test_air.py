@@ -136,7 +136,7 @@ def by_hand(
         sampled.append(log_p - log_q + rest)
         scores.append(log_q)
     learnt = dict(air.likelihood.named_parameters())
-    pixels: Any = Normal(canvas, 0.05 + learnt["log_sd"].exp() if learnt else 0.3)
+    pixels: Any = Normal(canvas, 0.05 + learnt["raw_sd"].exp() if learnt else 0.3)
     if isinstance(air.likelihood, BernoulliLikelihood):
         pixels = Bernoulli(canvas * (1 - FLIP_PROB) + (1 - canvas) * FLIP_PROB)
     likelihood = pixels.log_prob(x).flatten(1).sum(1)

@@ -236,5 +236,5 @@ def test_a_checkpoint_brings_its_background(tmp_path: Path) -> None:
     write_state(tmp_path / "checkpoint.pt", state)
     loaded = load_air(tmp_path / "checkpoint.pt")
     assert torch.equal(infer(loaded, images).backgrounds, infer(air, images).backgrounds)
-    learnt = [dict(each.likelihood.named_parameters())["log_sd"] for each in (loaded, air)]
+    learnt = [dict(each.likelihood.named_parameters())["raw_sd"] for each in (loaded, air)]
     assert torch.equal(*learnt)

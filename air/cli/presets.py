@@ -43,9 +43,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # With the default prior, one object covers two digits from the start and stays there.
     "background": {
+        "num_steps": 5000,
         "background": "gradient",
         "background_model": "vae",
         **_MANY_OBJECTS_AT_FIRST,
+        "lr_schedule": "cosine",
     },
     # With the annealed prior, AIR overlooks the smallest digits; with a learnt prior, it adds blank
     # windows between two digits until the learning rate has fallen.
