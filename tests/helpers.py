@@ -196,6 +196,7 @@ EVALUATION = Evaluation(
     elbo=630.12, elbo_se=0.5, log_likelihood=660.0, kl_pres=1.0, kl_where=9.0, kl_what=20.0,
     kl_background=2.0,
     count_histogram=[2, 0, 1], accuracy_mode=0.5, accuracy_sample=0.25, accuracy_apart=None,
+    accuracy_within_one=0.75,
     accuracy_by_distance=[0.5, 0.75, 1.0], accuracy_by_overlap=[1.0, 0.5, None],
     calibration_error=0.125, reliability=[*[[0.0] * 3] * 9, [3.0, 0.96, 0.5]],
     confusion=[[1, 0, 0], [1, 0, 1]], bound=None, bound_se=None,

@@ -34,6 +34,7 @@ class CountScores(NamedTuple):
 
     accuracy_mode: float
     accuracy_sample: float  # the inferred count is one sample of q(n)
+    accuracy_within_one: float  # the inferred count is off by one at most
     accuracy_apart: float | None  # over scenes of several objects without overlap
     accuracy_by_distance: list[float | None] | None  # several objects, by the closest two centres
     accuracy_by_overlap: list[float | None] | None  # several objects, by the pixels they share
@@ -72,6 +73,7 @@ def score_counts(
     return CountScores(
         float(right.double().mean()),
         float((sampled_counts == true_counts).double().mean()),
+        float(((mode - true_counts).abs() <= 1).double().mean()),
         by_overlap[0] if by_overlap else None,
         by_distance,
         by_overlap,

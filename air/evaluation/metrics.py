@@ -79,6 +79,7 @@ class Evaluation(NamedTuple):
     bound_se: float | None = None
     accuracy_mode: float | None = None
     accuracy_sample: float | None = None  # the inferred count is one sample of q(n)
+    accuracy_within_one: float | None = None  # by mode, off by one at most
     accuracy_apart: float | None = None  # by mode, over scenes of several objects without overlap
     # By mode, over scenes of several objects: in bands of the distance of the closest two centres,
     # and in bands of the number of pixels that objects share.

@@ -71,6 +71,10 @@ class Evaluated:
         ]
         for true, row in enumerate(result.confusion):
             lines.append(f"{true:17}" + "".join(f"{n:7}" for n in row))
+            if true < len(row) and any(row):
+                lines[-1] += f"  {row[true] / sum(row):6.1%} right"
+        if len(result.confusion) > 3 and result.accuracy_within_one is not None:
+            lines.append(f"  count off by at most one: {result.accuracy_within_one:.1%}")
         accuracies = result.accuracy_by_distance or [None] * len(DISTANCE_BANDS)
         bands = zip(DISTANCE_BANDS, accuracies, strict=True)
         known = [f"{band} {found:.1%}" for band, found in bands if found is not None]

@@ -81,6 +81,8 @@ def test_accuracies_by_distance_and_overlap_equal_loops_over_scenes() -> None:
     assert found.accuracy_by_distance == [pytest.approx(accuracy_in(band)) for band in near]
     assert found.accuracy_by_overlap == [pytest.approx(accuracy_in(band)) for band in shared]
     assert found.accuracy_apart == found.accuracy_by_overlap[0]
+    near_by = [abs(int(a) - int(b)) <= 1 for a, b in zip(true, inferred, strict=True)]
+    assert found.accuracy_within_one == pytest.approx(sum(near_by) / 400)
 
 
 def test_the_bounds_belong_to_the_band_in_the_middle() -> None:
