@@ -1,5 +1,6 @@
 """The model of the background: what covers what, what is learnt, what is shown."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from air.refinement import paint_scenes, refine_scenes
 from air.spatial_transformer import window_boxes
 from air.storage.checkpoint import load_air, write_state
 from air.training import Trainer, TrainingSettings
+from air.training.background_first import BackgroundAlone
+from air.training.events import CheckpointDue, Progress
 from air.visualization.drawing import enlarge, sheets
 from air.visualization.snapshots import as_bytes, load_snapshot, save_snapshot, take_snapshot
 
@@ -238,3 +241,72 @@ def test_a_checkpoint_brings_its_background(tmp_path: Path) -> None:
     assert torch.equal(infer(loaded, images).backgrounds, infer(air, images).backgrounds)
     learnt = [dict(each.likelihood.named_parameters())["raw_sd"] for each in (loaded, air)]
     assert torch.equal(*learnt)
+
+
+@pytest.mark.parametrize("options", [{}, {"channels": 3}, {"likelihood": "bernoulli"}])
+def test_the_background_alone_has_the_elbo_of_a_scene_without_objects(
+    options: dict[str, Any],
+) -> None:
+    air = small_air(background_model="vae", **options).double()
+    images = air.likelihood.prepare(scenes(30, air.channels).double())
+    program = BackgroundAlone(air)
+    trace: Any = poutine.trace(program.guide).get_trace(images, batch_size=10)
+    replayed = poutine.replay(program.model, trace)
+    ours = TraceGraph_ELBO().loss_and_grads(
+        replayed, poutine.replay(program.guide, trace), images, batch_size=10
+    )
+    gradients = {name: p.grad for name, p in air.named_parameters()}
+    air.zero_grad()
+
+    assert air.background is not None
+    drawn = images[trace.nodes["data"]["value"]]
+    z = trace.nodes["z_background"]["value"]
+    q = torch.distributions.Normal(*air.background.encode(drawn.flatten(1)))
+    noise = ((z - q.mean) / q.stddev).detach()
+    z = q.mean + q.stddev * noise
+    canvas = air.background.decode(z).view_as(drawn)
+    elbo = air.likelihood.distribution(canvas).log_prob(drawn).flatten(1).sum(1)
+    elbo = elbo + (torch.distributions.Normal(0, 1).log_prob(z) - q.log_prob(z)).sum(1)
+    (-3 * elbo.sum()).backward()
+    assert ours == pytest.approx(-3 * elbo.sum().item())
+    for name, parameter in air.named_parameters():
+        if name.startswith("background"):
+            torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
+        else:
+            assert gradients[name] is None, name
+
+
+@pytest.mark.parametrize("estimator", ["marginal", "score"])
+def test_the_first_steps_train_the_background_and_nothing_else(estimator: Any) -> None:  # noqa: ANN401
+    images, sizes = scenes(40, 1), {"num_steps": 7, "batch_size": 8, "progress_every": 1}
+
+    def trainer() -> Trainer:
+        torch.manual_seed(0)
+        air = small_air(background_model="constant", likelihood_sd="learn")
+        settings = TrainingSettings(
+            **sizes, estimator=estimator, background_steps=4, save_every=3, eval_every=0
+        )
+        return Trainer(air, images, HeldOut(images), settings)
+
+    whole, saved = trainer(), {}
+    before = {name: p.clone() for name, p in whole.air.named_parameters()}
+    for event in whole.train():
+        if isinstance(event, CheckpointDue) and event.step == 3:
+            saved = copy.deepcopy(whole.state_dict())
+        if isinstance(event, Progress):
+            now = dict(whole.air.named_parameters())
+            changed = {name for name in now if not torch.equal(now[name], before[name])}
+            of_background = {n for n in now if n.startswith(("background.", "likelihood."))}
+            assert of_background <= changed
+            assert (changed == of_background) == (event.step <= 4)
+    resumed = trainer()
+    resumed.load_state_dict(saved)
+    for _ in resumed.train():
+        pass
+    for one, other in zip(whole.air.parameters(), resumed.air.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_without_a_background_there_is_none_to_train() -> None:
+    with pytest.raises(ValueError, match="background_model: expected constant or vae, got none"):
+        BackgroundAlone(small_air())

@@ -61,7 +61,7 @@ LINES = [
     "--data mine.npz -n 2 -b 8 --x-size 40 --crop --channels 3 --invert",
     f"--preset dsprites {SMALL} --no-binary --background noisy --guide difference "
     "--background-levels 20 90 --object-levels 100 255 --background-model vae "
-    "--z-background-size 3 --background-net 20 "
+    "--z-background-size 3 --background-net 20 --background-steps 1 "
     "--likelihood bernoulli --count-prior 1 1 1 0.1 --anneal-prior none --learn-count-prior-from 1",
     f"{SMALL} --sides 9 18 --rotation 20 --binary --masking --baselines --no-z-pres-prior-raw "
     "--no-verbose --no-evaluate --no-jit",
@@ -114,7 +114,8 @@ def test_lines_end_well(line: str, tmp_path: Path, environment: dict[str, str]) 
 
 
 def test_a_run_leaves_what_the_readme_says(tmp_path: Path, environment: dict[str, str]) -> None:
-    done = run(f"{SMALL} --eval-every 2 --output-dir out --save-every 2", tmp_path, environment)
+    line = f"{SMALL} --eval-every 2 --output-dir out --save-every 2"
+    done = run(line, tmp_path, environment, dpi=viz.DPI)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     config = json.loads((out / "config.json").read_text())

@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "background": "gradient",
         "background_model": "vae",
         **_MANY_OBJECTS_AT_FIRST,
+        "anneal_prior_begin": 300,  # after the steps in which the background learns alone
         "lr_schedule": "cosine",
     },
     # With the annealed prior, AIR overlooks the smallest digits; with a learnt prior, it adds blank

@@ -18,10 +18,13 @@ COLLAPSE_FRACTION = 0.98  # fraction of the scenes with the same count that show
 MAX_CHECKED_IMAGES = 500  # number of images in the search for values that are not finite
 
 
+@torch.no_grad()
 def empty_canvas_elbo(air: AIR, images: Tensor) -> float:
-    """The mean log likelihood of images, [N, (C,) H, H], under a black canvas, in nats per image.
+    """The mean log likelihood of images, [N, (C,) H, H], without objects, in nats per image.
 
-    It is the ELBO of an AIR that never infers an object, without the log prior of zero objects.
+    The canvas is black or, with a model of the background, the mean of each channel of the image.
+    On black, it is the ELBO of an AIR that never infers an object, without the log prior of zero
+    objects.
 
     Raises:
         ValueError: If there are no images.
@@ -33,7 +36,7 @@ def empty_canvas_elbo(air: AIR, images: Tensor) -> float:
     for part in torch.split(images, 1000):
         prepared = air.to_images(part.to(air.h_init.device))
         empty = torch.zeros_like(prepared)
-        if air.background is not None:  # the mean level of each channel
+        if air.background is not None:
             empty = prepared.mean((-2, -1), keepdim=True).expand_as(prepared)
         log_probs = air.likelihood.log_prob(prepared, empty)
         total += float(log_probs.cpu().double().sum())  # MPS has no float64

@@ -29,6 +29,7 @@ from air.param_store import unregistered
 from air.priors import count_log_probs
 from air.refinement import BADLY_EXPLAINED, paint_scenes, relative_residual
 from air.settings import SettingError
+from air.training.settings import TrainingSettings
 
 PARTNERS = 6  # scenes to which each scene is added, to see whether the sum can be used
 BATCH_PER_MADE = 4  # scenes in the batch for each sum that is used
@@ -83,6 +84,13 @@ class AddedScenes:
         if weight != self._is_set_to:
             self.weight.fill_(weight)
             self._is_set_to = weight
+
+    def before_step(self, step: int, settings: TrainingSettings) -> None:
+        """Prepares a step, counted from zero."""
+        if step == 0:  # the model may have been loaded since
+            self.start()
+        if step >= settings.added_scenes_from:
+            self.set_weight(settings.added_scenes)
 
     @torch.no_grad()
     def start(self) -> None:

@@ -27,6 +27,7 @@ from air.priors import (
 )
 from air.settings import SettingError
 from air.training.added_scenes import AddedScenes
+from air.training.background_first import background_svi
 from air.training.compiled_svi import CompiledSVI, Compiler, inductor
 from air.training.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
 from air.training.parallel import SINGLE_PROCESS, ProcessGroup
@@ -96,6 +97,7 @@ class Trainer:
             if settings.compile
             else SVI(*arguments, all_reduce=group.all_reduce)
         )
+        self.first_svi = background_svi(air, self.svi) if air.background else self.svi
         self.prior = make_count_prior(settings, air)
         self.learnt_prior: list[float] | None = None  # p(n)
         self.step = 0
@@ -171,16 +173,15 @@ class Trainer:
     def _take_step(self) -> None:
         self.prior.set_step(self.step + 1)
         self._set_learning_rates()
-        if self.added_scenes and self.step == 0:  # the model may have been loaded since
-            self.added_scenes.start()
-        if self.added_scenes and self.step >= self.settings.added_scenes_from:
-            self.added_scenes.set_weight(self.settings.added_scenes)
+        if self.added_scenes:
+            self.added_scenes.before_step(self.step, self.settings)
         if isinstance(self.images, StreamedImages):
             data = self.images.draw(self.batch_size)
             size = {"num_images": len(self.images)}
         else:
             data, size = self.images, {"batch_size": self.batch_size}
-        self.svi.step_async(data, **size, z_pres_prior_p=self.prior)
+        svi = self.first_svi if self.step < self.settings.background_steps else self.svi
+        svi.step_async(data, **size, z_pres_prior_p=self.prior)
         if self.added_scenes:
             self.added_scenes.update_teacher()
         self.step += 1
