@@ -42,7 +42,7 @@ class Inference(NamedTuple):
     z_what: Tensor  # means, [B, T, Z]
     boxes: Tensor  # (x0, y0, x1, y1) of the windows in pixels, [B, T, 4]
     objects: Tensor  # each object painted alone on the background, [B, T, (C,) H, H]
-    masks: Tensor  # opacity or, on black, the brightest channel of each object, [B, T, H, H]
+    masks: Tensor  # how far an object changes each pixel, in its strongest channel, [B, T, H, H]
     backgrounds: Tensor  # [B, (C,) H, H]; black without a model of the background
     reconstructions: Tensor  # the first `counts` objects on the background, [B, (C,) H, H]
 
@@ -106,9 +106,9 @@ def _paint(
     in_use = torch.arange(air.num_steps, device=counts.device)[:, None] < counts
     canvas = air.likelihood.compose(painted, in_use, backgrounds)
     objects = torch.stack([air.likelihood.add(backgrounds, each) for each in painted], 1)
-    masks = painted.transpose(0, 1)
-    if painted.dim() == 5:
-        masks = masks[:, :, -1] if air.likelihood.covers else masks.amax(2)
+    masks = (objects - backgrounds[:, None]).abs()
+    if air.channels > 1:
+        masks = masks.amax(2)
     boxes = window_boxes(where, air.x_size)
     return Inference(count_probs, counts, where, what, boxes, objects, masks, backgrounds, canvas)
 
