@@ -1,8 +1,10 @@
 """Fixtures; what tests import is in helpers.py."""
 
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pyro
 import pytest
@@ -26,6 +28,17 @@ def _reproducible() -> Iterator[None]:
         yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_call_stacks() -> Iterator[None]:
+    """To capture a step, torch makes a mode of fake tensors for each tensor, as if it were alone.
+
+    Each keeps its call stack, for a message about mixed modes; they take a fifth of the time.
+    """
+    without = mock.Mock(wraps=traceback, extract_stack=list)
+    with mock.patch("torch._subclasses.fake_tensor.traceback", without, create=True):
+        yield
 
 
 @pytest.fixture

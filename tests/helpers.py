@@ -63,15 +63,21 @@ def run(
     line: str,
     folder: Path,
     environment: dict[str, str],
+    dpi: int = 50,
     **options: Any,  # noqa: ANN401  # of main
 ) -> subprocess.CompletedProcess[str]:
-    """The program from flags to exit code, in this process: to start one costs five seconds."""
+    """The program from flags to exit code, in this process: to start one costs five seconds.
+
+    Its figures are drawn coarsely, in two thirds of the time, where nothing looks at them.
+    """
+    import viz
     from main import main  # here, for most tests do without
 
     said, complained, code = io.StringIO(), io.StringIO(), 0
     with (
         contextlib.chdir(folder),
         mock.patch.dict(os.environ, environment),
+        mock.patch.object(viz, "DPI", dpi),
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(complained),
     ):

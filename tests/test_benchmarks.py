@@ -41,6 +41,7 @@ def start(script: str, line: str, folder: Path) -> tuple[object, str, str]:
         mock.patch.object(sys, "argv", [script, *line.split()]),
         mock.patch.object(sys, "path", [*sys.path]),
         mock.patch.dict(os.environ),
+        mock.patch("viz.DPI", 50),  # nothing looks at the figures of a run
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(complained),
     ):

@@ -335,10 +335,11 @@ def trainers_step(variant: str) -> None:
 @check()
 def added_scenes() -> None:
     """They are made on the device, uncompiled and in a recorded step."""
-    with pretended_trainer("marginal", added_scenes=5.0, added_scenes_from=1) as (gpu, make):
+    settings = {"warmup_steps": 1, "added_scenes": 5.0, "added_scenes_from": 1}
+    with pretended_trainer("marginal", **settings) as (gpu, make):
         for captured in (False, True):
             trainer = make(captured=captured)
-            for _ in range(WARMUP_STEPS + 2):
+            for _ in range(3):  # without and with weight; when captured, recorded and replayed
                 with NothingCrosses():
                     trainer._take_step()
         assert len(gpu.graphs) == 1

@@ -18,7 +18,7 @@ from air.process.signals import ENDING, exit_code, interrupt_on_signals
 from air.storage.run_folder import RunFolder
 
 ALL = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
-LINE = f"{SMALL} -n 6 --compile --output-dir run"
+LINE = f"{SMALL} -t 1 -n 6 --compile --output-dir run"
 
 
 @pytest.fixture(autouse=True)

@@ -160,7 +160,7 @@ def test_what_cannot_be_compiled_runs_uncompiled(
 
 def test_a_model_that_is_gone_is_freed_at_once(images: Tensor) -> None:
     """A cycle would keep its CUDA graphs, and their memory, while the next model needs it."""
-    air = small_air()
+    air = small_air(num_steps=1)
     optimizer = make_optimizer(air, 0.01, 0.1)
     svi = CompiledSVI(air.model, air.guide, optimizer, TraceGraph_ELBO(), as_it_is)
     with pyro.validation_enabled(False):
