@@ -224,6 +224,8 @@ def check_flags(config: Config, cli_args: Config, before: Config) -> None:
     for key in SCENE_KEYS if config["data"] else set(IMAGE_KEYS) - {"x_size"}:
         if key in cli_args and cli_args[key] != before.get(key, DEFAULTS[key]):
             raise ValueError(f"--{key.replace('_', '-')} is about {about}")
+    if config["refine"] and config["background_model"] != "none":
+        raise ValueError("--refine: expected no --background-model, which it cannot refine")
     for key, flag in (("save", "--save"), ("viz_log", "--viz-log")):
         path = config[key] and Path(config[key])
         if path and path.exists() and config[key] != before.get(key):

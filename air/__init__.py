@@ -19,7 +19,7 @@ Glossary of shapes, used throughout:
 
 ELBOs are in nats per image; higher is better.
 
-The paper is at the top of this package, some 1,300 lines. Read it in this order:
+The paper is at the top of this package, some 1,500 lines. Read it in this order:
 
     modules.py                  the nets
     air/spatial_transformer.py  the geometry of z_where

@@ -62,8 +62,8 @@ class AIR(nn.Module):
     Nets of one's own. Any ``nn.Module`` with the right inputs and outputs can stand in for a net:
 
         encode   q(z_what | window): windows, [B, C * W * W], to mean and sd > 0, [B, Z] each
-        decode   p(window | z_what): codes, [B, Z], to intensities, [B, C * W * W]; with a model
-                 of the background as `Decoder` with `opacity_pixels`
+        decode   p(window | z_what): codes, [B, Z], to intensities, [B, C * W * W]; with a model of
+                 the background, colours times opacity and then opacity, [B, (C + 1) * W * W]
         predict  q(z_pres, z_where | h): hidden states, [B, rnn_hidden_size], to the probability of
                  z_pres, [B, 1], and mean and sd > 0 of z_where relative to its prior, [B, 3] each
         embed    images, [B, C * H * H], to the LSTM's input, [B, any size]; the baseline takes a
@@ -211,7 +211,7 @@ class AIR(nn.Module):
     def prior(self, n: int, z_pres_prior_p: PresencePrior | None = None) -> tuple[Latents, Tensor]:
         """Draws n scenes: the latents (z_where, z_pres) and the canvases, [n, (C,) H, H].
 
-        With Normal pixels intensities add where objects overlap, so that a canvas can exceed one.
+        On black, Normal intensities add where objects overlap, so that a canvas can exceed one.
 
         Raises:
             ValueError: If `n` is negative, or the prior is no function from steps to probabilities.
@@ -243,7 +243,7 @@ class AIR(nn.Module):
         return probs_of_steps(z_pres_prior_p, self.num_steps)
 
     def sample_background(self, n: int) -> Tensor | None:
-        """p(z_background): n backgrounds, [n, (C,) H, H]; None if the background is black."""
+        """p(z_background): n backgrounds, [n, (C,) H, H]; None for a black one, without a site."""
         return None if self.background is None else self.background.model(self.h_init, n)
 
     def sample_object(self, t: int, z_pres: Tensor) -> tuple[Tensor, Tensor]:

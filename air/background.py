@@ -39,13 +39,16 @@ class Background(nn.Module):
         )
 
     def model(self, like: Tensor, n: int) -> Tensor:
-        """Draws the backgrounds of n images, [n, (C,) H, H], of the type and device of `like`."""
+        """Samples z_background, and paints the backgrounds of n images, [n, (C,) H, H].
+
+        They have the type and the device of `like`.
+        """
         zeros = like.new_zeros(n, self.z_size)
         code = dist.Normal(zeros, zeros.new_ones(()))
         return self.paint(pyro.sample("z_background", code.to_event(1)))
 
     def guide(self, images: Tensor) -> Tensor:
-        """Infers the backgrounds of images, [B, (C,) H, H]."""
+        """Samples z_background given images, [B, (C,) H, H], and paints the backgrounds."""
         code = dist.Normal(*self.encode(images.flatten(1)))
         return self.paint(pyro.sample("z_background", code.to_event(1)))
 

@@ -94,7 +94,7 @@ def detect(air: AIR, images: Tensor | Array, refine: bool = False) -> list[Detec
     for batch in torch.split(images, 500) if len(images) else ():
         inference = infer(air, batch, refine)
         reached = at_least_probs(inference.count_probs).tolist()
-        boxes = tight_boxes(inference.masks).tolist()
+        boxes = tight_boxes(inference.changes).tolist()
         windows = inference.boxes.tolist()
         probs = inference.count_probs.amax(1).tolist()
         for i, count in enumerate(inference.counts.tolist()):
@@ -116,17 +116,17 @@ def draw(air: AIR, images: Array, detections: Sequence[Detection], path: Path) -
     for i, detection in enumerate(detections):
         for t, each in enumerate(detection.objects):
             boxes[i, t] = each.window
-    zoom = max(1, 200 // images.shape[-1])
+    zoom, columns = max(1, 200 // images.shape[-1]), min(COLUMNS, len(images))
     pictures = draw_boxes(images, boxes, counts, zoom)
     if air.background is not None:
         behind = enlarge(as_bytes(infer(air, images).backgrounds), zoom)
-        blank = np.full_like(behind[:1], 255).repeat(-len(behind) % COLUMNS, 0)
+        blank = np.full_like(behind[:1], 255).repeat(-len(behind) % columns, 0)
         rows = [
-            np.concatenate((each, blank)).reshape(-1, COLUMNS, *each.shape[1:])
+            np.concatenate((each, blank)).reshape(-1, columns, *each.shape[1:])
             for each in (pictures, behind)
         ]
         pictures = np.stack(rows, 1).reshape(-1, *pictures.shape[1:])
-    sheet = Image.fromarray(tile(pictures, COLUMNS))
+    sheet = Image.fromarray(tile(pictures, columns))
     write_atomically(path, lambda file: sheet.save(file, "PNG"))
 
 

@@ -42,9 +42,9 @@ class Inference(NamedTuple):
     z_what: Tensor  # means, [B, T, Z]
     boxes: Tensor  # (x0, y0, x1, y1) of the windows in pixels, [B, T, 4]
     objects: Tensor  # each object painted alone on the background, [B, T, (C,) H, H]
-    masks: Tensor  # how far an object changes each pixel, in its strongest channel, [B, T, H, H]
-    backgrounds: Tensor  # [B, (C,) H, H]; black without a model of the background
     reconstructions: Tensor  # the first `counts` objects on the background, [B, (C,) H, H]
+    backgrounds: Tensor  # [B, (C,) H, H]; black without a model of the background
+    changes: Tensor  # how far an object changes each pixel, in its strongest channel, [B, T, H, H]
 
 
 @torch.no_grad()
@@ -63,13 +63,17 @@ def infer(
         air: The model.
         images: The images.
         refine: Whether to fit the latents of badly explained images (see `air.refinement`), which
-            takes some 0.3 s for each of them on a CPU. It gives the same latents every time.
+            takes some 0.3 s for each of them on a CPU. It gives the same latents every time. Not
+            for a model of the background.
         z_pres_prior_p: The prior of the count, which refinement takes into account; as for
             `AIR.model`.
 
     Raises:
-        ValueError: If the images have another shape, type or range than `AIR.to_images` takes.
+        ValueError: If the images have another shape, type or range than `AIR.to_images` takes, or
+            a model of the background is to be refined.
     """
+    if refine and air.background is not None:
+        raise ValueError("refine: expected False for a model of the background, got True")
     images = to_tensor(images)
     air.check_images(images)
     images = images.to(air.h_init.device)
@@ -83,17 +87,16 @@ def infer(
         for site in ("z_where", "z_what")
     )
     count_probs = count_probs_from_continue(torch.cat(steps.continue_probs, 1))
-    scenes = air.to_images(images)
-    backgrounds = torch.zeros_like(scenes)
-    if air.background is not None:
-        backgrounds = air.background.paint(trace.nodes["z_background"]["value"])
     if refine:
         q_where = [trace.nodes[f"z_where_{t}"]["fn"] for t in range(air.num_steps)]
         sds = torch.stack([q.variance.sqrt() for q in q_where], 1)
         found = SceneLatents(count_probs, where, what, sds)
         with forked_rng(0, images.device):
-            found = refine_scenes(air, scenes, backgrounds, found, z_pres_prior_p)
+            found = refine_scenes(air, air.to_images(images), found, z_pres_prior_p)
         count_probs, where, what, _ = found
+    backgrounds = torch.zeros_like(air.to_images(images))
+    if air.background is not None:
+        backgrounds = air.background.paint(trace.nodes["z_background"]["value"])
     return _paint(air, count_probs, where, what, backgrounds)
 
 
@@ -106,11 +109,11 @@ def _paint(
     in_use = torch.arange(air.num_steps, device=counts.device)[:, None] < counts
     canvas = air.likelihood.compose(painted, in_use, backgrounds)
     objects = torch.stack([air.likelihood.add(backgrounds, each) for each in painted], 1)
-    masks = (objects - backgrounds[:, None]).abs()
+    changes = (objects - backgrounds[:, None]).abs()
     if air.channels > 1:
-        masks = masks.amax(2)
+        changes = changes.amax(2)
     boxes = window_boxes(where, air.x_size)
-    return Inference(count_probs, counts, where, what, boxes, objects, masks, backgrounds, canvas)
+    return Inference(count_probs, counts, where, what, boxes, objects, canvas, backgrounds, changes)
 
 
 def mean_count_probs(air: AIR, images: Tensor | NDArray[Any]) -> list[float]:

@@ -60,9 +60,12 @@ class PixelLikelihood(nn.Module, ABC):
         return (canvas.view_as(colours) * (1 - opacity) + colours).view_as(canvas)
 
     def compose(self, painted: Tensor, present: Tensor, canvas: Tensor | None = None) -> Tensor:
-        """Adds the painted objects, [T, B, ...], whose `present`, [T, B], is one, to a canvas.
+        """Adds painted objects to a canvas.
 
-        Without a canvas, they are added to the first of them, as if to black.
+        Args:
+            painted: [T, B, (C,) H, H], or with opacity [T, B, C + 1, H, H].
+            present: One for objects that are added, zero for others, [T, B].
+            canvas: [B, (C,) H, H]; None for black.
         """
         painted = painted * present.view(*present.shape, *[1] * (painted.dim() - 2))
         objects = painted.unbind()
@@ -147,7 +150,7 @@ def make_likelihood(
         ValueError: If the name is unknown, the standard deviation is not above zero and finite, or
             the likelihood needs bounded intensities.
     """
-    if sd != "learn" and not 0 < sd < math.inf:
+    if sd != "learn" and not (isinstance(sd, int | float) and 0 < sd < math.inf):
         raise ValueError(f"likelihood_sd: expected a number above 0, got {sd}")
     if name == "normal":
         return NormalLikelihood(sd, covers)

@@ -98,8 +98,8 @@ class ModelSettings:
     )
     guide_input: GuideInput = setting(
         "image",
-        "input of the guide's steps: the image, or the difference of the image and the canvas "
-        "painted so far (DAIR)",
+        "input of the guide's steps: the image (less its background), or the difference of the "
+        "image and the canvas painted so far (DAIR)",
         key="guide",
     )
     background_model: BackgroundModel = setting(

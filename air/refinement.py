@@ -56,7 +56,6 @@ class Hypotheses(NamedTuple):
 def refine_scenes(
     air: AIR,
     images: Tensor,
-    backgrounds: Tensor,
     found: SceneLatents,
     z_pres_prior_p: PresencePrior | None = None,
 ) -> SceneLatents:
@@ -65,7 +64,6 @@ def refine_scenes(
     Args:
         air: The model.
         images: The scenes, as `AIR.to_images` returns them, [B, (C,) H, H].
-        backgrounds: What is behind the objects, [B, (C,) H, H]; it stays as it is.
         found: What the guide inferred.
         z_pres_prior_p: The prior of the count, as for `AIR.model`.
 
@@ -79,43 +77,37 @@ def refine_scenes(
     probs = images.new_tensor([float(p) for p in air.continue_probs(z_pres_prior_p)])
     log_prior = count_log_probs(probs)
     counts = found.count_probs.argmax(1)
-    canvas = paint_scenes(air, found.where, found.what, counts, backgrounds)
-    scenes = (relative_residual(images, canvas, backgrounds) > BADLY_EXPLAINED).nonzero()[:, 0]
+    canvas = paint_scenes(air, found.where, found.what, counts)
+    scenes = (relative_residual(images, canvas) > BADLY_EXPLAINED).nonzero()[:, 0]
     if not len(scenes):
         return found
     used = torch.arange(air.num_steps, device=counts.device) < counts[:, None]
     sds = found.where_sd[used] if used.any() else found.where_sd.flatten(0, 1)
     where_sd = sds.median(0).values  # in all hypotheses, [3]
-    residual = images - canvas
-    if air.likelihood.covers:  # an object may be darker than what it covers
-        residual = residual.abs()
-    starts = list(make_hypotheses(air, residual, found, scenes))
+    starts = list(make_hypotheses(air, images - canvas, found, scenes))
     hypotheses = Hypotheses._make(map(torch.cat, zip(*starts, strict=True)))
     parts = []
     indices = torch.arange(len(hypotheses.scenes), device=images.device)
     for k in torch.split(indices, MAX_AT_ONCE):
         part = Hypotheses._make(each[k] for each in hypotheses)
-        behind = backgrounds[part.scenes]
-        parts.append(_fit(air, images[part.scenes], behind, part, where_sd, log_prior))
+        parts.append(_fit(air, images[part.scenes], part, where_sd, log_prior))
     elbos, where, what = map(torch.cat, zip(*parts, strict=True))
     elbos = elbos - MARGIN * (hypotheses.counts != counts[hypotheses.scenes])
     return _with_winners(found, hypotheses, elbos, where, what)
 
 
-def relative_residual(images: Tensor, canvas: Tensor, backgrounds: Tensor) -> Tensor:
-    """|x - canvas|^2 / |x - background|^2 of each image, [B, (C,) H, H] to [B]."""
+def relative_residual(images: Tensor, canvas: Tensor) -> Tensor:
+    """|x - canvas|^2 / |x|^2 of each image, [B, (C,) H, H] to [B]."""
     tiny = torch.finfo(images.dtype).tiny
-    energy = (images - backgrounds).flatten(1).square().sum(1).clamp(min=tiny)
+    energy = images.flatten(1).square().sum(1).clamp(min=tiny)
     return (images - canvas).flatten(1).square().sum(1) / energy
 
 
-def paint_scenes(
-    air: AIR, where: Tensor, what: Tensor, counts: Tensor, backgrounds: Tensor
-) -> Tensor:
-    """The first `counts` objects of each scene on its background, [B, (C,) H, H]."""
+def paint_scenes(air: AIR, where: Tensor, what: Tensor, counts: Tensor) -> Tensor:
+    """The canvases of the first `counts` objects of each scene, [B, (C,) H, H]."""
     painted = air.paint([*where.unbind(1)], [*what.unbind(1)])
     present = torch.arange(air.num_steps, device=counts.device)[:, None] < counts
-    return air.likelihood.compose(painted, present.to(painted.dtype), backgrounds)
+    return air.likelihood.compose(painted, present.to(painted.dtype))
 
 
 def make_hypotheses(
@@ -125,7 +117,7 @@ def make_hypotheses(
 
     Args:
         air: The model.
-        residual: What is missing on the canvases, [B, (C,) H, H].
+        residual: Images minus their canvases, [B, (C,) H, H].
         found: What the guide inferred.
         scenes: Indices of the scenes, [F].
     """
@@ -181,24 +173,18 @@ def _peak(residual: Tensor, scale: Tensor) -> Tensor:
 
 
 def _fit(
-    air: AIR,
-    images: Tensor,
-    backgrounds: Tensor,
-    hypotheses: Hypotheses,
-    where_sd: Tensor,
-    log_prior: Tensor,
+    air: AIR, images: Tensor, hypotheses: Hypotheses, where_sd: Tensor, log_prior: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fits hypotheses about the images, [K, (C,) H, H]; their ELBOs and means of z."""
     counts, where = hypotheses.counts, hypotheses.where.clone()
-    seen = images if air.background is None else images - backgrounds
-    per_object = seen.repeat_interleave(air.num_steps, 0)
+    per_object = images.repeat_interleave(air.num_steps, 0)
     windows = image_to_window(where.flatten(0, 1), air.window_size, air.x_size, per_object)
     what, what_sd = (code.view(*where.shape[:2], -1) for code in air.encode(windows))
     used = torch.arange(air.num_steps, device=counts.device) < counts[:, None]
 
     def elbo() -> Tensor:
         q_where, q_what = Normal(where, where_sd, False), Normal(what, what_sd, False)
-        canvas = paint_scenes(air, q_where.rsample(), q_what.rsample(), counts, backgrounds)
+        canvas = paint_scenes(air, q_where.rsample(), q_what.rsample(), counts)
         p_where = Normal(air.z_where_loc_prior, air.z_where_scale_prior, False)
         p_what = Normal(torch.zeros_like(what), torch.ones_like(what), False)
         kl = kl_divergence(q_where, p_where).sum(-1) + kl_divergence(q_what, p_what).sum(-1)

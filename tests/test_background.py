@@ -12,18 +12,14 @@ from helpers import count_on, small_air
 from PIL import Image
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
-from test_refinement import ONE, TWO, Disc, latents, windows
 from torch import Tensor
 
-from air import AIR
 from air.detect import detect, draw
 from air.evaluation.elbo import sample_elbo
 from air.evaluation.metrics import HeldOut, evaluate
 from air.inference import infer, sample_prior
 from air.likelihoods import FIRST_SD, LEAST_SD, NormalLikelihood, make_likelihood
 from air.marginal import MarginalAIR
-from air.refinement import paint_scenes, refine_scenes
-from air.spatial_transformer import window_boxes
 from air.storage.checkpoint import load_air, write_state
 from air.training import Trainer, TrainingSettings
 from air.training.background_first import BackgroundAlone
@@ -116,7 +112,7 @@ def test_pictures_are_those_of_the_latents(channels: int) -> None:
             alone = found.backgrounds[scene] * (1 - opacity) + colours.view_as(canvas)
             torch.testing.assert_close(found.objects[scene, t], alone)
             change = (alone - found.backgrounds[scene]).abs().view(channels, 12, 12)
-            torch.testing.assert_close(found.masks[scene, t], change.amax(0))
+            torch.testing.assert_close(found.changes[scene, t], change.amax(0))
             if t < found.counts[scene]:
                 canvas = canvas * (1 - opacity) + colours.view_as(canvas)
         torch.testing.assert_close(found.reconstructions[scene], canvas)
@@ -171,29 +167,9 @@ def test_sums_of_scenes_with_backgrounds_are_refused() -> None:
         Trainer(air, images, HeldOut(images), settings)
 
 
-class DarkDisc(Disc):
-    """A black disc that hides what is behind it."""
-
-    def forward(self, code: Tensor) -> Tensor:
-        opacity = super().forward(code)
-        return torch.cat((torch.zeros_like(opacity), opacity), 1)
-
-
-@pytest.mark.parametrize(("start", "inferred"), [(ONE, 1), (windows((1.8, 0, 0)), 1)])
-def test_planted_dark_discs_are_found_by_refinement(start: Tensor, inferred: int) -> None:
-    air = AIR(
-        num_steps=3, x_size=20, window_size=8, z_what_size=5, rnn_hidden_size=11, encoder_net=[9],
-        decoder_net=[8], predict_net=[6], use_baselines=False, background_model="vae",
-        decode=DarkDisc(8),
-    )  # fmt: skip
-    ramp = torch.linspace(0.5, 1, 20).expand(1, 20, 20)
-    truth, what = TWO, torch.zeros(1, 3, 5)
-    image = paint_scenes(air, truth[None], what, torch.tensor([2]), ramp)
-    assert image.min() < 0.1
-    found = refine_scenes(air, image, ramp, latents(air, start, inferred))
-    assert int(found.count_probs.argmax()) == 2
-    expected, boxes = (window_boxes(where[:2], 20) for where in (truth, found.where[0]))
-    assert ((boxes[:, None] - expected).abs().amax(-1).amin(0) < 1.5).all()
+def test_scenes_with_backgrounds_are_not_refined() -> None:
+    with pytest.raises(ValueError, match="refine: expected False for a model of the background"):
+        infer(small_air(background_model="vae"), scenes(2, 1), refine=True)
 
 
 def test_a_snapshot_and_its_sheets_show_the_background(tmp_path: Path) -> None:
@@ -327,3 +303,24 @@ def test_the_first_steps_train_the_background_and_nothing_else(estimator: Any) -
 def test_without_a_background_there_is_none_to_train() -> None:
     with pytest.raises(ValueError, match="background_model: expected constant or vae, got none"):
         BackgroundAlone(small_air())
+
+
+def test_a_frozen_background_stays_as_it_is() -> None:
+    air, images = small_air(background_model="vae"), scenes(20, 1)
+    assert air.background is not None
+    air.background.requires_grad_(False)
+    settings = TrainingSettings(num_steps=3, batch_size=8, background_steps=2, eval_every=0)
+    before = copy.deepcopy(air.state_dict())
+    for _ in Trainer(air, images, HeldOut(images), settings).train():
+        pass
+    for name, value in air.state_dict().items():
+        if name.startswith("background."):
+            assert torch.equal(value, before[name])
+    assert not torch.equal(air.decode.mlp.seq[-1].bias, before["decode.mlp.seq.2.bias"])
+
+
+def test_some_steps_must_be_left_for_the_objects() -> None:
+    air, images = small_air(background_model="vae"), scenes(20, 1)
+    with pytest.raises(ValueError, match="background_steps: expected fewer than the 9 steps"):
+        Trainer(air, images, HeldOut(images), TrainingSettings(num_steps=9, background_steps=9))
+    Trainer(small_air(), images, HeldOut(images), TrainingSettings(num_steps=9))

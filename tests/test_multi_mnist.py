@@ -361,6 +361,10 @@ def test_settings_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
         SceneSettings(recipe="pyro-bicubic", background="noisy")
     with pytest.raises(ValueError, match=r"background: expected black for binary .* got noisy"):
         SceneSettings(binary=True, background="noisy")
+    with pytest.raises(ValueError, match=r"object_levels: expected one above 0 on black, got 0 0"):
+        SceneSettings(object_levels=(0, 0))
+    with pytest.raises(ValueError, match=r"background_levels: .* for a black background, got"):
+        SceneSettings(background_levels=(0, 9))
     with pytest.raises(ValueError, match=r"digits: expected embedded for recipe dsp.*, got mnist"):
         SceneSettings(recipe="dsprites", digits="mnist")
     for name, given, fixed in (

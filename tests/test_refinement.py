@@ -64,10 +64,8 @@ def test_planted_discs_are_found(truth: Tensor, count: int, start: Tensor, infer
         num_steps=3, x_size=20, window_size=8, z_what_size=5, rnn_hidden_size=11, encoder_net=[9],
         decoder_net=[8], predict_net=[6], use_baselines=False, decode=Disc(8),
     )  # fmt: skip
-    black = torch.zeros(1, 20, 20)
-    what, counts = torch.zeros(1, 3, 5), torch.tensor([count])
-    image = paint_scenes(air, truth[None], what, counts, black).clamp(max=1)
-    found = refine_scenes(air, image, black, latents(air, start, inferred))
+    image = paint_scenes(air, truth[None], torch.zeros(1, 3, 5), torch.tensor([count])).clamp(max=1)
+    found = refine_scenes(air, image, latents(air, start, inferred))
     assert int(found.count_probs.argmax()) == count
     expected, boxes = (window_boxes(where[:count], 20) for where in (truth, found.where[0]))
     distances = (boxes[:, None] - expected).abs().amax(-1)  # of every pair, in pixels
@@ -84,9 +82,7 @@ def test_the_elbo_of_a_hypothesis_is_that_of_the_model(monkeypatch: pytest.Monke
     sd = torch.tensor([0.1, 0.2, 0.3])
     log_prior = count_log_probs(torch.tensor(probs))
     with torch.no_grad():
-        elbos, where, what = refinement._fit(
-            air, images, torch.zeros_like(images), hypotheses, sd, log_prior
-        )
+        elbos, where, what = refinement._fit(air, images, hypotheses, sd, log_prior)
     windows = [
         refinement.image_to_window(where[:, t], air.window_size, air.x_size, images)
         for t in range(3)
@@ -133,18 +129,18 @@ def test_the_hypothesis_of_the_highest_elbo_wins() -> None:
 
 
 def test_scenes_that_are_explained_well_stay_as_they_are(air: AIR) -> None:
-    found, black = latents(air, TWO, 2), torch.zeros(1, 12, 12)
-    image = paint_scenes(air, found.where, found.what, torch.tensor([2]), black)
-    assert refine_scenes(air, image, black, found) is found
-    assert relative_residual(image, image, black).tolist() == [0.0]
-    assert relative_residual(image, black, black).tolist() == pytest.approx([1.0])
+    found = latents(air, TWO, 2)
+    image = paint_scenes(air, found.where, found.what, torch.tensor([2]))
+    assert refine_scenes(air, image, found) is found
+    assert relative_residual(image, image).tolist() == [0.0]
+    assert relative_residual(image, torch.zeros_like(image)).tolist() == pytest.approx([1.0])
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {}, {"likelihood": "bernoulli"}, {"channels": 3}, {"guide_input": "difference"},
-        {"num_steps": 1}, {"background_model": "vae"},
+        {"num_steps": 1},
     ],
 )  # fmt: skip
 def test_every_kind_of_model_is_refined(
@@ -166,7 +162,7 @@ def test_every_kind_of_model_is_refined(
 
 
 def test_a_prior_that_cannot_be_used_is_refused_even_where_nothing_is_refined(air: AIR) -> None:
-    found, black = latents(air, TWO, 2), torch.zeros(1, 12, 12)
-    image = paint_scenes(air, found.where, found.what, torch.tensor([2]), black)
+    found = latents(air, TWO, 2)
+    image = paint_scenes(air, found.where, found.what, torch.tensor([2]))
     with pytest.raises(ValueError, match="expected a probability for each of 3 steps"):
-        refine_scenes(air, image, black, found, [0.5].__getitem__)
+        refine_scenes(air, image, found, [0.5].__getitem__)

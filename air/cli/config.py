@@ -68,6 +68,7 @@ def resolve_config(
     of_model = {key: value for key, value in (model or {}).items() if key in _SAVED_WITH_MODEL}
     if of_model:  # a model that was saved before there were convolutions or backgrounds has none
         of_model = {"embed_channels": None, "background_model": "none", **of_model}
+        of_model["background_steps"] = 0  # its background was learnt
     of_run = {key: value for key, value in (run or {}).items() if key not in _NEVER_FROM_FILE}
     if run is not None:
         _check_unchanged(cli_args, run)

@@ -29,10 +29,10 @@ _SMALL_OBJECTS: dict[str, Any] = {
     "clip_grad_norm": 100.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    # For the default scenes; on larger digits it failed (tests/benchmarks/README.md). Convolutions
-    # can tell two close digits from one; a single linear layer cannot. But with convolutions and
-    # the default prior, AIR puts one window over all digits from the start. A prior that at first
-    # favours many objects prevents this.
+    # Convolutions can tell two close digits from one; a single linear layer cannot. But with
+    # convolutions and the default prior, AIR puts one window over all digits from the start. A
+    # prior that at first favours many objects prevents this. Larger digits than the default ones
+    # need a lower scale_prior_mean, or two windows share a digit (tests/benchmarks/README.md).
     "close-digits": {
         "num_steps": 6000,
         "embed_channels": [16, 32, 32],
@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "background": "gradient",
         "background_model": "vae",
         **_MANY_OBJECTS_AT_FIRST,
-        "anneal_prior_begin": 300,  # after the steps in which the background learns alone
+        "anneal_prior_begin": 100,  # after the steps in which the background learns alone
         "lr_schedule": "cosine",
     },
     # With the annealed prior, AIR overlooks the smallest digits; with a learnt prior, it adds blank

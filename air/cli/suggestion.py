@@ -117,17 +117,14 @@ def _advise_model(found: Survey, cli_args: Mapping[str, Any]) -> Advice:
     typical, large = found.side(TYPICAL), found.side(LARGE)
     advice: Advice = {}
     preset, reason = "", ""
-    if found.is_coloured:
+    if found.background > BACKGROUND:
+        preset = "background"
+        reason = f"the background is not black ({found.background:.0f} of 255)"
+    elif found.is_coloured:
         preset, reason = "dsprites", "for objects in colour"
     elif typical < SMALL:
         preset = "small-digits"
         reason = f"for small objects: a typical one has {typical:.0%} of the image's side"
-    if found.background > BACKGROUND:
-        behind = f"the background is not black ({found.background:.0f} of 255)"
-        if preset:
-            advice["background_model"] = "--background-model vae", behind
-        else:
-            preset, reason = "background", behind
     if preset:
         advice["preset"] = f"--preset {preset}", reason
     window = round(min(max(MARGIN * large * side, WINDOW_SIDES[0]), WINDOW_SIDES[1]))

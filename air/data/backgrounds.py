@@ -9,14 +9,14 @@ from numpy.random import Generator
 
 from air.data.arrays import Array
 
-Background = Literal["black", "uniform", "gradient", "grid", "textured", "noisy"]
+BackgroundKind = Literal["black", "uniform", "gradient", "grid", "textured", "noisy"]
 
 CELLS = 5  # of a grid, along each side of a scene
 PATCHES = 6  # levels of a texture along each side, between which it is interpolated
 
 
 def draw_background(
-    kind: Background, random: Generator, channels: int, side: int, levels: Sequence[int]
+    kind: BackgroundKind, random: Generator, channels: int, side: int, levels: Sequence[int]
 ) -> Array:
     """Draws a background.
 
@@ -27,7 +27,7 @@ def draw_background(
         random: Its numbers are drawn in a fixed order.
         channels: Number of channels, C.
         side: Side of the scene in pixels, H.
-        levels: Least and greatest level, of 255.
+        levels: Bounds of all levels, of 255; the upper one is not drawn unless both are equal.
 
     Returns:
         Intensities, uint16 [C, H, H].

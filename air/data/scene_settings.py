@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from air.data.backgrounds import Background
+from air.data.backgrounds import BackgroundKind
 from air.settings import SettingError, check_settings, setting, settings_of
 
 APART_SIDE, APART_DISTANCE = 24, 12  # pixels, of recipe apart
@@ -42,11 +42,11 @@ class SceneSettings:
     )
     rotation: float = setting(0.0, "greatest rotation of an object, degrees", low=0.0, high=180.0)
     binary: bool = setting(False, "make every pixel 0 or 255; overlapping digits do not add up")
-    background: Background = setting(
+    background: BackgroundKind = setting(
         "black", "background; if it is not black, objects hide what is behind them"
     )
     background_levels: tuple[int, ...] = setting(
-        (0, 96), "least and greatest level of a background", low=0, high=255, length=(2, 2)
+        (0, 96), "bounds of the levels of a background, of 255", low=0, high=255, length=(2, 2)
     )
     object_levels: tuple[int, ...] = setting(
         (255, 255),
@@ -72,7 +72,7 @@ class SceneSettings:
                 fixed = f"expected {value}, which {self.recipe} fixes, got {given!r}"
                 raise SettingError(name, fixed)
             object.__setattr__(self, name, value)
-        self._check_sizes()
+        self._check_bounds()
         for name, needed, reason in (
             ("background", "black", self.binary and "binary scenes"),
             ("object_levels", (255, 255), self.binary and "binary scenes"),
@@ -83,8 +83,10 @@ class SceneSettings:
             if reason and given != needed:
                 raise SettingError(name, f"expected {needed} for {reason}, got {given}")
 
-    def _check_sizes(self) -> None:
-        """Checks that objects fit into the scene, and the order of bounds."""
+    def _check_bounds(self) -> None:
+        """Checks that objects fit into the scene and can be seen, and the order of bounds."""
+        if self.background == "black" and self.object_levels[1] == 0:
+            raise SettingError("object_levels", "expected one above 0 on black, got 0 0")
         if self.recipe == "apart" and self.x_size < APART_SIDE:
             least = f"expected at least {APART_SIDE} for recipe apart, got {self.x_size}"
             raise SettingError("x_size", least)

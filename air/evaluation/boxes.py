@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 IOU_THRESHOLD = 0.5  # least IoU of an inferred box and the true box that it finds
-VISIBLE_FRACTION = 0.1  # pixels darker than this fraction of the object's brightest are invisible
+VISIBLE_FRACTION = 0.1  # of the greatest change of a pixel, below which a pixel is invisible
 
 
-def tight_boxes(objects: Tensor) -> Tensor:
-    """The box around the visible pixels of each object painted alone, [..., H, H] to [..., 4].
+def tight_boxes(changes: Tensor) -> Tensor:
+    """The box around the visible pixels of each object, [..., H, H] to [..., 4].
 
     A window has a margin around its object, so the window is no fair match for a digit's tight
-    box. An object that is black everywhere has an empty box.
+    box. An object that changes no pixel has an empty box.
+
+    Args:
+        changes: How far an object changes each pixel; on black, its intensity.
     """
-    peak = objects.amax((-2, -1), keepdim=True)
-    visible = (objects > VISIBLE_FRACTION * peak) & (peak > 0)
+    peak = changes.amax((-2, -1), keepdim=True)
+    visible = (changes > VISIBLE_FRACTION * peak) & (peak > 0)
     corners = []
     for used in (visible.any(-2), visible.any(-1)):  # columns, then rows, [..., H]
         index = torch.arange(used.size(-1), device=used.device).expand_as(used)
@@ -27,7 +30,7 @@ def tight_boxes(objects: Tensor) -> Tensor:
         end = torch.where(used, index + 1, 0).amax(-1)
         corners.append((torch.minimum(first, end), end))
     (x0, x1), (y0, y1) = corners
-    return torch.stack((x0, y0, x1, y1), -1).to(objects.dtype)
+    return torch.stack((x0, y0, x1, y1), -1).to(changes.dtype)
 
 
 def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:

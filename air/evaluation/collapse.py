@@ -54,9 +54,9 @@ def collapse_alarm(result: Evaluation, empty_elbo: float) -> str | None:
     scenes, used, every_step = sum(histogram), sum(histogram[1:]), histogram[-1]
     if result.elbo < empty_elbo + EMPTY_MARGIN:
         return (
-            f"the ELBO, {result.elbo:.1f} nats, is no better than the ELBO of leaving every canvas "
-            f"empty, {empty_elbo:.1f}: the model explains no object; train longer, or try another "
-            f"--seed or a higher --z-pres-prior"
+            f"the ELBO, {result.elbo:.1f} nats, is no better than the ELBO of canvases without "
+            f"objects, {empty_elbo:.1f}: the model explains no object; train longer, or try "
+            f"another --seed or a higher --z-pres-prior"
         )
     if histogram[0] >= COLLAPSE_FRACTION * scenes:
         return (

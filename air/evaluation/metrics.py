@@ -172,7 +172,7 @@ def _measure(
     """q(n), boxes and the terms of a sampled ELBO for one batch, on the CPU."""
     inference = infer(air, images, refine, z_pres_prior_p)
     terms = sample_elbo(air, images, z_pres_prior_p)
-    boxes = tight_boxes(inference.masks)
+    boxes = tight_boxes(inference.changes)
     return tuple(part.cpu() for part in (inference.count_probs, boxes, *terms))
 
 

@@ -147,9 +147,8 @@ def infer_counts(air: AIR, images: Tensor) -> tuple[Tensor, Tensor]:
         torch.stack([trace.nodes[f"{site}_{t}"]["value"] for t in range(air.num_steps)], 1)
         for site in ("z_where", "z_what")
     )
-    black = torch.zeros_like(images)
-    canvas = paint_scenes(air, where, what, counts, black)
-    return counts, relative_residual(images, canvas, black) < BADLY_EXPLAINED
+    canvas = paint_scenes(air, where, what, counts)
+    return counts, relative_residual(images, canvas) < BADLY_EXPLAINED
 
 
 def make_scenes(air: AIR, images: Tensor, counts: Tensor, explained: Tensor) -> MadeScenes:

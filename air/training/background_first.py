@@ -12,7 +12,9 @@ from air.air import AIR
 from air.arguments import check_call
 from air.param_store import register_parameters
 from air.priors import PresencePrior
+from air.settings import SettingError
 from air.subsampling import subsample_indices
+from air.training.settings import TrainingSettings
 from air.training.svi import SVI
 
 
@@ -38,7 +40,11 @@ class BackgroundAlone:
         z_pres_prior_p: PresencePrior | None = None,
         num_images: int | None = None,
     ) -> None:
-        """q(z_background | x)."""
+        """q(z_background | x).
+
+        Raises:
+            ValueError: As `AIR.guide`.
+        """
         check_call(data, batch_size, z_pres_prior_p, num_images)
         register_parameters(self.air)
         size, indices = num_images or len(data), subsample_indices(data, batch_size, num_images)
@@ -52,7 +58,11 @@ class BackgroundAlone:
         z_pres_prior_p: PresencePrior | None = None,
         num_images: int | None = None,
     ) -> None:
-        """p(x, z_background), where no object is on the canvas."""
+        """p(x, z_background), where no object is on the canvas.
+
+        Raises:
+            ValueError: As `AIR.guide`.
+        """
         check_call(data, batch_size, z_pres_prior_p, num_images)
         register_parameters(self.air)
         with pyro.plate("data", num_images or len(data), device=str(data.device)) as ix:
@@ -62,8 +72,22 @@ class BackgroundAlone:
             pyro.sample("obs", pixels.to_event(1), obs=images.flatten(1))
 
 
-def background_svi(air: AIR, svi: SVI) -> SVI:
-    """SVI of the background alone, with the optimiser and the sums of another SVI."""
+def background_svi(air: AIR, svi: SVI, settings: TrainingSettings) -> SVI:
+    """What takes the first steps: SVI of the background alone, if there is one to train.
+
+    Args:
+        air: The model.
+        svi: Takes the other steps; the optimiser and the sums of steps are shared with it.
+        settings: Of training.
+
+    Raises:
+        SettingError: If no step would be left for the objects.
+    """
+    if air.background is None or not any(p.requires_grad for p in air.background.parameters()):
+        return svi
+    if (given := settings.background_steps) >= settings.num_steps > 0:
+        fewer = f"expected fewer than the {settings.num_steps} steps of training, got {given}"
+        raise SettingError("background_steps", fewer)
     alone = BackgroundAlone(air)
     first = SVI(alone.model, alone.guide, svi.optim, TraceGraph_ELBO(), svi.all_reduce)
     first.stats = svi.stats

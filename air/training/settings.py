@@ -76,7 +76,10 @@ class TrainingSettings:
         2000, "first step that uses added scenes; AIR should count well by then", low=0
     )
     background_steps: int = setting(
-        300, "first steps, in which a model of the background learns alone, without objects", low=0
+        100,
+        "first steps, in which a model of the background learns alone, without objects (none after "
+        "--load)",
+        low=0,
     )
     compile: bool | None = setting(
         None, "compile the step, a minute or two (default: if --num-steps is 5000 or more)"

@@ -97,7 +97,7 @@ class Trainer:
             if settings.compile
             else SVI(*arguments, all_reduce=group.all_reduce)
         )
-        self.first_svi = background_svi(air, self.svi) if air.background else self.svi
+        self.first_svi = background_svi(air, self.svi, settings)
         self.prior = make_count_prior(settings, air)
         self.learnt_prior: list[float] | None = None  # p(n)
         self.step = 0

@@ -153,7 +153,7 @@ def object_sheet(snapshot: Snapshot, zoom: int, rows: int | None = None) -> Pict
     titles = ["scene"]
     if scenes.backgrounds is not None:
         columns.append(enlarge(scenes.backgrounds, zoom))
-        titles.append("behind")
+        titles.append("background")
     for t in range(num_steps):
         used = t < scenes.counts
         seen = _dim_unused(windows[:, t], used)[..., nearest, :][..., nearest]

@@ -53,6 +53,9 @@ def test_precedence(saved: dict[str, Any]) -> None:
     assert resolve_config({"preset": "close-digits"}, model=older)["embed_channels"] is None
     assert resolve_config({"preset": "background"})["background_model"] == "vae"
     assert resolve_config({"preset": "background"}, model=older)["background_model"] == "none"
+    learnt = {**older, "background_model": "vae", "background_steps": 100}
+    assert resolve_config({}, model=learnt)["background_steps"] == 0
+    assert resolve_config({"background_steps": 7}, model=learnt)["background_steps"] == 7
 
 
 def test_a_resumed_run_keeps_its_settings(saved: dict[str, Any]) -> None:

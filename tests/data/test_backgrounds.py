@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from numpy.random import PCG64, Generator
 
-from air.data.backgrounds import Background, draw_background
+from air.data.backgrounds import BackgroundKind, draw_background
 from multi_mnist import SceneSettings, load_scenes
 
-KINDS = get_args(Background)
+KINDS = get_args(BackgroundKind)
 
 
 def draw(
-    kind: Background, channels: int = 2, side: int = 30, low: int = 20, high: int = 220
+    kind: BackgroundKind, channels: int = 2, side: int = 30, low: int = 20, high: int = 220
 ) -> Any:  # noqa: ANN401
     random = Generator(PCG64(3))
     many = [draw_background(kind, random, channels, side, (low, high)) for _ in range(40)]
@@ -23,7 +23,9 @@ def draw(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_levels_are_within_bounds_and_differ_between_scenes_and_channels(kind: Background) -> None:
+def test_levels_are_within_bounds_and_differ_between_scenes_and_channels(
+    kind: BackgroundKind,
+) -> None:
     found = draw(kind)
     assert found.shape == (40, 2, 30, 30)
     if kind == "black":
@@ -68,7 +70,7 @@ def test_each_kind_is_what_its_name_says() -> None:
         ("noisy", "efcad3156a99"),
     ],
 )
-def test_backgrounds_are_the_same_on_every_machine(kind: Background, sha256: str) -> None:
+def test_backgrounds_are_the_same_on_every_machine(kind: BackgroundKind, sha256: str) -> None:
     """And in every version: otherwise results could not be compared."""
     assert hashlib.sha256(draw(kind).astype("<u2").tobytes()).hexdigest().startswith(sha256)
 
@@ -105,9 +107,10 @@ def test_objects_have_levels_of_their_own(tmp_path: Path) -> None:
 
 
 def test_grey_digits_that_overlap_much_are_drawn_again(tmp_path: Path) -> None:
-    """As on black, though they would cover each other."""
-    found = scenes(tmp_path, counts=(4,), background="uniform", background_levels=(255, 255),
-                   object_levels=(0, 0))  # fmt: skip
-    assert found.overlaps.max() > 0
+    """As on black, though they would cover each other: there no sum is above 255."""
+    common = {"counts": (4,), "background": "uniform", "background_levels": (0, 0)}
+    found = scenes(tmp_path, **common, object_levels=(40, 40))
     black = scenes(tmp_path, counts=(4,))
-    assert found.overlaps.mean() < 2 * black.overlaps.mean() + 5
+    shared = [part.overlaps.mean() for part in (found, black)]
+    assert found.overlaps.max() > 0
+    assert abs(shared[0] - shared[1]) < 12, shared  # without the rule, some 100 pixels

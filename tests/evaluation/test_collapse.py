@@ -30,8 +30,8 @@ def test_an_empty_scene_of_the_papers_size_has_a_known_elbo() -> None:
 @pytest.mark.parametrize(
     ("elbo", "histogram", "words"),
     [
-        (461.0, [500, 300, 200, 0], "no better than the ELBO of leaving every canvas empty"),
-        (300.0, [0, 0, 0, 1000], "no better than the ELBO of leaving every canvas empty"),
+        (461.0, [500, 300, 200, 0], "no better than the ELBO of canvases without objects"),
+        (300.0, [0, 0, 0, 1000], "no better than the ELBO of canvases without objects"),
         (600.0, [990, 10, 0, 0], "no object in 990 of 1000 scenes"),
         (640.0, [330, 2, 3, 665], "all 3 steps on 665 of the 670 scenes"),
     ],
@@ -56,4 +56,14 @@ def test_a_model_that_infers_no_object_raises_the_alarm(images: Tensor) -> None:
     count_on(air, 0, -30.0)
     message = collapse_alarm(evaluate(air, HeldOut(images)), empty_canvas_elbo(air, images))
     assert message is not None
-    assert "leaving every canvas empty" in message
+    assert "canvases without objects" in message
+
+
+def test_without_objects_a_background_has_the_mean_level() -> None:
+    air, images = small_air(background_model="constant", channels=3), torch.rand(7, 3, 12, 12)
+    expected = 0.0
+    for image in images:
+        for channel in image:
+            normal = torch.distributions.Normal(channel.mean(), 0.3)
+            expected += normal.log_prob(channel).sum().item() / 7
+    assert empty_canvas_elbo(air, images) == pytest.approx(expected, rel=1e-5)

@@ -213,7 +213,7 @@ def test_counts_are_those_of_inference(options: dict[str, Any]) -> None:
     assert torch.equal(torch.get_rng_state(), state), "random numbers were drawn"
     found = infer(air, images)
     assert torch.equal(counts, found.counts)
-    residual = relative_residual(images, found.reconstructions, found.backgrounds)
+    residual = relative_residual(images, found.reconstructions)
     assert torch.equal(explained, residual < BADLY_EXPLAINED)
 
 

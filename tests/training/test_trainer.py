@@ -286,8 +286,8 @@ def test_a_collapse_is_an_alarm_from_the_given_step_on() -> None:
         running.air.predict.mlp.seq[-1].bias[0] = -30.0
     alarms = {e.step: e.alarm for e in running.train() if isinstance(e, Evaluated)}
     assert alarms[4] is None
-    assert "leaving every canvas empty" in str(alarms[8])
-    assert "leaving every canvas empty" in str(alarms[12])
+    assert "canvases without objects" in str(alarms[8])
+    assert "canvases without objects" in str(alarms[12])
 
 
 def test_schedule_moves_both_rates() -> None:
