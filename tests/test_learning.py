@@ -107,7 +107,7 @@ def test_dark_digits_on_gradients_are_learnt(
     x, counts = map(torch.from_numpy, scenes.test[:2])
     recipe = TrainingSettings(
         num_steps=400, eval_every=0, learning_rate=4e-3, z_pres_prior=0.99, z_pres_prior_raw=True,
-        anneal_prior="exp", anneal_prior_to=1e-4, anneal_prior_duration=150,
+        anneal_prior="exp", anneal_prior_to=1e-4, anneal_prior_duration=150, background_steps=20,
     )  # fmt: skip
     torch.manual_seed(0)
     air = AIR(

@@ -243,7 +243,7 @@ def test_two_at_once(tmp_path: Path, environment: dict[str, str]) -> None:
         assert sorted([runs[0].returncode, runs[2].returncode]) == [0, 2]
         assert sorted([said[0].count("\n"), said[2].count("\n")]) == [0, 1]
         assert "one is " in said[0] + said[2]  # in use, or no longer empty
-        assert set(panes(port, "same")) == set(ORDER) - {"baseline"}
+        assert set(panes(port, "same")) == set(ORDER) - {"baseline", "backgrounds"}
     sums = [
         json.loads((tmp_path / name / "config.json").read_text())["data_sha256"]
         for name in ("one", "two")

@@ -49,7 +49,7 @@ def draw(tmp_path: Path) -> Draw:
 def test_every_pane_is_there_from_the_beginning_and_keeps_its_size(draw: Draw) -> None:
     before = draw([], make_snapshot(wrong=0), {})
     after = draw(RECORDS, make_snapshot(wrong=9), {"seed": 1})
-    assert {*before, "baseline", "distance"} == set(after) == set(ORDER)
+    assert {*before, "baseline", "distance"} == set(after) == set(ORDER) - {"backgrounds"}
     for name, pane in before.items():
         for side in ("width", "height"):
             assert pane["opts"][side] == after[name]["opts"][side], name
@@ -92,7 +92,10 @@ def test_without_true_counts_no_pane_is_about_them(draw: Draw) -> None:
     measured = [{"step": 1, "eval_elbo": 1.0, "accuracy_by_distance": None, "reliability": None}]
     about_truth = {"accuracy", "distance", "calibration", "confusion", "reliability"}
     for records in ([], measured):
-        assert set(draw(records, blind, {})) == set(ORDER) - about_truth - {"baseline"}
+        assert set(draw(records, blind, {})) == set(ORDER) - about_truth - {
+            "baseline",
+            "backgrounds",
+        }
 
 
 def test_curves_have_their_style_and_axes(draw: Draw) -> None:
