@@ -19,9 +19,8 @@ Likelihood = Literal["normal", "bernoulli"]
 # and the gradient where the canvas contradicts the image.
 FLIP_PROB = 1e-3
 
-
-# A learnt standard deviation begins at the default of a fixed one, and stays above the least.
-FIRST_SD, LEAST_SD = 0.3, 0.05
+# Of a Normal pixel. A learnt standard deviation begins at the default and stays above the least.
+DEFAULT_SD, LEAST_SD = 0.3, 0.05
 
 
 class PixelLikelihood(nn.Module, ABC):
@@ -76,7 +75,7 @@ class NormalLikelihood(PixelLikelihood):
     """Each pixel is Normal around the canvas; without a background, intensities add up.
 
     Args:
-        sd: Standard deviation of every pixel; "learn" for a parameter, at first `FIRST_SD`.
+        sd: Standard deviation of every pixel; "learn" for a parameter, at first `DEFAULT_SD`.
         covers: See `PixelLikelihood`.
     """
 
@@ -84,7 +83,7 @@ class NormalLikelihood(PixelLikelihood):
         super().__init__(covers)
         self.fixed_sd = None if sd == "learn" else sd
         if self.fixed_sd is None:
-            self.raw_sd = nn.Parameter(torch.tensor(math.log(FIRST_SD - LEAST_SD)))
+            self.raw_sd = nn.Parameter(torch.tensor(math.log(DEFAULT_SD - LEAST_SD)))
 
     @property
     def sd(self) -> float | Tensor:

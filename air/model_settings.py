@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from air.likelihoods import Likelihood
+from air.likelihoods import DEFAULT_SD, Likelihood
 from air.settings import check_settings, setting
 
 BackgroundModel = Literal["none", "constant", "vae"]
@@ -94,7 +94,7 @@ class ModelSettings:
         "binarised at 1/2)",
     )
     likelihood_sd: float | Literal["learn"] = setting(
-        0.3, "standard deviation of a pixel, or learn for a parameter (normal)", above=0
+        DEFAULT_SD, "standard deviation of a pixel, or learn for a parameter (normal)", above=0
     )
     guide_input: GuideInput = setting(
         "image",

@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import count_on, small_air
+from helpers import SMALL, count_on, run, small_air
 from PIL import Image
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
@@ -18,7 +18,7 @@ from air.detect import detect, draw
 from air.evaluation.elbo import sample_elbo
 from air.evaluation.metrics import HeldOut, evaluate
 from air.inference import infer, sample_prior
-from air.likelihoods import FIRST_SD, LEAST_SD, NormalLikelihood, make_likelihood
+from air.likelihoods import DEFAULT_SD, LEAST_SD, NormalLikelihood, make_likelihood
 from air.marginal import MarginalAIR
 from air.storage.checkpoint import load_air, write_state
 from air.training import Trainer, TrainingSettings
@@ -145,7 +145,7 @@ def sd_of(likelihood: NormalLikelihood) -> float:
 def test_a_learnt_standard_deviation_becomes_that_of_the_residuals(residual: float) -> None:
     torch.manual_seed(0)
     likelihood = NormalLikelihood("learn")
-    assert sd_of(likelihood) == pytest.approx(FIRST_SD)
+    assert sd_of(likelihood) == pytest.approx(DEFAULT_SD)
     canvas = torch.rand(20, 12, 12)
     images = canvas + residual * torch.randn(20, 12, 12)
     adam = torch.optim.Adam(likelihood.parameters(), lr=0.05)
@@ -167,7 +167,14 @@ def test_sums_of_scenes_with_backgrounds_are_refused() -> None:
         Trainer(air, images, HeldOut(images), settings)
 
 
-def test_scenes_with_backgrounds_are_not_refined() -> None:
+def test_scenes_with_backgrounds_are_not_refined(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    line = f"{SMALL} --background-model vae --background-steps 0 --refine --output-dir run"
+    done = run(line, tmp_path, environment)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "error: --refine: expected no --background-model" in done.stderr
+    assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="refine: expected False for a model of the background"):
         infer(small_air(background_model="vae"), scenes(2, 1), refine=True)
 

@@ -96,9 +96,7 @@ def test_the_difference_guide_learns_to_count_sprites(cache: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fast")
-def test_dark_digits_on_gradients_are_learnt(
-    cache: Path,
-) -> None:
+def test_dark_digits_on_gradients_are_learnt(cache: Path) -> None:
     settings = SceneSettings(
         x_size=32, sides=(12, 16), counts=(0, 1), background="gradient",
         background_levels=(160, 255), object_levels=(0, 0), num_scenes=5000, num_test_scenes=1000,

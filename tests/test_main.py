@@ -422,7 +422,7 @@ def test_viz_on_a_server_that_dies_and_comes_back(
     told = [line["elbo"] for line in metrics(tmp_path / "run") if "elbo" in line]
     assert traces["training"]["y"] == told
     recorded = [json.loads(line) for line in (tmp_path / "session.log").read_text().splitlines()]
-    assert len(recorded) > len(found)
+    assert len(recorded) > len(ORDER)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from air.training.settings import TrainingSettings
+
 _MANY_OBJECTS_AT_FIRST: dict[str, Any] = {
     "z_pres_prior": 0.99,
     "z_pres_prior_raw": True,
@@ -41,13 +43,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_schedule": "cosine",
         "added_scenes": 100.0,
     },
-    # With the default prior, one object covers two digits from the start and stays there.
+    # With the default prior, one object covers two digits from the start and stays there. The prior
+    # begins to fall when the first objects are learnt.
     "background": {
         "num_steps": 5000,
         "background": "gradient",
         "background_model": "vae",
         **_MANY_OBJECTS_AT_FIRST,
-        "anneal_prior_begin": 100,  # after the steps in which the background learns alone
+        "anneal_prior_begin": TrainingSettings.background_steps,
         "lr_schedule": "cosine",
     },
     # With the annealed prior, AIR overlooks the smallest digits; with a learnt prior, it adds blank

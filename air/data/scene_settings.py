@@ -73,15 +73,15 @@ class SceneSettings:
                 raise SettingError(name, fixed)
             object.__setattr__(self, name, value)
         self._check_bounds()
-        for name, needed, reason in (
-            ("background", "black", self.binary and "binary scenes"),
-            ("object_levels", (255, 255), self.binary and "binary scenes"),
-            ("background_levels", (0, 96), self.background == "black" and "a black background"),
-            ("digits", "embedded", self.recipe == "dsprites" and "recipe dsprites"),
+        for name, without_effect, reason in (  # such a setting must keep its default
+            ("background", self.binary, "binary scenes"),
+            ("object_levels", self.binary, "binary scenes"),
+            ("background_levels", self.background == "black", "a black background"),
+            ("digits", self.recipe == "dsprites", "recipe dsprites"),
         ):
-            given = getattr(self, name)
-            if reason and given != needed:
-                raise SettingError(name, f"expected {needed} for {reason}, got {given}")
+            given, default = getattr(self, name), getattr(SceneSettings, name)
+            if without_effect and given != default:
+                raise SettingError(name, f"expected {default} for {reason}, got {given}")
 
     def _check_bounds(self) -> None:
         """Checks that objects fit into the scene and can be seen, and the order of bounds."""
