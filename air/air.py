@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from air import arguments
 from air.background import Background
 from air.distributions import Presence
+from air.glimpse import Glimpse
 from air.images import as_batch, check_range, to_intensities
 from air.likelihoods import Likelihood, make_likelihood
 from air.model_settings import BackgroundModel, GuideInput, ModelSettings, NetFactory
@@ -40,6 +41,7 @@ class GuideInputs(NamedTuple):
     images: Tensor  # [B, (C,) H, H]
     rnn: Projection  # for the inference LSTM
     bl_rnn: Projection | None  # for the baseline's LSTM; None without baselines
+    where: tuple[Tensor, Tensor]  # mean and sd of z_where to which `predict` relates
     cost_scale: float  # the plate's N / B, which multiplies every cost
 
 
@@ -65,9 +67,10 @@ class AIR(nn.Module):
         decode   p(window | z_what): codes, [B, Z], to intensities, [B, C * W * W]; with a model of
                  the background, colours times opacity and then opacity, [B, (C + 1) * W * W]
         predict  q(z_pres, z_where | h): hidden states, [B, rnn_hidden_size], to the probability of
-                 z_pres, [B, 1], and mean and sd > 0 of z_where relative to its prior, [B, 3] each
+                 z_pres, [B, 1], and mean and sd > 0 of z_where relative to its prior, or to the
+                 glimpse, [B, 3] each
         embed    images, [B, C * H * H], to the LSTM's input, [B, any size]; the baseline takes a
-                 copy of it
+                 copy of it. With glimpses they, [B, C * G * G], and no copy (`Glimpse.side` is G)
 
     Raises:
         ValueError: If an argument has a value it cannot have, or a net has outputs of other shapes.
@@ -138,49 +141,45 @@ class AIR(nn.Module):
         self.register_buffer("z_where_scale_prior", torch.tensor([*map(float, where_scale)]))
         nl: type[nn.Module] = getattr(nn, s.non_linearity)
         window_pixels, image_pixels = s.channels * s.window_size**2, s.channels * s.x_size**2
-        rnn_hidden_size = s.rnn_hidden_size
-        embedding = s.channels, s.x_size, s.embed_channels or (), s.embed_net or (), nl
+        hidden = s.rnn_hidden_size
+        embed_layers = s.embed_channels or (), s.embed_net or (), nl
         latent_size = Z_WHERE_SIZE + z_what_size + Z_PRES_SIZE
 
         # The generative model.
-        output = s.decoder_output_bias, s.decoder_output_use_sigmoid
         opacity_pixels = s.window_size**2 if covers else 0
-        self.decode: nn.Module = Decoder(
-            window_pixels, s.decoder_net, z_what_size, *output, nl, opacity_pixels
-        )
+        output = s.decoder_output_bias, s.decoder_output_use_sigmoid, nl, opacity_pixels
+        self.decode: nn.Module = Decoder(window_pixels, s.decoder_net, z_what_size, *output)
         self.background = Background(s, nl) if covers else None
         # The inference network.
-        self.embed = make_embed(*embedding)
-        (embedded_size,) = arguments.output_sizes(
-            self.embed if embed is None else embed, image_pixels
-        )
-        self.rnn = ImageLSTMCell(embedded_size, latent_size, rnn_hidden_size)
-        self.predict: nn.Module = Predict(
-            rnn_hidden_size, s.predict_net, Z_PRES_SIZE, Z_WHERE_SIZE, nl
-        )
+        self.glimpse = Glimpse(s) if s.guide_input == "glimpse" else None
+        seen = s.x_size if self.glimpse is None else self.glimpse.side
+        self.embed = make_embed(s.channels, seen, *embed_layers) if embed is None else embed
+        embedded_size = arguments.output_sizes(self.embed, s.channels * seen**2)[0]
+        self.rnn = ImageLSTMCell(embedded_size, latent_size, hidden)
+        self.predict: nn.Module = Predict(hidden, s.predict_net, Z_PRES_SIZE, Z_WHERE_SIZE, nl)
         self.encode: nn.Module = Encoder(window_pixels, s.encoder_net, z_what_size, nl)
-        self.h_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
-        self.c_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
+        self.h_init = nn.Parameter(torch.zeros(1, hidden))
+        self.c_init = nn.Parameter(torch.zeros(1, hidden))
         self.z_where_init = nn.Parameter(torch.zeros(1, Z_WHERE_SIZE))
         self.z_what_init = nn.Parameter(torch.zeros(1, z_what_size))
         # The baseline.
-        self.bl_embed = make_embed(*embedding)
-        self.bl_rnn = ImageLSTMCell(embedded_size, latent_size, rnn_hidden_size)
-        self.bl_predict = MLP(rnn_hidden_size, [*s.bl_predict_net, 1], nl)
-        self.bl_h_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
-        self.bl_c_init = nn.Parameter(torch.zeros(1, rnn_hidden_size))
+        self.bl_embed = make_embed(s.channels, s.x_size, *embed_layers)
+        if embed is not None and self.glimpse is None:
+            self.bl_embed = copy.deepcopy(embed)
+        bl_size = arguments.output_sizes(self.bl_embed, image_pixels)[0]
+        self.bl_rnn = ImageLSTMCell(bl_size, latent_size, hidden)
+        self.bl_predict = MLP(hidden, [*s.bl_predict_net, 1], nl)
+        self.bl_h_init = nn.Parameter(torch.zeros(1, hidden))
+        self.bl_c_init = nn.Parameter(torch.zeros(1, hidden))
         # Nets of one's own, which take the places of those above.
         for name, net, in_size, out_sizes in (
             ("encode", encode, window_pixels, [z_what_size, z_what_size]),
             ("decode", decode, z_what_size, [window_pixels + opacity_pixels]),
-            ("predict", predict, rnn_hidden_size, [Z_PRES_SIZE, Z_WHERE_SIZE, Z_WHERE_SIZE]),
-            ("embed", embed, image_pixels, [embedded_size]),
+            ("predict", predict, hidden, [Z_PRES_SIZE, Z_WHERE_SIZE, Z_WHERE_SIZE]),
         ):
             if net is not None:
                 arguments.check_net(name, net, in_size, out_sizes)
                 setattr(self, name, net)
-        if embed is not None:
-            self.bl_embed = copy.deepcopy(embed)
         if use_cuda:
             self.cuda()
 
@@ -308,7 +307,7 @@ class AIR(nn.Module):
             state = initial_state
             states = []
             for t in range(self.num_steps):
-                if t > 0 and self.guide_input == "difference":
+                if t > 0 and self.guide_input != "image":
                     painted = self.paint([state.z_where], [state.z_what])
                     present = self._detach_presence(state.z_pres).t()
                     canvas = self.likelihood.compose(painted, present, canvas)
@@ -321,10 +320,12 @@ class AIR(nn.Module):
     def _embed_images(self, images: Tensor, canvas: Tensor | None, scale: float) -> GuideInputs:
         """Multiplies images, less the canvas (None: black), by the LSTMs' weights, once a pass."""
         images = images if canvas is None else images - canvas
-        flat = images.flatten(1)
+        flat, where = images.flatten(1), (self.z_where_loc_prior, self.z_where_scale_prior)
         # Detached: the baseline's regression must not train the inference network.
         bl_rnn = self.bl_rnn.project(self.bl_embed(flat.detach())) if self.use_baselines else None
-        return GuideInputs(images, self.rnn.project(self.embed(flat)), bl_rnn, scale)
+        if self.glimpse is not None:
+            flat, where = self.glimpse(images)
+        return GuideInputs(images, self.rnn.project(self.embed(flat)), bl_rnn, where, scale)
 
     def _guide_step(self, t: int, prev: GuideState, inputs: GuideInputs) -> GuideState:
         """q(z_pres_t, z_where_t, z_what_t | x, z_<t), and the baseline of z_pres_t."""
@@ -334,7 +335,7 @@ class AIR(nn.Module):
         infer, bl_rnn = self._baseline_step(latents, prev, inputs)
         pres = Presence(pres_p * prev.z_pres)
         z_pres = pyro.sample(f"z_pres_{t}", self._masked(pres, prev.z_pres), infer=infer)
-        where = dist.Normal(loc + self.z_where_loc_prior, scale * self.z_where_scale_prior)
+        where = dist.Normal(inputs.where[0] + loc, inputs.where[1] * scale)
         z_where = pyro.sample(f"z_where_{t}", self._masked(where, z_pres))
         window = image_to_window(z_where, self.window_size, self.x_size, inputs.images)
         code = dist.Normal(*self.encode(window))

@@ -10,7 +10,7 @@ from air.likelihoods import DEFAULT_SD, Likelihood
 from air.settings import check_settings, setting
 
 BackgroundModel = Literal["none", "constant", "vae"]
-GuideInput = Literal["image", "difference"]
+GuideInput = Literal["image", "difference", "glimpse"]
 
 
 def is_activation(name: str) -> bool:
@@ -98,8 +98,8 @@ class ModelSettings:
     )
     guide_input: GuideInput = setting(
         "image",
-        "input of the guide's steps: the image (less its background), or the difference of the "
-        "image and the canvas painted so far (DAIR)",
+        "input of the guide's steps: the image (less its background), the difference of the image "
+        "and the canvas painted so far (DAIR), or a glimpse of this difference where it is largest",
         key="guide",
     )
     background_model: BackgroundModel = setting(

@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -12,6 +13,7 @@ from pyro import poutine
 from pyro.infer import SVI, JitTraceGraph_ELBO, TraceGraph_ELBO
 from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Normal
 from torch.nn.functional import affine_grid, grid_sample, softplus
@@ -51,6 +53,25 @@ def sample_grid(pictures: Tensor, scale: Tensor, shift: Tensor, size: int) -> Te
     return grid_sample(pictures[:, None], grid, align_corners=False)[:, 0]
 
 
+def glimpse(air: AIR, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels around the greatest blurred square, and mean and sd to which `predict` relates."""
+    size, scale = air.x_size, float(air.z_where_loc_prior[0])
+    window = size / scale
+    parts, centres = [], []
+    for image in seen.detach():
+        energy = image.square().reshape(-1, size, size).sum(0).numpy()
+        blurred = gaussian_filter(energy, window / 6, mode="constant", truncate=size)
+        row, column = np.unravel_index(blurred.argmax(), blurred.shape)
+        parts.append((slice(row, row + air.glimpse.side), slice(column, column + air.glimpse.side)))
+        centres.append([(column + 0.5 - size / 2), (row + 0.5 - size / 2)])
+    margin = air.glimpse.side // 2
+    padded = torch.nn.functional.pad(seen, [margin] * 4)
+    around = torch.stack([image[..., *part] for image, part in zip(padded, parts, strict=True)])
+    shift = -torch.tensor(centres, dtype=seen.dtype) / (window / 2)
+    where = torch.cat((torch.full_like(shift[:, :1], scale), shift), 1)
+    return around, where, torch.tensor([float(air.z_where_scale_prior[0]), 0.5, 0.5])
+
+
 def lstm(
     cell: ImageLSTMCell, inputs: Tensor, state: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -84,10 +105,13 @@ def by_hand(
     unset = z_where, z_what, state, bl_state
     for t in range(air.num_steps):
         seen = x - behind
-        if air.guide_input == "difference":
+        if air.guide_input != "image":
             seen, (z_where, z_what, state, bl_state) = x - canvas, unset
+        around, loc, sd = seen, air.z_where_loc_prior, air.z_where_scale_prior
+        if air.guide_input == "glimpse":
+            around, loc, sd = glimpse(air, seen)
         latents = torch.cat((z_where, z_what, z_pres), 1)
-        state = lstm(air.rnn, torch.cat((air.embed(seen.flatten(1)), latents), 1), state)
+        state = lstm(air.rnn, torch.cat((air.embed(around.flatten(1)), latents), 1), state)
         out = air.predict.mlp(state[0])
         bl_inputs = air.bl_embed(seen.detach().flatten(1)), latents.detach()
         bl_state = lstm(air.bl_rnn, torch.cat(bl_inputs, 1), bl_state)
@@ -97,10 +121,7 @@ def by_hand(
         q_pres = Bernoulli(out[:, 0].sigmoid() * z_pres[:, 0])
         p_pres = Bernoulli(prior[t] * z_pres[:, 0])
         before, z_pres = z_pres, (counts > t).double()[:, None]
-        q_where = Normal(
-            out[:, 1:4] + air.z_where_loc_prior,
-            (softplus(out[:, 4:]) + 1e-6) * air.z_where_scale_prior,
-        )
+        q_where = Normal(out[:, 1:4] + loc, (softplus(out[:, 4:]) + 1e-6) * sd)
         z_where = q_where.loc + q_where.scale * noise[f"z_where_{t}"]
         seen = sample_grid(seen, 1 / z_where[:, :1], -z_where[:, 1:] / z_where[:, :1], window)
         loc, raw = air.encode.mlp(seen.flatten(1)).chunk(2, 1)
@@ -164,6 +185,9 @@ def by_hand(
         {"guide_input": "difference", "use_masking": False},
         {"channels": 3, "guide_input": "difference"},
         {"channels": 3, "guide_input": "difference", "embed_channels": [4]},
+        {"guide_input": "glimpse"},
+        {"channels": 3, "guide_input": "glimpse", "embed_net": [5], "use_masking": False},
+        {"background_model": "vae", "guide_input": "glimpse", "embed_channels": [4]},
         {"likelihood": "bernoulli"},
         {"likelihood": "bernoulli", "channels": 2, "guide_input": "difference"},
         {"background_model": "vae", "z_background_size": 4, "background_net": [6, 5]},
@@ -200,11 +224,17 @@ def test_elbo_and_every_gradient_equal_a_second_computation(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"embed_net": [6, 5]}, {"embed_channels": [3, 2]}, {"guide_input": "difference"}],
+    [
+        {},
+        {"embed_net": [6, 5]},
+        {"embed_channels": [3, 2]},
+        {"guide_input": "difference"},
+        {"guide_input": "glimpse"},
+    ],
 )
 def test_every_named_parameter_gets_a_gradient(options: dict[str, Any]) -> None:
     air, images = small_air(**options), torch.rand(20, 12, 12)
-    if air.guide_input == "difference":  # where h is always that of the start, zero
+    if air.guide_input != "image":  # where h is always that of the start, zero
         torch.nn.init.normal_(air.h_init)
         torch.nn.init.normal_(air.bl_h_init)
     TraceGraph_ELBO().loss_and_grads(air.model, air.guide, images)

@@ -66,6 +66,7 @@ def test_detections_are_the_models_inferences(channels: int) -> None:
         {"embed_net": [10, 6]},
         {"decoder_net": [4] * 6},
         {"decoder_net": [], "guide_input": "difference"},
+        {"channels": 3, "guide_input": "glimpse"},
     ],
     ids=str,
 )

@@ -59,7 +59,7 @@ LINES = [
     "--data pictures -n 2 -b 8 --x-size 40 --no-crop --no-invert --alpha-over white "
     "--count-pattern (\\d+)-objects --threads 2",
     "--data mine.npz -n 2 -b 8 --x-size 40 --crop --channels 3 --invert",
-    f"--preset dsprites {SMALL} --no-binary --background noisy --guide difference "
+    f"--preset dsprites {SMALL} --no-binary --background noisy --guide glimpse "
     "--background-levels 20 90 --object-levels 100 255 --background-model vae "
     "--z-background-size 3 --background-net 20 --background-steps 1 "
     "--likelihood bernoulli --count-prior 1 1 1 0.1 --anneal-prior none --learn-count-prior-from 1",

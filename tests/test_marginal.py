@@ -57,6 +57,7 @@ def draw_noise(num_steps: int, n: int) -> dict[str, Tensor]:
     [
         *[(t, {}) for t in range(1, 6)],
         (3, {"guide_input": "difference"}),
+        (3, {"guide_input": "glimpse"}),
         (2, {"likelihood": "bernoulli"}),
         (3, {"likelihood": "bernoulli", "guide_input": "difference", "channels": 3}),
         (2, {"background_model": "vae", "z_background_size": 3}),

@@ -140,7 +140,7 @@ def test_scenes_that_are_explained_well_stay_as_they_are(air: AIR) -> None:
     "options",
     [
         {}, {"likelihood": "bernoulli"}, {"channels": 3}, {"guide_input": "difference"},
-        {"num_steps": 1},
+        {"num_steps": 1}, {"guide_input": "glimpse"},
     ],
 )  # fmt: skip
 def test_every_kind_of_model_is_refined(

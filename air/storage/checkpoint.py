@@ -236,8 +236,9 @@ def _image_size(weights: Mapping[str, Any], window_size: int) -> dict[str, int] 
     """Channels and side of the images, from the shapes of the nets; None if they do not tell."""
     try:
         z_what_size = weights["z_what_init"].shape[1]
-        embeds = any(name.startswith("embed.") for name in weights)
-        first = weights["embed.seq.0.weight" if embeds else "rnn.weight_ih"].shape[1]
+        embeds = any(name.startswith("bl_embed.") for name in weights)
+        # The baseline sees whole images, also where the guide sees glimpses.
+        first = weights["bl_embed.seq.0.weight" if embeds else "bl_rnn.weight_ih"].shape[1]
         channels, rest = divmod(weights["encode.mlp.seq.0.weight"].shape[1], window_size**2)
     except (AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError):
         return None  # nets of one's own, or foreign weights

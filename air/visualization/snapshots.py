@@ -117,7 +117,7 @@ def _windows(air: AIR, images: Tensor, inference: Inference) -> Tensor:
     """
     seen = images[:, None].expand_as(inference.objects)
     canvas = inference.backgrounds
-    if air.guide_input == "difference":  # less what earlier steps painted
+    if air.guide_input != "image":  # less what earlier steps painted
         painted = air.paint(inference.z_where.unbind(1), inference.z_what.unbind(1))
         canvases = accumulate(painted.unbind()[:-1], air.likelihood.add, initial=canvas)
         seen = seen - torch.stack([*canvases], 1)

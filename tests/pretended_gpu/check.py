@@ -51,6 +51,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # estimator, and arguments 
     "score": ("score", {}),
     "marginal, guide difference": ("marginal", {"guide_input": "difference"}),
     "score, guide difference": ("score", {"guide_input": "difference"}),
+    "marginal, guide glimpse": ("marginal", {"guide_input": "glimpse"}),
     "marginal, likelihood bernoulli": ("marginal", {"likelihood": "bernoulli"}),
     "score, likelihood bernoulli": ("score", {"likelihood": "bernoulli"}),
     "marginal, three channels": ("marginal", {"channels": 3}),

@@ -201,7 +201,7 @@ def test_images_of_another_size_are_named(known: str, embed_net: list[int] | Non
         {"z_what_init": 1.0},
         small_air(window_size=5).state_dict(),
         small_air(encode=TwoHeads(), x_size=8).state_dict(),
-        {**small_air(x_size=8).state_dict(), "rnn.weight_ih": torch.zeros(44, 9 + 65)},
+        {**small_air(x_size=8).state_dict(), "bl_rnn.weight_ih": torch.zeros(44, 9 + 65)},
     ],
 )
 def test_weights_that_do_not_tell_the_size_pass(weights: dict[str, Any]) -> None:

@@ -75,6 +75,7 @@ def compare_with_eager(
         (1, 3, {}), (3, None, {}), (5, 7, {}), (2, 3, {"guide_input": "difference"}),
         (2, 3, {"likelihood": "bernoulli"}), (2, 3, {"embed_channels": [3, 2], "embed_net": [5]}),
         (2, 3, {"background_model": "vae", "likelihood_sd": "learn"}),
+        (2, 3, {"guide_input": "glimpse"}),
     ],
 )  # fmt: skip
 def test_captured_gradients_equal_eager_ones(

@@ -1,0 +1,84 @@
+"""Where a step of the guide looks: the same at every place of an object."""
+
+import pytest
+import torch
+from helpers import small_air
+from pyro import poutine
+
+from air.glimpse import Glimpse
+from air.model_settings import ModelSettings
+
+SIDE = 40
+
+
+def glimpse(**settings: object) -> Glimpse:
+    return Glimpse(ModelSettings(x_size=SIDE, scale_prior_mean=4.0, **settings))  # type: ignore[arg-type]
+
+
+def image_of(spot: torch.Tensor, x: int, y: int) -> torch.Tensor:
+    image = torch.zeros(*spot.shape[:-2], SIDE, SIDE)
+    image[..., y : y + spot.shape[-2], x : x + spot.shape[-1]] = spot
+    return image
+
+
+@pytest.mark.parametrize("channels", [(), (3,)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_glimpse_is_the_same_wherever_the_object_is(channels: tuple[int, ...], sign: int) -> None:
+    spot = sign * torch.rand(*channels, 7, 5)
+    places = [(0, 0), (12, 20), (35, 33), (3, 31)]
+    seen, (where, sd) = glimpse()(torch.stack([image_of(spot, *place) for place in places]))
+
+    torch.testing.assert_close(seen, seen[:1].expand_as(seen))
+    x, y = -where[:, 1:].t() / where[:, :1].t() * SIDE / 2  # pixels from the middle
+    of_first = torch.tensor(places[0]) - torch.stack((x, y), 1)[0]
+    torch.testing.assert_close(torch.stack((x, y), 1) + of_first, torch.tensor(places).float())
+    assert (where[:, 0] == 4).all()
+    assert (sd > 0).all()
+
+
+def test_a_glimpse_shows_the_pixels_around_its_centre() -> None:
+    images, look = torch.rand(6, SIDE, SIDE), glimpse()
+    seen, _ = look(images)
+    centres = ((look.centres(images) + 1) * SIDE / 2 - 0.5).round().long().tolist()
+    margin = look.side // 2
+    padded = torch.nn.functional.pad(images, [margin] * 4)
+    for image, part, (x, y) in zip(padded, seen, centres, strict=True):
+        expected = image[y : y + look.side, x : x + look.side]
+        torch.testing.assert_close(part.view_as(expected), expected, atol=1e-4, rtol=0)
+
+
+def test_it_looks_at_the_largest_of_several_objects_and_not_between_two() -> None:
+    strong, weak = torch.ones(8, 8), torch.ones(8, 8) / 2
+    images = torch.stack([
+        image_of(strong, 3, 4) + image_of(weak, 24, 28),
+        image_of(weak, 3, 4) + image_of(strong, 24, 28),
+        image_of(strong, 10, 10) + 0.99 * image_of(strong, 19, 10),  # a pixel apart
+    ])  # fmt: skip
+    pixels = (glimpse().centres(images) + 1) * SIDE / 2
+    expected = torch.tensor([[7.0, 8.0], [28.0, 32.0], [14.0, 14.0]])
+    assert ((pixels - expected).abs() <= 1).all()
+
+
+def test_an_image_without_differences_gives_a_finite_glimpse() -> None:
+    seen, (where, _) = glimpse()(torch.zeros(2, SIDE, SIDE))
+    assert not seen.any()
+    assert where.isfinite().all()
+
+
+def test_windows_larger_than_the_image_have_a_glimpse() -> None:
+    look = Glimpse(ModelSettings(x_size=9, scale_prior_mean=0.05))
+    assert look.side <= 2 * 9 + 1
+    assert look(torch.rand(2, 9, 9))[0].shape == (2, look.side**2)
+
+
+def test_what_the_guide_finds_moves_with_the_object() -> None:
+    air = small_air(guide_input="glimpse", x_size=24, scale_prior_mean=3.0)
+    spot = torch.rand(5, 6)
+    images = torch.zeros(2, 24, 24)
+    images[0, 4:9, 6:12] = images[1, 11:16, 9:15] = spot  # 7 pixels lower, 3 to the right
+    trace = poutine.trace(air.guide).get_trace(images)
+    pres, where = trace.nodes["z_pres_0"]["fn"], trace.nodes["z_where_0"]["fn"]
+    torch.testing.assert_close(pres.mean[0], pres.mean[1])
+    torch.testing.assert_close(where.variance[0], where.variance[1])
+    moved = (where.mean[0] - where.mean[1])[1:] / 3.0 * 12  # the prior's scale; pixels
+    torch.testing.assert_close(moved, torch.tensor([3.0, 7.0]), atol=1e-4, rtol=0)
