@@ -15,7 +15,7 @@ from air.model_settings import ModelSettings
 from air.spatial_transformer import image_to_window
 
 # In sides of the window, of the prior's mean scale.
-GLIMPSE_SIDE = 2.0
+GLIMPSE_SIDE = 1.5
 BLUR = 1 / 6  # standard deviation; far less than the distance of two objects side by side
 SHIFT_SD = 0.25  # of the window from the centre, where `predict` gives one
 

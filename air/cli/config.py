@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from air.cli.flags import DEFAULTS, SETTINGS, Config, settings_named_by_flag
-from air.cli.presets import PRESETS
+from air.cli.presets import preset_settings
 from air.data.preparation import ImageSettings
 from air.model_settings import ModelSettings
 from air.settings import from_config, settings_of
@@ -64,7 +64,7 @@ def resolve_config(
     Raises:
         ValueError: If a flag would turn the resumed run into another run.
     """
-    preset = PRESETS.get(cli_args.get("preset") or "", {})
+    preset = preset_settings(cli_args.get("preset"), cli_args)
     of_model = {key: value for key, value in (model or {}).items() if key in _SAVED_WITH_MODEL}
     if of_model:  # a model that was saved before there were convolutions or backgrounds has none
         of_model = {"embed_channels": None, "background_model": "none", **of_model}

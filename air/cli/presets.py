@@ -1,7 +1,10 @@
 """Presets: a kind of scenes, and the settings that suit it. Keys are those of config.json."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
+from air.data.scene_settings import SceneSettings
 from air.training.settings import TrainingSettings
 
 _MANY_OBJECTS_AT_FIRST: dict[str, Any] = {
@@ -53,6 +56,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         "anneal_prior_begin": TrainingSettings.background_steps,
         "lr_schedule": "cosine",
     },
+    # Glimpses meet every object from the start. With the default likelihood_sd, small thin digits
+    # would explain fewer nats than they cost. Settings that follow from the scenes are added by
+    # `_from_scenes`.
+    "many": {
+        "num_steps": 3000,
+        "counts": [0, 1, 2, 3, 4, 5],
+        "x_size": 64,
+        "sides": [12, 16],
+        "min_gap": 0.0,
+        "num_scenes": 30_000,
+        "num_test_scenes": 5000,
+        "scale_prior_sd": 0.5,
+        "likelihood_sd": 0.2,
+        **_MANY_OBJECTS_AT_FIRST,
+        "anneal_prior_duration": 1000,
+        "guide": "glimpse",
+        "embed_net": [200],
+        "clip_grad_norm": 100.0,
+        "lr_schedule": "cosine",
+    },
     # With the annealed prior, AIR overlooks the smallest digits; with a learnt prior, it adds blank
     # windows between two digits until the learning rate has fallen.
     "small-digits": {
@@ -72,3 +95,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embed_net": [200],
     },
 }
+
+
+def preset_settings(name: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a preset by key, where `given` are those on the command line."""
+    preset = PRESETS.get(name or "", {})
+    return preset | _from_scenes({**preset, **given}) if name == "many" else preset
+
+
+def _from_scenes(scenes: Mapping[str, Any]) -> dict[str, Any]:
+    """Steps, and a window that is a little larger than the largest object.
+
+    One step more than the most objects lets a model show that it counts too many.
+    """
+    side = max(scenes["sides"])
+    if not scenes.keys().isdisjoint({"scale_mean", "scale_sd"}):  # in place of sides
+        side = 28 / scenes.get("scale_mean", SceneSettings.scale_mean)
+    window = 1.15 * side
+    scale = max(1.0, scenes["x_size"] / window)
+    return {
+        "model_steps": max(scenes["counts"]) + 1,
+        "window_size": round(min(max(window, 10), 28)),
+        "scale_prior_mean": round(scale, 2),
+        "pos_prior_sd": round(scale / math.sqrt(3), 2),  # that of places all over the image
+    }

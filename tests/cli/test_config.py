@@ -137,10 +137,21 @@ def test_a_preset_stands_for_flags_that_are_not_given(name: str) -> None:
     assert PRESETS[name].keys() <= DEFAULTS.keys()
     check_config(PRESETS[name], Path("preset"))
     resolved = resolve_config({"preset": name, "window_size": 9})
+    follows = {"model_steps": 6, "scale_prior_mean": 3.48, "pos_prior_sd": 2.01}
     assert resolved == {
-        **DEFAULTS, **PRESETS[name], "preset": name, "window_size": 9,
-        "compile": resolved["compile"],
+        **DEFAULTS, **PRESETS[name], **(follows if name == "many" else {}), "preset": name,
+        "window_size": 9, "compile": resolved["compile"],
     }  # fmt: skip
+
+
+def test_steps_and_windows_follow_from_many_objects() -> None:
+    many = resolve_config({"preset": "many", "x_size": 84, "counts": [0, 9, 4], "sides": [20, 40]})
+    assert (many["model_steps"], many["window_size"]) == (10, 28)
+    assert 84 / many["scale_prior_mean"] == pytest.approx(46, rel=0.01)
+    # so that windows of the prior have their centres as uniform ones would, within the image
+    assert many["pos_prior_sd"] / many["scale_prior_mean"] == pytest.approx(3**-0.5, rel=0.01)
+    large = resolve_config({"preset": "many", "scale_mean": 0.5, "model_steps": 4})
+    assert (large["sides"], large["scale_prior_mean"], large["model_steps"]) == (None, 1.0, 4)
 
 
 def test_long_runs_are_compiled_unless_told_otherwise() -> None:

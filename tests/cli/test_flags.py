@@ -54,7 +54,7 @@ def test_help_shows_each_default() -> None:
         ("--anneal-prior cos", "argument --anneal-prior: invalid choice: 'cos'"),
         (
             "--preset none",
-            "expected close-digits or background or small-digits or dsprites, got 'none'",
+            "expected close-digits or background or many or small-digits or dsprites, got 'none'",
         ),
         ("--batch 3", "unrecognized arguments: --batch 3"),  # no abbreviations
         ("--encoder-net 10 0", "argument --encoder-net: expected a whole number of at least 1"),
