@@ -19,18 +19,17 @@ _SMALL_OBJECTS: dict[str, Any] = {
     "sides": [9, 18],
     "num_scenes": 30_000,
     "num_test_scenes": 5000,
-    # Windows begin larger than the objects, all over the scene and nearly black, and the prior at
-    # first favours using every step. Otherwise few windows meet an object, and the guide gives
-    # them up before they help.
+    # Windows begin larger than the objects and nearly black, and the prior at first favours using
+    # every step. Otherwise the guide gives windows up before they help.
     "window_size": 18,
     "scale_prior_mean": 3.0,
     "scale_prior_sd": 1.0,
     "pos_prior_sd": 1.5,
     "decoder_output_bias": -3.0,
     **_MANY_OBJECTS_AT_FIRST,
-    # The guide does not see the objects already found, so it finds every object as it found the
-    # first.
-    "guide": "difference",
+    "anneal_prior_duration": 1000,
+    # A glimpse meets an object from the start, and one at every place helps to find all others.
+    "guide": "glimpse",
     "clip_grad_norm": 100.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
@@ -81,14 +80,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small-digits": {
         **_SMALL_OBJECTS,
         "recipe": "air",
+        "num_steps": 3000,
         "binary": True,
-        "learn_count_prior_from": 3000,
+        "learn_count_prior_from": 1500,
         "lr_schedule": "cosine",
     },
     # Three bright channels explain so much that with the default likelihood_sd AIR would use
     # several windows for one object. Without the embedding, 12,288 pixels would be slow.
     "dsprites": {
         **_SMALL_OBJECTS,
+        "num_steps": 2000,
         "recipe": "dsprites",
         "rotation": 180.0,
         "likelihood_sd": 0.5,

@@ -1,0 +1,1 @@
+"""The tutorial: AIR step by step. `render` makes its page."""
