@@ -19,11 +19,12 @@ Glossary of shapes, used throughout:
 
 ELBOs are in nats per image; higher is better.
 
-The paper is at the top of this package, some 1,500 lines. Read it in this order:
+The paper is at the top of this package, some 1,600 lines. Read it in this order:
 
     modules.py                  the nets
     air/spatial_transformer.py  the geometry of z_where
     air/air.py                  the generative model, the guide and its baseline
+    air/glimpse.py              where the guide looks, with --guide glimpse
     air/likelihoods.py          from objects to pixels
     air/background.py           what is behind the objects
     air/priors.py               the prior over the count

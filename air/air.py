@@ -2,7 +2,7 @@
 
 Eslami, Heess, Weber, Tassa, Szepesvari, Kavukcuoglu, Hinton: "Attend, Infer, Repeat: Fast Scene
 Understanding with Generative Models", NIPS 2016, arXiv:1603.08575. Section numbers below are that
-paper's. Shapes are those of the glossary in ``air/__init__.py``.
+paper's. Shapes are those of ``air/__init__.py``. ``air/tutorial`` explains all in sections 2 to 8.
 """
 
 import copy

@@ -8,7 +8,7 @@ is enough, and with q(n) = (1 - q_{n+1}) q_1 ... q_n the ELBO of the run is
 where z_t is (z_where_t, z_what_t). Its expectation is AIR's own ELBO. No z_pres is sampled, so no
 score-function gradient and no baseline are needed. The first sum costs T + 1 sums over pixels and
 no further pass through a net. In Pyro, `poutine.scale` weights each object by q(n >= t), and a
-`pyro.factor` adds the first sum.
+`pyro.factor` adds the first sum. Section 11 of ``air/tutorial`` derives it.
 """
 
 from collections.abc import Callable

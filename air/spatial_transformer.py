@@ -1,6 +1,7 @@
 """The geometry of z_where: windows into images, images into windows, boxes.
 
-A spatial transformer (Jaderberg et al. 2015) restricted to scale and translation, as AIR needs it.
+A spatial transformer (Jaderberg et al. 2015) restricted to scale and translation, as AIR needs it;
+section 2 of ``air/tutorial`` draws it.
 
 Coordinates. An image and a window each span [-1, 1], x to the right and y downwards; pixel i of n
 has its centre at (2i + 1) / n - 1 (torch's ``align_corners=False``). z_where = (s, x, y) maps the

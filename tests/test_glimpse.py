@@ -1,11 +1,15 @@
 """Where a step of the guide looks: the same at every place of an object."""
 
+import pyro
 import pytest
 import torch
 from helpers import small_air
 from pyro import poutine
+from pyro.infer import Trace_ELBO
+from torch.utils.flop_counter import FlopCounterMode
 
 from air.glimpse import Glimpse
+from air.marginal import MarginalAIR
 from air.model_settings import ModelSettings
 
 SIDE = 40
@@ -82,3 +86,22 @@ def test_what_the_guide_finds_moves_with_the_object() -> None:
     torch.testing.assert_close(where.variance[0], where.variance[1])
     moved = (where.mean[0] - where.mean[1])[1:] / 3.0 * 12  # the prior's scale; pixels
     torch.testing.assert_close(moved, torch.tensor([3.0, 7.0]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("guide_input", ["image", "difference", "glimpse"])
+def test_the_cost_of_a_step_of_training_grows_linearly_with_the_number_of_objects(
+    guide_input: str,
+) -> None:
+    def flops(num_steps: int) -> int:
+        air = small_air(num_steps=num_steps, guide_input=guide_input, use_baselines=False)
+        exact = MarginalAIR(air)
+        pyro.clear_param_store()
+        with FlopCounterMode(display=False) as counted:
+            Trace_ELBO().loss_and_grads(exact.model, exact.guide, torch.rand(5, 12, 12))
+        return int(counted.get_total_flops())
+
+    two, four, eight = map(flops, (2, 4, 8))
+    assert 0 < four - two
+    assert eight - four == 2 * (four - two)
+    if guide_input == "image":  # is multiplied by its weights once, and their gradient is one
+        assert two > four - two

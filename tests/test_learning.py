@@ -117,3 +117,28 @@ def test_dark_digits_on_gradients_are_learnt(cache: Path) -> None:
     *_, last = (event for event in trainer.train() if isinstance(event, Evaluated))
     assert last.result.accuracy_mode is not None
     assert last.result.accuracy_mode >= 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fast")
+def test_glimpses_find_up_to_four_sprites(cache: Path) -> None:
+    settings = SceneSettings(
+        recipe="dsprites", x_size=36, sides=(8, 9), counts=(0, 1, 2, 3, 4), min_gap=1.0,
+        num_scenes=2000, num_test_scenes=300,
+    )  # fmt: skip
+    scenes = load_scenes(settings, cache_dir=cache)
+    x, counts = map(torch.from_numpy, scenes.test[:2])
+    air = AIR(
+        num_steps=5, x_size=36, channels=3, window_size=10, z_what_size=10, rnn_hidden_size=64,
+        encoder_net=[64], decoder_net=[64], predict_net=[64], scale_prior_mean=3.2,
+        scale_prior_sd=0.5, guide_input="glimpse", likelihood_sd=0.5, use_baselines=False,
+    )  # fmt: skip
+    recipe = TrainingSettings(
+        num_steps=80, eval_every=0, batch_size=32, learning_rate=3e-3, clip_grad_norm=100.0,
+        z_pres_prior=0.99, z_pres_prior_raw=True, anneal_prior="exp", anneal_prior_to=1e-4,
+        anneal_prior_duration=50,
+    )  # fmt: skip
+    trainer = Trainer(air, torch.from_numpy(scenes.train.x), HeldOut(x, counts), recipe)
+    *_, last = (event for event in trainer.train() if isinstance(event, Evaluated))
+    assert last.result.accuracy_mode is not None
+    assert last.result.accuracy_mode >= 0.9

@@ -25,6 +25,7 @@ TYPICAL, LARGE = 50, 90  # percentiles of the sides of objects
 MARGIN = 1.2  # side of a window divided by that of a large object, so that windows meet objects
 WINDOW_SIDES = 10, 28  # least and greatest side of the attention window in pixels
 SMALL = 0.25  # side of an object relative to its image, below which windows must search for it
+FEW_SPOTS = 3  # in an image, above which the preset for many objects is suggested
 FEW = 1000  # images, below which a model begins to learn them by heart
 
 Advice = dict[str, tuple[str, str]]  # key of a setting -> flag with its values, and the reason
@@ -122,6 +123,8 @@ def _advise_model(found: Survey, cli_args: Mapping[str, Any]) -> Advice:
         reason = f"the background is not black ({found.background:.0f} of 255)"
     elif found.is_coloured:
         preset, reason = "dsprites", "for objects in colour"
+    elif found.most_spots > FEW_SPOTS:
+        preset, reason = "many", f"for up to {found.most_spots} objects"
     elif typical < SMALL:
         preset = "small-digits"
         reason = f"for small objects: a typical one has {typical:.0%} of the image's side"

@@ -97,7 +97,7 @@ sizes = (500, 200) if QUICK else (20_000, 2000)
 scenes = load_scenes(SceneSettings(num_scenes=sizes[0], num_test_scenes=sizes[1]))
 train_x = torch.tensor(scenes.train.x) / 255
 test_x, test_n = torch.tensor(scenes.test.x) / 255, torch.tensor(scenes.test.counts)
-draw([test_x[:8]], titles=[f"{n} digits" for n in test_n[:8].tolist()])
+draw([test_x[:8]], titles=[f"n = {n}" for n in test_n[:8].tolist()])
 show("scenes")
 print(f"{len(train_x):,} scenes to learn from, {len(test_x):,} held out")
 
@@ -359,7 +359,7 @@ class Predictor(nn.Module):
 # each digit again for each place. The *attention window* makes this unnecessary: first draw
 # $z^{where}_t$, then cut this window out of the scene, and read $z^{what}_t$ off the window.
 #
-# The picture shows what the two guides see of the same digit at four places: the whole scene above,
+# The picture shows what the two guides see of the same digit at three places: the whole scene above,
 # the window below.
 
 # %%

@@ -79,6 +79,13 @@ def test_windows_fit_the_objects(channels: int, tmp_path: Path) -> None:
         assert sum(line.startswith(f"# {flag}") for line in reasons) == 1
 
 
+def test_many_objects_get_their_preset(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=squares(200, (48, 48), 6, 4))
+    flags, text = suggestion(tmp_path / "x.npz")
+    assert (flags["preset"], flags["model_steps"]) == ("many", 4)
+    assert "for up to 4 objects" in text
+
+
 def test_given_flags_are_kept(tmp_path: Path) -> None:
     np.savez(tmp_path / "x y.npz", x=squares(200, (48, 48), 10, 3))
     flags, text = suggestion(tmp_path / "x y.npz", "-t", "5", "-n", "400", "--window-size", "20")
