@@ -101,7 +101,7 @@ def test_the_cost_of_a_step_of_training_grows_linearly_with_the_number_of_object
         return int(counted.get_total_flops())
 
     two, four, eight = map(flops, (2, 4, 8))
-    assert 0 < four - two
+    assert four - two > 0
     assert eight - four == 2 * (four - two)
     if guide_input == "image":  # is multiplied by its weights once, and their gradient is one
         assert two > four - two

@@ -359,7 +359,7 @@ class Predictor(nn.Module):
 # each digit again for each place. The *attention window* makes this unnecessary: first draw
 # $z^{where}_t$, then cut this window out of the scene, and read $z^{what}_t$ off the window.
 #
-# The picture shows what the two guides see of the same digit at three places: the whole scene above,
+# The picture shows what the two guides see of one digit at three places: the whole scene above,
 # the window below.
 
 # %%
