@@ -147,7 +147,7 @@ class Predict(nn.Module):
     """Parameterizes q(z_pres_t, z_where_t | h_t), [B, hidden size].
 
     Returns the probability of z_pres, [B, 1], and the mean and standard deviation of z_where,
-    [B, 3], relative to those of its prior.
+    [B, 3], relative to those of its prior, or to a glimpse.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ MODEL_ARGUMENTS = frozenset(ModelSettings.__dataclass_fields__)
 
 
 class GuideInputs(NamedTuple):
-    """The images, less what is on the canvas, and their part in the inputs of both LSTMs."""
+    """The images, less what is on the canvas, their part in both LSTMs' inputs, where to look."""
 
     images: Tensor  # [B, (C,) H, H]
     rnn: Projection  # for the inference LSTM
@@ -70,7 +70,7 @@ class AIR(nn.Module):
                  z_pres, [B, 1], and mean and sd > 0 of z_where relative to its prior, or to the
                  glimpse, [B, 3] each
         embed    images, [B, C * H * H], to the LSTM's input, [B, any size]; the baseline takes a
-                 copy of it. With glimpses they, [B, C * G * G], and no copy (`Glimpse.side` is G)
+                 copy of it. With glimpses [B, C * G * G], no copy; G is `Glimpse(settings).side`
 
     Raises:
         ValueError: If an argument has a value it cannot have, or a net has outputs of other shapes.
@@ -154,7 +154,7 @@ class AIR(nn.Module):
         self.glimpse = Glimpse(s) if s.guide_input == "glimpse" else None
         seen = s.x_size if self.glimpse is None else self.glimpse.side
         self.embed = make_embed(s.channels, seen, *embed_layers) if embed is None else embed
-        embedded_size = arguments.output_sizes(self.embed, s.channels * seen**2)[0]
+        embedded_size = arguments.embedding_size(self.embed, s.channels * seen**2)
         self.rnn = ImageLSTMCell(embedded_size, latent_size, hidden)
         self.predict: nn.Module = Predict(hidden, s.predict_net, Z_PRES_SIZE, Z_WHERE_SIZE, nl)
         self.encode: nn.Module = Encoder(window_pixels, s.encoder_net, z_what_size, nl)
@@ -166,7 +166,7 @@ class AIR(nn.Module):
         self.bl_embed = make_embed(s.channels, s.x_size, *embed_layers)
         if embed is not None and self.glimpse is None:
             self.bl_embed = copy.deepcopy(embed)
-        bl_size = arguments.output_sizes(self.bl_embed, image_pixels)[0]
+        bl_size = arguments.embedding_size(self.bl_embed, image_pixels)
         self.bl_rnn = ImageLSTMCell(bl_size, latent_size, hidden)
         self.bl_predict = MLP(hidden, [*s.bl_predict_net, 1], nl)
         self.bl_h_init = nn.Parameter(torch.zeros(1, hidden))

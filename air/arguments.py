@@ -94,6 +94,20 @@ def output_sizes(net: nn.Module, in_size: int) -> list[int]:
     return [output.size(1) for output in outputs]
 
 
+def embedding_size(embed: nn.Module, in_size: int) -> int:
+    """The number of columns of an embedding, for images or glimpses [B, in_size].
+
+    Raises:
+        ValueError: If the net does not take them, or has another output than one of [B, columns].
+    """
+    try:
+        (size,) = output_sizes(embed, in_size)
+    except (RuntimeError, ValueError) as error:
+        expected = f"expected a net from [B, {in_size}] to [B, columns]"
+        raise ValueError(f"embed: {expected} ({' '.join(str(error).split())})") from error
+    return size
+
+
 def check_net(name: str, net: nn.Module, in_size: int, out_sizes: list[int]) -> None:
     """Checks the number of columns of each output of a net, for inputs [B, in_size].
 

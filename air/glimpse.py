@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from air.model_settings import ModelSettings
-from air.spatial_transformer import image_to_window
+from air.spatial_transformer import image_to_window, positive_scale
 
-# In sides of the window, of the prior's mean scale.
+# In sides of the window of the prior's mean scale, at most that of the image.
 GLIMPSE_SIDE = 1.5
 BLUR = 1 / 6  # standard deviation; far less than the distance of two objects side by side
 SHIFT_SD = 0.25  # of the window from the centre, where `predict` gives one
 
 
 class Glimpse(nn.Module):
-    """Cuts a square of G x G pixels out of each image, with the image's own pixels.
+    """Cuts a square of G x G pixels out of each difference, with its own pixels.
+
+    No gradient goes through the place of a glimpse, which is that of a pixel.
 
     Attributes:
         side: G, an odd number.
@@ -56,7 +58,7 @@ class Glimpse(nn.Module):
         zoom = torch.full_like(scale, self.x_size / self.side)
         around = torch.cat((zoom, -zoom * centre), 1)
         seen = image_to_window(around, self.side, self.x_size, differences)
-        return seen, (torch.cat((scale, -scale * centre), 1), self.sd)
+        return seen, (torch.cat((scale, -positive_scale(scale) * centre), 1), self.sd)
 
     @torch.no_grad()
     def centres(self, differences: Tensor) -> Tensor:

@@ -64,9 +64,20 @@ def test_it_looks_at_the_largest_of_several_objects_and_not_between_two() -> Non
 
 
 def test_an_image_without_differences_gives_a_finite_glimpse() -> None:
-    seen, (where, _) = glimpse()(torch.zeros(2, SIDE, SIDE))
-    assert not seen.any()
-    assert where.isfinite().all()
+    look = glimpse()
+    seen, (where, _) = look(torch.zeros(2, SIDE, SIDE))
+    assert seen.shape == (2, look.side**2)
+    assert (where[:, 1:].abs() <= where[:, :1]).all()  # its centre is in the image
+
+
+def test_a_net_of_ones_own_embeds_glimpses_and_the_baseline_whole_images() -> None:
+    settings = ModelSettings(x_size=12, scale_prior_mean=3.0, guide_input="glimpse")
+    pixels = Glimpse(settings).side ** 2
+    air = small_air(guide_input="glimpse", embed=torch.nn.Linear(pixels, 4))
+    air.guide(torch.rand(3, 12, 12))
+    assert air.bl_rnn.weight_ih.shape[1] > 12**2
+    with pytest.raises(ValueError, match=rf"embed: expected a net from \[B, {pixels}\]"):
+        small_air(guide_input="glimpse", embed=torch.nn.Linear(144, 4))
 
 
 def test_windows_larger_than_the_image_have_a_glimpse() -> None:

@@ -37,6 +37,7 @@ _CONFLICTS = {
     ("z_pres_prior", "count_prior", "model_steps"): ("count_prior",),
     ("z_pres_prior",): ("z_pres_prior_raw",),
     ("scale_mean", "scale_sd"): ("sides",),
+    ("count_prior",): ("anneal_prior",),
 }
 _SHARED = {"x_size"}  # of scenes made here and of images of one's own
 SCENE_KEYS = [spec.key for spec in settings_of(SceneSettings) if spec.key not in _SHARED]
@@ -66,8 +67,9 @@ def resolve_config(
     """
     preset = preset_settings(cli_args.get("preset"), cli_args)
     of_model = {key: value for key, value in (model or {}).items() if key in _SAVED_WITH_MODEL}
-    if of_model:  # a model that was saved before there were convolutions or backgrounds has none
-        of_model = {"embed_channels": None, "background_model": "none", **of_model}
+    if of_model:  # a model that was saved before there were these settings has none of them
+        older = {"embed_channels": None, "background_model": "none", "guide": "image"}
+        of_model = {**older, **of_model}
         of_model["background_steps"] = 0  # its background was learnt
     of_run = {key: value for key, value in (run or {}).items() if key not in _NEVER_FROM_FILE}
     if run is not None:

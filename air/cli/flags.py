@@ -41,7 +41,8 @@ class ProgramSettings:
     )
     preset: str | None = setting(
         None,
-        "kind of scenes, with windows and priors that suit it; other flags override the preset",
+        "kind of scenes, with windows and priors that suit it; other flags override the preset. "
+        "With --data, add what --suggest says",
         accepts=PRESETS.__contains__,
         expected=" or ".join(PRESETS),
         metavar=f"{{{','.join(PRESETS)}}}",

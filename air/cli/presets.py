@@ -28,7 +28,7 @@ _SMALL_OBJECTS: dict[str, Any] = {
     "decoder_output_bias": -3.0,
     **_MANY_OBJECTS_AT_FIRST,
     "anneal_prior_duration": 1000,
-    # A glimpse meets an object from the start, and one at every place helps to find all others.
+    # A glimpse meets an object from the start, and what is learnt there holds at every place.
     "guide": "glimpse",
     "clip_grad_norm": 100.0,
 }
@@ -86,7 +86,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_schedule": "cosine",
     },
     # Three bright channels explain so much that with the default likelihood_sd AIR would use
-    # several windows for one object. Without the embedding, 12,288 pixels would be slow.
+    # several windows for one object. Without the embedding, the LSTM would be slow.
     "dsprites": {
         **_SMALL_OBJECTS,
         "num_steps": 2000,
@@ -113,7 +113,7 @@ def _from_scenes(scenes: Mapping[str, Any]) -> dict[str, Any]:
     if not scenes.keys().isdisjoint({"scale_mean", "scale_sd"}):  # in place of sides
         side = 28 / scenes.get("scale_mean", SceneSettings.scale_mean)
     window = 1.15 * side
-    scale = max(1.0, scenes["x_size"] / window)
+    scale = scenes.get("scale_prior_mean", max(1.0, scenes["x_size"] / window))
     return {
         "model_steps": max(scenes["counts"]) + 1,
         "window_size": round(min(max(window, 10), 28)),

@@ -8,10 +8,12 @@
 # and then breaks it on purpose, in order to see how one notices.
 #
 # You should know PyTorch, and have read Pyro's
-# [introduction](https://pyro.ai/examples/intro_long.html): `pyro.sample`, `pyro.plate` and SVI. All
-# the rest is here. `python -m air.tutorial.air_step_by_step` runs the whole page, prints what you
-# read below and writes the pictures to `runs/tutorial`. With
-# [jupytext](https://jupytext.readthedocs.io), the same file is a notebook.
+# [introduction](https://pyro.ai/examples/intro_long.html): `pyro.sample`, `pyro.plate` and SVI.
+# What else you need of Pyro is explained where it comes up. Two handlers do: `poutine.trace` runs a
+# function and records every draw with its distribution, and `poutine.condition` fixes some of the
+# draws. `python -m air.tutorial.air_step_by_step` runs the whole page, prints what you read below
+# and writes the pictures to `runs/tutorial`. With [jupytext](https://jupytext.readthedocs.io), the
+# same file is a notebook.
 
 # %%
 """AIR step by step: a tutorial that runs. Its page is README.md in this folder."""
@@ -22,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -81,7 +83,7 @@ def draw(
         ):
             x, y = (x0, x1, x1, x0, x0), (y0, y0, y1, y1, y0)
             axis.plot(np.array(x) - 0.5, np.array(y) - 0.5, color=colour)
-            axis.set(xlim=(-0.5, len(picture) - 0.5), ylim=(len(picture) - 0.5, -0.5))
+            axis.set(xlim=(-0.5, H - 0.5), ylim=(H - 0.5, -0.5))
 
 
 # %% [markdown]
@@ -128,7 +130,7 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class Decoder(nn.Module):
-    """The mean of p(window | z_what): codes, [B, Z], to intensities in [0, 1], [B, W * W]."""
+    """The window that a code describes: codes, [B, Z], to intensities in [0, 1], [B, W * W]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,9 +209,10 @@ print("z_where = (s, x, y) of the digit in its own scene:", digit_where[0].numpy
 # whether there is a further one. The coins $z^{pres}_1, z^{pres}_2, \ldots$ come up one until the
 # scene is complete, and then zero for ever.
 #
-# The following function draws one scene and follows the story to the letter. Its decoder knows no
-# digits yet, so we lend it our digit. We use $\rho = 1$ here, which makes all counts equally
-# likely.
+# The following function draws one scene and follows the story, except that every object is our
+# digit, for there is no trained decoder yet. The noise of a pixel is 0.1, so that one sees
+# something. We use $\rho = 1$ here, which makes all counts equally likely. (Steps count from one in
+# the text, and from zero in the code.)
 
 
 # %%
@@ -242,10 +245,10 @@ for ratio in (1.0, 0.5, 1e-4):
     print(f"ratio {ratio:g}: shares of n = 0..{T} objects in 100,000 draws:", *shares)
 
 # %% [markdown]
-# For training we take $\rho = 0.0001$. Such a prior would hardly ever draw a digit. But its job is
-# another one: each object costs about $-\log \rho$, 9 nats, and a digit that is really there
-# explains some 200 nats. So the prior stops the model from using an object for a speck, and from no
-# more than that. Section 12 shows what happens without it.
+# For training we take $\rho = 0.0001$. Such a prior would hardly ever draw a digit. But it has
+# another job: each object costs about $-\log \rho$, 9 nats, and a digit that is really there
+# explains many more, as section 12 will show. So the prior stops the model from using an object for
+# a speck, but it keeps real digits. Section 12 shows what happens without it.
 #
 # ## 4. Many scenes at once
 #
@@ -254,10 +257,12 @@ for ratio in (1.0, 0.5, 1e-4):
 # nothing. Two devices take care of this:
 #
 # - An object is multiplied by its $z^{pres}$ before it is added to the canvas.
-# - `mask` sets the log probability of a site to zero where the scene was complete before. A coin
-#   after a zero is a zero with probability one.
+# - `mask` sets the log probability of a draw to zero where it must not count: that of a coin after
+#   a zero, and that of an object whose own coin is zero. A coin after a zero is a zero with
+#   probability one.
 #
-# Each pixel of a scene is Normal around the canvas, with a standard deviation of 0.3.
+# Each pixel of a scene is Normal around the canvas, with a standard deviation of 0.3. `pyro.module`
+# tells Pyro which parameters to train.
 
 # %%
 RATIO, PIXEL_SD = 1e-4, 0.3
@@ -286,8 +291,8 @@ def model(air: "AIR", x: Tensor, baseline: "Baseline | None" = None, ratio: floa
 
 
 # %% [markdown]
-# Four scenes drawn together. Each column is a scene; where its coin was zero, both log
-# probabilities are zero.
+# Four scenes drawn together. Each column is a scene; where its coin is zero, the sum of both log
+# probabilities is zero.
 
 # %%
 only_a_decoder: Any = nn.Module()
@@ -308,7 +313,7 @@ for t in range(T):
 # objects it has drawn, and its state $h_t$ gives the next coin and the next place:
 #
 # $$q(z \mid x) = \prod_t q(z^{pres}_t \mid h_t) \, q(z^{where}_t \mid h_t)
-# \, q(z^{what}_t \mid \ldots)$$
+# \, q(z^{what}_t \mid x, z^{where}_t)$$
 #
 # The scene is the same at every step. So the LSTM multiplies it by its weights once, and each step
 # only adds what is new: the latents of the step before.
@@ -355,12 +360,13 @@ class Predictor(nn.Module):
 
 # %% [markdown]
 # And $z^{what}_t$? The obvious guide takes it from $h_t$ too. But $h_t$ comes from the whole scene,
-# in which a digit one pixel further right has entirely different pixels. Such a guide has to learn
-# each digit again for each place. The *attention window* makes this unnecessary: first draw
-# $z^{where}_t$, then cut this window out of the scene, and read $z^{what}_t$ off the window.
+# in which a digit a few pixels further right shares hardly any pixel with the former one. Such a
+# guide has to learn each digit again for each place. The *attention window* makes this unnecessary:
+# first draw $z^{where}_t$, then cut this window out of the scene, and read $z^{what}_t$ off the
+# window.
 #
-# The picture shows what the two guides see of one digit at three places: the whole scene above,
-# the window below.
+# The picture shows what the two guides see of one digit at three places: the whole scene above, the
+# window below.
 
 # %%
 moved = paint(places[[0, 2, 3]], digit.expand(3, -1))
@@ -371,7 +377,7 @@ draw([windows.view(-1, W, W)], names=["with"])
 show("with_window")
 for name, inputs in (("scenes", moved.flatten(1)), ("windows", windows)):
     change = (inputs[1:] - inputs[:1]).square().sum() / 2 / inputs[:1].square().sum()
-    print(f"change of the {name} when the digit moves: {float(change):.2f} of their squares")
+    print(f"{name}: squared change / squares {float(change):.2f} (0: the same, 2: nothing shared)")
 
 
 # %%
@@ -402,8 +408,8 @@ class AIR(nn.Module):
 
 # %% [markdown]
 # Here is the whole guide. The lines about a baseline belong to section 8; read past them for now.
-# `detach_provenance` is bookkeeping: Pyro would otherwise follow each coin through every
-# multiplication, in order to find which costs depend on it. The masks already tell it.
+# Pyro marks every value that depends on a coin. `detach_provenance` removes the mark where the
+# masks carry it already, which saves time.
 
 
 # %%
@@ -451,8 +457,8 @@ def guide(air: AIR, x: Tensor, baseline: "Baseline | None" = None, ratio: float 
 # window)$, a code is drawn, and the decoder paints the window again. This is a variational
 # autoencoder ([Kingma and Welling 2014](https://arxiv.org/abs/1312.6114)). AIR is a VAE for
 # windows, wrapped in a search for the windows. What its codes cost is the divergence of
-# $q(z^{what})$ from $N(0, 1)$. For two Normals there is a formula. Pyro estimates it by samples,
-# for it has to work for any guide. Both agree:
+# $q(z^{what})$ from $N(0, 1)$. For two Normals there is a formula. `TraceGraph_ELBO` estimates it
+# by samples, for it has to work for any guide. Both agree:
 
 # %%
 air = AIR()
@@ -473,17 +479,21 @@ print(f"KL(q(z_what) || p(z_what)): by formula {formula:.2f}, by samples {sample
 #
 # For $z^{where}$ and $z^{what}$ this is easy. A draw from a Normal is its mean plus noise times its
 # standard deviation, so the gradient goes through the draw, and through interpolation and nets from
-# there. A coin has no such path: a one does not become a little more of a one.
+# there. A coin has no such path: it jumps from zero to one, so it has no derivative.
 #
 # The *score function* needs no path. Write $f$ for what stands in the brackets. For any $q$ with
 # parameters $\phi$,
 #
-# $$\nabla_\phi E_q[f] = E_q [f \, \nabla_\phi \log q(z^{pres})] + \ldots$$
+# $$\nabla_\phi E_q[f] = E_q [f \, \nabla_\phi \log q(z^{pres})] + \textrm{the easy path}$$
 #
 # Draw coins, and see how good $f$ is: if it is high, make these coins likelier. This is right on
-# average. But $f$ is hundreds of nats, positive or negative, whatever the coins are, and the
-# gradient is what remains when large numbers cancel. We watch a single number of the gradient, that
-# of the bias that makes all coins likelier, for one batch of 64 scenes and many draws of the guide.
+# average. But $f$ is a large number, positive or negative, whatever the coins are, and the gradient
+# is what remains when large numbers cancel. (`TraceGraph_ELBO` already leaves out of $f$ what was
+# decided before a coin: it is not this coin's fault.) We watch a single number of the gradient,
+# that of the bias that makes all coins likelier, for one batch of 64 scenes and many draws of the
+# guide. The loss is minus the ELBO, so a positive gradient makes coins *less* likely: while windows
+# show nothing useful, the guide is pushed to stop. Windows must become useful before the coins
+# reach zero.
 
 
 # %%
@@ -520,22 +530,21 @@ print(f"score function: mean {by_score.mean():.2f}, standard deviation {by_score
 # ## 8. Baselines
 #
 # The exercise is the cure. Subtract from $f$ what was to be expected anyway, and only the surprise
-# is left: was this coin better than expected? What is to be expected depends on the scene, and on
-# the objects found so far. So a second LSTM, the *baseline*, predicts $f$ from both ([Mnih and
-# Gregor 2014](https://arxiv.org/abs/1402.0030)). It learns by regression while the rest learns.
-# Three details make it work:
+# is left: was this coin better than expected? The number $b$ may depend on anything that was drawn
+# earlier, but not on the coin itself. So a second LSTM, the *baseline*, sees the scene and the
+# objects found so far, and predicts the part of $f$ that the coin can still change ([Mnih and
+# Gregor 2014](https://arxiv.org/abs/1402.0030)). It learns by regression while the rest learns. Two
+# details make it work:
 #
 # - *Detach.* The latents that go into the baseline are detached. Otherwise its regression would
 #   also train the guide, to make $f$ easy to predict instead of high.
-# - *Only what depends on the coin.* The costs of objects that were drawn before a coin are not that
-#   coin's fault. `TraceGraph_ELBO` leaves them out, and adds the baseline's regression to the loss.
 # - *Two learning rates.* A baseline is useful only while it is up to date with the rest, so it
 #   learns ten times as fast.
 
 
 # %%
 class Baseline(nn.Module):
-    """What the remaining cost of a scene is expected to be."""
+    """What the part of f that a coin can still change is expected to be."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -551,10 +560,11 @@ def learning_rate(name: str) -> dict[str, float]:
 # %% [markdown]
 # ## 9. Training
 #
-# To grade the model while it trains, we need the count that it infers. The guide's coins give the
-# whole distribution: with $q_t$ the chance of the $t$-th coin after ones only, $q(n) = q_1 \cdots
-# q_n (1 - q_{n+1})$. A coin of a later step matters only if all earlier coins were one. So one pass
-# with every coin set to one tells all $q_t$; `poutine.condition` sets them.
+# To grade the model while it trains, we need the count that it infers. Given the objects that are
+# drawn, the guide's coins give its whole distribution: let $q_t$ be the chance of the $t$-th coin
+# after ones only, and $q_{T+1} = 0$. Then $q(n) = q_1 \cdots q_n (1 - q_{n+1})$, and $q(n \ge t) =
+# q_1 \cdots q_t$. A step counts only if all coins before it were one. So one pass with every coin
+# set to one tells all $q_t$.
 
 
 # %%
@@ -564,19 +574,30 @@ def all_steps(air: AIR, x: Tensor) -> Any:  # noqa: ANN401  # a Pyro trace
     return poutine.trace(poutine.condition(guide, ones)).get_trace(air, x)
 
 
+class Found(NamedTuple):
+    """What AIR finds in B scenes."""
+
+    counts: Tensor  # the most probable count, [B]
+    where: Tensor  # z_where of all steps, [B, T, 3]
+    shown: Tensor  # each object painted alone, black where it is not counted, [B, T, H, H]
+
+
 @torch.no_grad()
-def look(air: AIR, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What AIR sees in scenes: q(n), [B, T + 1]; z_where, [B, T, 3]; objects, [B, T, H, H]."""
+def look(air: AIR, x: Tensor) -> Found:
+    """Finds objects in scenes, [B, H, H]."""
     trace = all_steps(air, x)
     where, what = (
         [trace.nodes[f"{name}_{t}"]["value"] for t in range(T)] for name in ("z_where", "z_what")
     )
     chances = torch.cat([trace.nodes[f"z_pres_{t}"]["fn"].mean for t in range(T)], 1)
-    none, no_more = torch.ones(len(x), 1), torch.zeros(len(x), 1)
-    at_least = torch.cat((none, chances.cumprod(1)), 1)  # q(n >= t), t = 0..T
-    q_n = at_least * (1 - torch.cat((chances, no_more), 1))
-    objects = [paint(a, air.decode(b)) for a, b in zip(where, what, strict=True)]
-    return q_n, torch.stack(where, 1), torch.stack(objects, 1)
+    always, never = torch.ones(len(x), 1), torch.zeros(len(x), 1)
+    at_least = torch.cat((always, chances.cumprod(1)), 1)  # q(n >= t), t = 0..T
+    counts = (at_least * (1 - torch.cat((chances, never), 1))).argmax(1)
+    painted = torch.stack(
+        [paint(*each) for each in zip(where, map(air.decode, what), strict=True)], 1
+    )
+    counted = torch.arange(T) < counts[:, None]
+    return Found(counts, torch.stack(where, 1), painted * counted[:, :, None, None])
 
 
 def train(step: Callable[[Tensor], float], air: AIR, steps: int) -> list[tuple[int, float, float]]:
@@ -594,7 +615,7 @@ def train(step: Callable[[Tensor], float], air: AIR, steps: int) -> list[tuple[i
     for k in range(1, steps + 1):
         elbos.append(step(train_x[torch.randint(len(train_x), (BATCH,))]))
         if k % (steps // 8) == 0:
-            right = (look(air, test_x)[0].argmax(1) == test_n).float().mean()
+            right = (look(air, test_x).counts == test_n).float().mean()
             curve.append((k, float(np.mean(elbos)), 100 * float(right)))
             elbos.clear()
             print(f"step {k}: ELBO {curve[-1][1]:.0f} nats, {curve[-1][2]:.1f} % counted right")
@@ -604,11 +625,14 @@ def train(step: Callable[[Tensor], float], air: AIR, steps: int) -> list[tuple[i
 
 # %% [markdown]
 # Now it learns. In the beginning you see the ELBO rise while the counts stay bad, for the model
-# first learns to paint something grey with as many windows as it has. Then the windows find the
-# digits, and the counts follow.
+# first learns to paint something grey with as many windows as it has. When the decoder paints
+# digits, a window that lies on a digit explains far more than one beside it, and the counts can
+# follow. Noise is a danger here: it can move coins and windows to a habit, such as two windows for
+# each digit, before the decoder paints digits; the decoder then learns the habit as well.
 
 # %%
 STEPS = 40 if QUICK else 800
+pyro.clear_param_store()  # else Pyro trains the parameters that were "air" first, in section 4
 baseline = Baseline()
 optimiser = PyroOptim(torch.optim.Adam, learning_rate)
 svi = SVI(model, guide, optimiser, TraceGraph_ELBO())
@@ -633,44 +657,43 @@ print(f"the baseline divides the standard deviation by {noise['without'] / noise
 #
 # Held-out scenes, with the windows of the objects that AIR counts, and what it would paint for
 # them. The first step's window is red, the second's green, the third's blue. The order is AIR's own
-# choice: nobody told it where to begin, and it found a rule for itself.
+# choice: nobody told it where to begin. In the table, entries right of the number of their row are
+# scenes in which a digit is shared by several windows.
 
 
 # %%
-def draw_results(air: AIR, x: Tensor) -> None:
-    """Draws scenes with the windows that are counted, and their reconstructions."""
-    q_n, where, objects = look(air, x)
-    counts = q_n.argmax(1)
-    counted = (torch.arange(T) < counts[:, None]).float()
-    canvas = (objects * counted[:, :, None, None]).sum(1).clamp(max=1)
+def draw_found(x: Tensor, found: Found, which: Tensor) -> None:
+    """Draws some of the scenes with the windows that are counted, and what these paint."""
+    counts, where, shown = (each[which] for each in found)
     boxes = [outline(places[:n]) for places, n in zip(where, counts.tolist(), strict=True)]
-    draw([x, canvas], ["scene", "canvas"], boxes, [f"{n} found" for n in counts.tolist()])
+    titles = [f"{n} found" for n in counts.tolist()]
+    draw([x[which], shown.sum(1)], ["scene", "canvas"], boxes, titles)
 
 
-def confusion(air: AIR, x: Tensor, n: Tensor) -> Tensor:
-    """Prints the confusion matrix of the counts, and returns the inferred counts."""
-    counts = look(air, x)[0].argmax(1)
+def print_confusion(counts: Tensor) -> None:
+    """Prints how many held-out scenes of each true count are counted how."""
     print("true \\ inferred", *range(T + 1), sep="\t")
-    for true in range(3):
-        print(true, *torch.bincount(counts[n == true], minlength=T + 1).tolist(), sep="\t\t"[:1])
-    print(f"{100 * float((counts == n).float().mean()):.1f} % are counted right")
-    return counts
+    for n in range(3):
+        print(n, *torch.bincount(counts[test_n == n], minlength=T + 1).tolist(), sep="\t\t")
+    print(f"{100 * float((counts == test_n).float().mean()):.1f} % are counted right")
 
 
-draw_results(air, test_x[:8])
+found = look(air, test_x)
+draw_found(test_x, found, torch.arange(8))
 show("results")
-counts = confusion(air, test_x, test_n)
+print_confusion(found.counts)
 
 # %% [markdown]
 # ## 11. The exact expectation
 #
 # All this trouble is for three coins. Could we not try every outcome? The coins allow only $T + 1$
-# counts. And the guide's nets do not depend on coins that come up one, so a single pass with every
-# coin set to one gives the objects of all counts at once: the scene with $n$ objects has the first
-# $n$ of them. So the expectation over the count is a sum of $T + 1$ terms, and no coin is thrown:
+# counts. And as a step counts only if all coins before it were one, the nets see ones alone. So a
+# single pass with every coin set to one gives the objects of all counts at once: the scene with $n$
+# objects has the first $n$ of them. So the expectation over the count is a sum of $T + 1$ terms,
+# and no coin is thrown:
 #
-# $$\mathcal{L} = E \Big[ \sum_{n=0}^{T} q(n) \big( \log p(x \mid z_{1..n}) + \log p(n) - \log q(n)
-# \big) - \sum_{t=1}^{T} q(n \ge t) \log \frac{q(z_t)}{p(z_t)} \Big]$$
+# $$\mathcal{L} = E_{q(z_{1..T})} \Big[ \sum_{n=0}^{T} q(n) \big( \log p(x \mid z_{1..n}) +
+# \log p(n) - \log q(n) \big) - \sum_{t=1}^{T} q(n \ge t) \log \frac{q(z_t)}{p(z_t)} \Big]$$
 #
 # where $z_t$ is $z^{where}_t$ and $z^{what}_t$, for which the gradient takes its easy path. There
 # is no score function and no baseline. What it costs is $T + 1$ sums over pixels.
@@ -709,7 +732,7 @@ def exact_elbo(air: AIR, x: Tensor, ratio: float = RATIO) -> Tensor:
 # look at the width of the two histograms, of an untrained model:
 
 # %%
-trained_by_score, air = air, AIR()
+air = AIR()  # untrained
 by_score = gradients(lambda: elbo.loss_and_grads(model, guide, air, batch), air, 3 * DRAWS)
 exactly = gradients(lambda: torch.autograd.backward(-exact_elbo(air, batch).sum()), air, 3 * DRAWS)
 plt.figure(figsize=(5, 2.2))
@@ -745,7 +768,8 @@ def exact_step(air: AIR, ratio: float = RATIO) -> Callable[[Tensor], float]:
 
 
 curve_exact = train(exact_step(air), air, STEPS)
-counts = confusion(air, test_x, test_n)
+found = look(air, test_x)
+print_confusion(found.counts)
 figure, axes = plt.subplots(1, 2, figsize=(7, 2.4))
 for name, curve in (("score function", curve_by_score), ("exact", curve_exact)):
     for axis, of_curve in zip(axes, (1, 2), strict=True):
@@ -758,8 +782,9 @@ show("curves")
 # %% [markdown]
 # ## 12. When it goes wrong
 #
-# AIR has a name for failing on some seeds. Each failure has a cause and a measure that shows it,
-# and most of the measures need no labels.
+# AIR is known to fail on some seeds. Each failure has a cause and a measure that shows it, and most
+# of the measures need no labels. `AIR_TUTORIAL_SEED=1 python -m air.tutorial.air_step_by_step` runs
+# this page with another seed.
 #
 # **No object at all.** If early windows make scenes less likely, the guide learns to stop at once.
 # The ELBO then is that of black canvases. So compute this number first, and compare:
@@ -771,68 +796,73 @@ with torch.no_grad():
 print(f"ELBO {ours:.0f} nats, of black canvases {black:.0f} nats")
 
 # %% [markdown]
-# **Over-counting.** Let us take a fair coin for the prior, which is the obvious choice: every
-# further object is as likely as not. Then an object costs no more than its code, and nothing keeps
-# the guide from using several for one digit. The measure is the histogram of inferred counts,
-# without labels: here nearly every scene that is not empty uses every step.
+# **Over-counting.** Let us take $\rho = 1$ for the prior, which is the obvious choice: every count
+# is as likely as any other. Then an object costs no more than its place and its code, and little
+# keeps the guide from using several for one digit. The measure is the histogram of inferred counts,
+# without labels: look at the share of scenes that use every step.
 
 # %%
 over = AIR()
 train(exact_step(over, ratio=1.0), over, STEPS * 2 // 5)
-q_n, _, objects_over = look(over, test_x)
-counts_over = q_n.argmax(1)
-print("scenes by inferred count:", torch.bincount(counts_over, minlength=T + 1).tolist())
-draw_results(over, test_x[:8])
+found_by_over = look(over, test_x)
+histogram = torch.bincount(found_by_over.counts, minlength=T + 1).tolist()
+print("scenes by inferred count:", histogram)
+draw_found(test_x, found_by_over, torch.arange(8))
 show("over_counting")
 
 # %% [markdown]
-# **Blank objects.** Some of these objects paint next to nothing. The count includes them, the
-# picture does not show them. Their measure is the *gain* of an object: how many nats of $\log p(x
-# \mid z)$ are lost if this one object is taken off the canvas. A real digit has a gain of 100 nats
-# or more.
+# **Blank objects.** An object may paint next to nothing. The count includes it, the picture does
+# not show it. Its measure is the *gain* of an object: how many nats of $\log p(x \mid z)$ are lost
+# if this one object is taken off the canvas. Compare it with the *price* of an object: $-\log
+# \rho$, and what its place and its code cost. An object with a gain below 20 nats does not pay.
+# Windows that share a digit have low gains as well; a blank object is one that also paints nothing.
 
 
 # %%
-def gains(x: Tensor, objects: Tensor, counts: Tensor) -> Tensor:
-    """Nats that each counted object explains; x [B, H, H], objects [B, T, H, H] to [any]."""
-    counted = torch.arange(T) < counts[:, None]
-    shown = objects * counted[:, :, None, None]
-    canvas = shown.sum(1, keepdim=True)
-    error, without = ((x[:, None] - c).square().sum((2, 3)) for c in (canvas, canvas - shown))
+def gains(x: Tensor, found: Found) -> Tensor:
+    """Nats that each counted object explains, [any]."""
+    canvas = found.shown.sum(1, keepdim=True)
+    error, without = ((x[:, None] - c).square().sum((2, 3)) for c in (canvas, canvas - found.shown))
+    counted = torch.arange(T) < found.counts[:, None]
     return ((without - error) / (2 * PIXEL_SD**2))[counted]
 
 
-q_n, where, objects = look(air, test_x)
-counts = q_n.argmax(1)
+trace = all_steps(air, test_x)
+trace.compute_log_prob()
+where, what = trace.nodes["z_where_0"], trace.nodes["z_what_0"]
+log_prior = dist.Normal(WHERE_LOC, WHERE_SD).log_prob(where["value"]).sum(1)
+log_prior = log_prior + dist.Normal(0.0, 1.0).log_prob(what["value"]).sum(1)
+cost = (where["log_prob"] + what["log_prob"] - log_prior)[found.counts > 0]
+print(f"price of an object: {-math.log(RATIO):.0f} nats, place and code {cost.mean():.0f} nats")
 for name, gain in (
-    ("a fair coin", gains(test_x, objects_over, counts_over)),
-    (f"a ratio of {RATIO:g}", gains(test_x, objects, counts)),
+    ("a ratio of 1", gains(test_x, found_by_over)),
+    (f"a ratio of {RATIO:g}", gains(test_x, found)),
 ):
     small = 100 * float((gain < 20).float().mean())
     print(f"{name}: median gain {gain.median():.0f} nats, {small:.1f} % of objects below 20 nats")
 
 # %% [markdown]
-# **Merged digits.** Two close digits under one window are nearly all that is left of the errors of
-# a good run. With true boxes at hand, the accuracy by the distance of the two centres shows it.
-# Without labels, the *relative residual* does: the squares that the canvas leaves unexplained,
-# divided by the squares of the scene. A window over two digits explains neither well.
+# **Merged digits.** Two close digits under one window are the errors that stay longest. With true
+# boxes at hand, the accuracy by the distance of the two centres shows it. Without labels, the
+# *relative residual* does: the squares that the canvas leaves unexplained, divided by the squares
+# of the scene. A window over two digits explains neither well.
 
 # %%
 boxes = torch.tensor(scenes.test.boxes)[test_n == 2]
 centres = (boxes[:, :2, :2] + boxes[:, :2, 2:]) / 2
 distance = (centres[:, 0] - centres[:, 1]).norm(dim=1)
-right = counts[test_n == 2] == 2
+right = found.counts[test_n == 2] == 2
 for low, high in ((0, 11), (11, 17), (17, 99)):
     band = (low <= distance) & (distance < high)
     share = 100 * float(right[band].float().mean())
     print(f"centres {low} to {high} pixels apart: {share:.0f} % right")
-counted = (torch.arange(T) < counts[:, None]).float()
-canvas = (objects * counted[:, :, None, None]).sum(1)
-residual = (test_x - canvas).square().sum((1, 2)) / test_x.square().sum((1, 2)).clamp(min=1)
-merged = (test_n == 2) & (counts == 1)
-for name, some in (("single digits", (test_n == 1) & (counts == 1)), ("merged digits", merged)):
+squares = test_x.square().sum((1, 2)).clamp(min=1)
+residual = (test_x - found.shown.sum(1)).square().sum((1, 2)) / squares
+single = (test_n == 1) & (found.counts == 1)
+merged = (test_n == 2) & (found.counts == 1)
+for name, some in (("single digits", single), ("merged digits", merged)):
     print(f"relative residual of {name}: median {residual[some].median():.2f}")
-draw_results(air, test_x[merged][:8] if merged.sum() >= 8 else test_x[test_n == 2][:8])
+draw_found(test_x, found, (merged if merged.any() else test_n == 2).nonzero()[:8, 0])
 show("merged")
 
 # %% [markdown]
@@ -840,23 +870,23 @@ show("merged")
 # histogram of inferred counts has no scene with two. What happened?</summary>
 #
 # Every pair of digits lies under one window: empty scenes and single digits are right, which is two
-# thirds of all scenes. The guide learnt to cover everything with one window early on, and a second
-# window beside the first explains little more, so no gradient leads away. Look at the relative
-# residual, and try a prior that favours many objects at first.
+# thirds of all scenes. The guide learnt to cover everything with one window early on. As long as
+# the first window covers both digits, a second one costs more than it gains, so no gradient leads
+# away. Look at the relative residual, and try a prior that favours many objects at first.
 # </details>
 #
 # ## 13. Where to go from here
 #
 # - `python main.py` trains the package's AIR. It is the model of this page; a test computes both
-#   from the same weights and the same noise, and compares every gradient. `air/air.py` is sections
-#   2 to 5 and 8, `air/spatial_transformer.py` is section 2 without `grid_sample`, and
-#   `air/marginal.py` is section 11 in Pyro's own terms.
-# - The measures of section 12 are in `air/evaluation`; `main.py --viz` shows them live.
+#   from the same weights and the same noise, and compares every gradient. The nets are in
+#   `modules.py`, model, guide and baseline in `air/air.py`, the windows of section 2 in
+#   `air/spatial_transformer.py`, and section 11 is `air/marginal.py`, in Pyro's own terms.
+# - Most measures of section 12 are in `air/evaluation`; `main.py --viz` shows them live.
 # - Merged digits: `main.py --preset close-digits`. Many objects: `main.py --preset many`, whose
 #   guide looks at what is not explained yet. Backgrounds: `main.py --preset background`.
 # - `tests/benchmarks/README.md` has the results on many seeds, and all recipes that were tried.
 #
 # Further reading: [Crawford and Pineau 2019](https://doi.org/10.1609/aaai.v33i01.33013412) (SPAIR)
 # find objects on a grid, [Kosiorek et al. 2018](https://arxiv.org/abs/1806.01794) (SQAIR) follow
-# them through films, and [Lin et al. 2020](https://arxiv.org/abs/2001.02407) (SPACE) add
+# them through videos, and [Lin et al. 2020](https://arxiv.org/abs/2001.02407) (SPACE) add
 # backgrounds.

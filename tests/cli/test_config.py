@@ -150,6 +150,8 @@ def test_steps_and_windows_follow_from_many_objects() -> None:
     assert 84 / many["scale_prior_mean"] == pytest.approx(46, rel=0.01)
     # so that windows of the prior have their centres as uniform ones would, within the image
     assert many["pos_prior_sd"] / many["scale_prior_mean"] == pytest.approx(3**-0.5, rel=0.01)
+    small = resolve_config({"preset": "many", "sides": [4, 5], "scale_prior_mean": 6.0})
+    assert (small["window_size"], small["pos_prior_sd"]) == (10, 3.46)
     large = resolve_config({"preset": "many", "scale_mean": 0.5, "model_steps": 4})
     assert (large["sides"], large["scale_prior_mean"], large["model_steps"]) == (None, 1.0, 4)
 
