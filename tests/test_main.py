@@ -221,7 +221,7 @@ def test_a_run_of_a_preset_goes_on_and_is_loaded(
         assert (done.returncode, done.stderr) == (0, "")
     assert metrics(tmp_path / "run")[-1]["step"] == 4
     config = json.loads((tmp_path / "third" / "config.json").read_text())
-    assert (config["guide"], config["x_size"], config["rnn_hidden_size"]) == ("difference", 64, 16)
+    assert (config["guide"], config["x_size"], config["rnn_hidden_size"]) == ("glimpse", 64, 16)
     learnt = torch.load(tmp_path / "second" / "checkpoint.pt", weights_only=True)["learnt_prior"]
     assert learnt is None  # a hundred steps are not over
     expected = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["presence"]
