@@ -17,7 +17,7 @@ from air.spatial_transformer import image_to_window, positive_scale
 # In sides of the window of the prior's mean scale, at most that of the image.
 GLIMPSE_SIDE = 1.5
 BLUR = 1 / 6  # standard deviation; far less than the distance of two objects side by side
-SHIFT_SD = 0.25  # of the window from the centre, where `predict` gives one
+SHIFT_SD = 0.25  # from the centre, where `predict` gives one; z_where counts half sides
 
 
 class Glimpse(nn.Module):

@@ -56,7 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_schedule": "cosine",
     },
     # Glimpses meet every object from the start. With the default likelihood_sd, small thin digits
-    # would explain fewer nats than they cost. Settings that follow from the scenes are added by
+    # explain so few nats that AIR overlooks them. Settings that follow from the scenes are added by
     # `_from_scenes`.
     "many": {
         "num_steps": 3000,

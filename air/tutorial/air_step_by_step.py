@@ -247,8 +247,8 @@ for ratio in (1.0, 0.5, 1e-4):
 # %% [markdown]
 # For training we take $\rho = 0.0001$. Such a prior would hardly ever draw a digit. But it has
 # another job: each object costs about $-\log \rho$, 9 nats, and a digit that is really there
-# explains many more, as section 12 will show. So the prior stops the model from using an object for
-# a speck, but it keeps real digits. Section 12 shows what happens without it.
+# explains many more. So the prior stops the model from using an object for a speck, but it keeps
+# real digits. Section 12 shows both, and what happens without such a prior.
 #
 # ## 4. Many scenes at once
 #
@@ -700,6 +700,15 @@ print_confusion(found.counts)
 
 
 # %%
+def cost(trace: Any, t: int) -> Tensor:  # noqa: ANN401
+    """What the place and the code of an object cost, log q(z_t) - log p(z_t), [B]."""
+    where, what = trace.nodes[f"z_where_{t}"], trace.nodes[f"z_what_{t}"]
+    log_p = dist.Normal(WHERE_LOC, WHERE_SD).log_prob(where["value"]).sum(1)
+    log_p = log_p + dist.Normal(0.0, 1.0).log_prob(what["value"]).sum(1)
+    difference: Tensor = where["log_prob"] + what["log_prob"] - log_p
+    return difference
+
+
 def exact_elbo(air: AIR, x: Tensor, ratio: float = RATIO) -> Tensor:
     """The ELBO of each scene, [B], with the expectation over the count taken exactly."""
     trace = all_steps(air, x)
@@ -716,14 +725,11 @@ def exact_elbo(air: AIR, x: Tensor, ratio: float = RATIO) -> Tensor:
         log_likelihood = dist.Normal(canvas, PIXEL_SD).log_prob(x).sum((1, 2))
         total = total + log_q.exp() * (log_likelihood + log_p - log_q)
         if n < T:
-            where, what = trace.nodes[f"z_where_{n}"], trace.nodes[f"z_what_{n}"]
-            log_prior = dist.Normal(WHERE_LOC, WHERE_SD).log_prob(where["value"]).sum(1)
-            log_prior = log_prior + dist.Normal(0.0, 1.0).log_prob(what["value"]).sum(1)
+            where, what = (trace.nodes[f"{name}_{n}"]["value"] for name in ("z_where", "z_what"))
             log_at_least = log_at_least + trace.nodes[f"z_pres_{n}"]["log_prob"]
-            cost = where["log_prob"] + what["log_prob"] - log_prior
-            total = total - log_at_least.exp() * cost
+            total = total - log_at_least.exp() * cost(trace, n)
             log_p = log_p + math.log(ratio)
-            canvas = canvas + paint(where["value"], air.decode(what["value"]))
+            canvas = canvas + paint(where, air.decode(what))
     return total
 
 
@@ -829,11 +835,8 @@ def gains(x: Tensor, found: Found) -> Tensor:
 
 trace = all_steps(air, test_x)
 trace.compute_log_prob()
-where, what = trace.nodes["z_where_0"], trace.nodes["z_what_0"]
-log_prior = dist.Normal(WHERE_LOC, WHERE_SD).log_prob(where["value"]).sum(1)
-log_prior = log_prior + dist.Normal(0.0, 1.0).log_prob(what["value"]).sum(1)
-cost = (where["log_prob"] + what["log_prob"] - log_prior)[found.counts > 0]
-print(f"price of an object: {-math.log(RATIO):.0f} nats, place and code {cost.mean():.0f} nats")
+of_first = cost(trace, 0)[found.counts > 0].mean()
+print(f"price of an object: {-math.log(RATIO):.0f} nats, place and code {of_first:.0f} nats")
 for name, gain in (
     ("a ratio of 1", gains(test_x, found_by_over)),
     (f"a ratio of {RATIO:g}", gains(test_x, found)),
