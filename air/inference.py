@@ -13,7 +13,7 @@ from air.air import AIR, Latents
 from air.arguments import check_whole
 from air.images import to_tensor
 from air.marginal import AllStepsActive
-from air.priors import PresencePrior, continue_probs_from_counts, count_probs_from_continue
+from air.priors import continue_probs_from_counts, count_probs_from_continue
 from air.refinement import SceneLatents, refine_scenes
 from air.spatial_transformer import window_boxes
 
@@ -52,7 +52,6 @@ def infer(
     air: AIR,
     images: Tensor | NDArray[Any],
     refine: bool = False,
-    z_pres_prior_p: PresencePrior | None = None,
 ) -> Inference:
     """Infers counts, windows and reconstructions for images, [B, (C,) H, H], on any device.
 
@@ -65,8 +64,6 @@ def infer(
         refine: Whether to fit the latents of badly explained images (see `air.refinement`), which
             takes some 0.3 s for each of them on a CPU. It gives the same latents every time. Not
             for a model of the background.
-        z_pres_prior_p: The prior of the count, which refinement takes into account; as for
-            `AIR.model`.
 
     Raises:
         ValueError: If the images have another shape, type or range than `AIR.to_images` takes, or
@@ -92,7 +89,7 @@ def infer(
         sds = torch.stack([q.variance.sqrt() for q in q_where], 1)
         found = SceneLatents(count_probs, where, what, sds)
         with forked_rng(0, images.device):
-            found = refine_scenes(air, air.to_images(images), found, z_pres_prior_p)
+            found = refine_scenes(air, air.to_images(images), found)
         count_probs, where, what, _ = found
     backgrounds = torch.zeros_like(air.to_images(images))
     if air.background is not None:

@@ -3,12 +3,13 @@
 The guide infers a scene in one pass. Now and then it puts one window over two close objects, though
 the model explains the scene better by two. Such a scene is explained badly, which shows without
 labels: in the relative residual, |x - canvas|^2 / |x|^2. For these scenes, hypotheses with one
-object more, one fewer or one elsewhere are fitted by gradient steps on their ELBO. The highest ELBO
-wins; one of another count than the guide's must be `MARGIN` nats higher. (Kim et al. 2018,
-arXiv:1802.02550, refine the latents of a VAE so.)
+object more, one fewer or one elsewhere are fitted by gradient steps on their ELBO. (Kim et al.
+2018, arXiv:1802.02550, refine the latents of a VAE so.) Then two close objects that one object
+explains as well become one, see `air.merging`.
 
 A hypothesis has a count n, of which it is certain, and for each object a Normal q(z_where) and
-q(z_what), whose means are fitted. Its ELBO is E_q[log p(x | z)] + log p(n) - sum_t KL(q || p).
+q(z_what), whose means are fitted. Given n, its ELBO is E_q[log p(x | z)] - sum_t KL(q || p). The
+hypothesis with the highest ELBO + `TRUST` log q(n) wins, where q(n) is the guide's.
 """
 
 import math
@@ -21,16 +22,25 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import avg_pool2d
 
 from air.air import AIR
-from air.priors import PresencePrior, count_log_probs
+from air.merging import (
+    CLOSE,
+    NUM_TRIES,
+    ONE_OBJECT,
+    closest_windows,
+    merge,
+    paint_scenes,
+    relative_residual,
+    window_at,
+)
 from air.spatial_transformer import image_to_window, positive_scale
 
 BADLY_EXPLAINED = 0.2  # relative residual above which a scene is refined
 NUM_STEPS = 100  # of Adam
 WHERE_RATE, WHAT_RATE = 0.05, 0.1  # learning rates of the means
 SAMPLES = 8  # in the ELBO by which hypotheses are compared
-# Nats by which a hypothesis of another count than the guide's must be better. The best of several
-# sampled ELBOs is too high, and a further object also explains what no code of one object can.
-MARGIN = 10.0
+# Power of the guide's q(n), which takes the place of the count's prior. The ELBO alone is no good
+# judge of the count: a further object also explains what no code of one object can.
+TRUST = 5.0
 MAX_AT_ONCE = 256  # hypotheses, to bound the memory
 SPLIT = 0.6  # from the centre of a window to those of its two halves, in half sides
 
@@ -53,61 +63,68 @@ class Hypotheses(NamedTuple):
 
 
 @torch.no_grad()
-def refine_scenes(
-    air: AIR,
-    images: Tensor,
-    found: SceneLatents,
-    z_pres_prior_p: PresencePrior | None = None,
-) -> SceneLatents:
-    """Refines the latents of the scenes that are explained badly; leaves the others as they are.
+def refine_scenes(air: AIR, images: Tensor, found: SceneLatents) -> SceneLatents:
+    """Refines the latents of the scenes that are explained badly, and merges close objects.
 
     Args:
         air: The model.
         images: The scenes, as `AIR.to_images` returns them, [B, (C,) H, H].
         found: What the guide inferred.
-        z_pres_prior_p: The prior of the count, as for `AIR.model`.
 
     Returns:
-        The latents. For a refined scene, q(n) is proportional to exp(ELBO) of the best hypothesis
-        with n objects, less `MARGIN` for another count, and zero where no hypothesis has n.
-
-    Raises:
-        ValueError: If the prior has no probability for a step, or one that is not in [0, 1].
+        The latents. For a scene that was explained badly, q(n) is proportional to
+        exp(ELBO + `TRUST` log q(n)) of the best hypothesis with n objects, and zero where no
+        hypothesis has n. Where two objects become one, the probabilities of both counts change
+        places. All other scenes stay as they are.
     """
-    probs = images.new_tensor([float(p) for p in air.continue_probs(z_pres_prior_p)])
-    log_prior = count_log_probs(probs)
     counts = found.count_probs.argmax(1)
     canvas = paint_scenes(air, found.where, found.what, counts)
     scenes = (relative_residual(images, canvas) > BADLY_EXPLAINED).nonzero()[:, 0]
-    if not len(scenes):
-        return found
-    used = torch.arange(air.num_steps, device=counts.device) < counts[:, None]
+    if len(scenes):
+        found = _fit_scenes(air, images, found, scenes, images - canvas)
+    return _merge_scenes(air, images, found)
+
+
+def _fit_scenes(
+    air: AIR, images: Tensor, found: SceneLatents, scenes: Tensor, residual: Tensor
+) -> SceneLatents:
+    """Fits hypotheses about the scenes with these indices; keeps the best."""
+    used = _in_use(air, found.count_probs.argmax(1))
     sds = found.where_sd[used] if used.any() else found.where_sd.flatten(0, 1)
     where_sd = sds.median(0).values  # in all hypotheses, [3]
-    starts = list(make_hypotheses(air, images - canvas, found, scenes))
+    starts = list(make_hypotheses(air, residual, found, scenes))
     hypotheses = Hypotheses._make(map(torch.cat, zip(*starts, strict=True)))
     parts = []
     indices = torch.arange(len(hypotheses.scenes), device=images.device)
     for k in torch.split(indices, MAX_AT_ONCE):
         part = Hypotheses._make(each[k] for each in hypotheses)
-        parts.append(_fit(air, images[part.scenes], part, where_sd, log_prior))
+        parts.append(_fit(air, images[part.scenes], part, where_sd))
     elbos, where, what = map(torch.cat, zip(*parts, strict=True))
-    elbos = elbos - MARGIN * (hypotheses.counts != counts[hypotheses.scenes])
-    return _with_winners(found, hypotheses, elbos, where, what)
+    tiny = torch.finfo(elbos.dtype).tiny
+    log_q = found.count_probs.clamp(min=tiny).log()[hypotheses.scenes, hypotheses.counts]
+    return _with_winners(found, hypotheses, elbos + TRUST * log_q, where, what)
 
 
-def relative_residual(images: Tensor, canvas: Tensor) -> Tensor:
-    """|x - canvas|^2 / |x|^2 of each image, [B, (C,) H, H] to [B]."""
-    tiny = torch.finfo(images.dtype).tiny
-    energy = images.flatten(1).square().sum(1).clamp(min=tiny)
-    return (images - canvas).flatten(1).square().sum(1) / energy
+def _merge_scenes(air: AIR, images: Tensor, found: SceneLatents) -> SceneLatents:
+    """Merges the two closest objects of each scene, if one explains it as well."""
+    counts = found.count_probs.argmax(1)
+    close = (closest_windows(found.where, counts)[0] < CLOSE).nonzero()[:, 0]
+    if not len(close):
+        return found
+    probs, where, what, where_sd = (each.clone() for each in found)
+    for k in torch.split(close, MAX_AT_ONCE // NUM_TRIES):
+        merged = merge(air, images[k], where[k], what[k], counts[k])
+        one = merged.residual < ONE_OBJECT
+        scenes = k[one]
+        where[scenes], what[scenes] = merged.where[one], merged.what[one]
+        both = torch.stack((counts[scenes] - 1, counts[scenes]), 1)
+        probs[scenes] = probs[scenes].scatter(1, both, probs[scenes].gather(1, both.flip(1)))
+    return SceneLatents(probs, where, what, where_sd)
 
 
-def paint_scenes(air: AIR, where: Tensor, what: Tensor, counts: Tensor) -> Tensor:
-    """The canvases of the first `counts` objects of each scene, [B, (C,) H, H]."""
-    painted = air.paint([*where.unbind(1)], [*what.unbind(1)])
-    present = torch.arange(air.num_steps, device=counts.device)[:, None] < counts
-    return air.likelihood.compose(painted, present.to(painted.dtype))
+def _in_use(air: AIR, counts: Tensor) -> Tensor:
+    """The steps of the first `counts` objects, bool [B, T]."""
+    return torch.arange(air.num_steps, device=counts.device) < counts[:, None]
 
 
 def make_hypotheses(
@@ -122,11 +139,11 @@ def make_hypotheses(
         scenes: Indices of the scenes, [F].
     """
     counts = found.count_probs.argmax(1)
-    used = torch.arange(air.num_steps, device=counts.device) < counts[:, None]
+    used = _in_use(air, counts)
     scales = found.where[..., 0][used]
     scale = positive_scale(scales.median() if len(scales) else air.z_where_loc_prior[0])
     where, counts = found.where[scenes], counts[scenes]
-    peak = _window(_peak(residual[scenes], scale), scale.expand(len(scenes), 1))
+    peak = window_at(_peak(residual[scenes], scale), scale.expand(len(scenes), 1))
     rows, more = torch.arange(len(scenes), device=counts.device), counts < air.num_steps
     next_one, last = counts.clamp(max=air.num_steps - 1), (counts - 1).clamp(min=0)
 
@@ -150,15 +167,10 @@ def make_hypotheses(
         centre = -where[:, t, 1:] / scale_t
         for angle in (0.0, math.pi / 4, math.pi / 2, 3 * math.pi / 4):
             away = centre.new_tensor([math.cos(angle), math.sin(angle)]) * SPLIT / scale_t
-            halves = (_window(centre + sign * away, scale_t.clamp(min=scale)) for sign in (1, -1))
+            halves = (window_at(centre + sign * away, scale_t.clamp(min=scale)) for sign in (1, -1))
             yield pick(
                 has & more, counts + 1, put(put(where, t, next(halves)), next_one, next(halves))
             )
-
-
-def _window(centre: Tensor, scale: Tensor) -> Tensor:
-    """z_where of a window with a centre in [-1, 1], [F, 2], and a scale, [F, 1]."""
-    return torch.cat((scale, -centre * scale), 1)
 
 
 def _peak(residual: Tensor, scale: Tensor) -> Tensor:
@@ -173,14 +185,14 @@ def _peak(residual: Tensor, scale: Tensor) -> Tensor:
 
 
 def _fit(
-    air: AIR, images: Tensor, hypotheses: Hypotheses, where_sd: Tensor, log_prior: Tensor
+    air: AIR, images: Tensor, hypotheses: Hypotheses, where_sd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fits hypotheses about the images, [K, (C,) H, H]; their ELBOs and means of z."""
     counts, where = hypotheses.counts, hypotheses.where.clone()
     per_object = images.repeat_interleave(air.num_steps, 0)
     windows = image_to_window(where.flatten(0, 1), air.window_size, air.x_size, per_object)
     what, what_sd = (code.view(*where.shape[:2], -1) for code in air.encode(windows))
-    used = torch.arange(air.num_steps, device=counts.device) < counts[:, None]
+    used = _in_use(air, counts)
 
     def elbo() -> Tensor:
         q_where, q_what = Normal(where, where_sd, False), Normal(what, what_sd, False)
@@ -188,7 +200,7 @@ def _fit(
         p_where = Normal(air.z_where_loc_prior, air.z_where_scale_prior, False)
         p_what = Normal(torch.zeros_like(what), torch.ones_like(what), False)
         kl = kl_divergence(q_where, p_where).sum(-1) + kl_divergence(q_what, p_what).sum(-1)
-        return air.likelihood.log_prob(images, canvas) + log_prior[counts] - (kl * used).sum(1)
+        return air.likelihood.log_prob(images, canvas) - (kl * used).sum(1)
 
     where.requires_grad_()
     what.requires_grad_()
@@ -204,14 +216,14 @@ def _fit(
 
 
 def _with_winners(
-    found: SceneLatents, hypotheses: Hypotheses, elbos: Tensor, where: Tensor, what: Tensor
+    found: SceneLatents, hypotheses: Hypotheses, scores: Tensor, where: Tensor, what: Tensor
 ) -> SceneLatents:
-    """What was found, with the best hypothesis about each scene in its place."""
+    """What was found, with the hypothesis of the highest score about each scene in its place."""
     count_probs, size = found.count_probs.clone(), found.count_probs.shape[1]
     cells = hypotheses.scenes * size + hypotheses.counts
     of_counts = torch.full_like(count_probs, -math.inf).flatten()
-    of_counts = of_counts.scatter_reduce(0, cells, elbos, "amax").view_as(count_probs)
-    winners = (elbos == of_counts.amax(1)[hypotheses.scenes]).nonzero()[:, 0]
+    of_counts = of_counts.scatter_reduce(0, cells, scores, "amax").view_as(count_probs)
+    winners = (scores == of_counts.amax(1)[hypotheses.scenes]).nonzero()[:, 0]
     scenes = hypotheses.scenes[winners]
     count_probs[scenes] = of_counts[scenes].softmax(1)
     new_where, new_what = found.where.clone(), found.what.clone()

@@ -11,14 +11,9 @@ from torch import Tensor, nn
 
 from air import AIR, refinement
 from air.inference import infer
+from air.merging import paint_scenes, relative_residual
 from air.priors import count_log_probs
-from air.refinement import (
-    Hypotheses,
-    SceneLatents,
-    paint_scenes,
-    refine_scenes,
-    relative_residual,
-)
+from air.refinement import TRUST, Hypotheses, SceneLatents, refine_scenes
 from air.spatial_transformer import window_boxes
 
 
@@ -42,7 +37,7 @@ def windows(*places: tuple[float, float, float]) -> Tensor:
 
 
 def latents(air: AIR, where: Tensor, count: int) -> SceneLatents:
-    probs = torch.eye(4)[count][None]
+    probs = (0.9 * torch.eye(4)[count] + 0.025)[None]  # not quite certain
     return SceneLatents(probs, where[None], torch.zeros(1, 3, 5), torch.full((1, 3, 3), 0.05))
 
 
@@ -73,16 +68,15 @@ def test_planted_discs_are_found(truth: Tensor, count: int, start: Tensor, infer
 
 
 def test_the_elbo_of_a_hypothesis_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By samples of log p(x, z) - log q(z), where Pyro computes log p(x, z) from the model."""
+    """By samples of log p(x, z) - log q(z) - log p(n); Pyro computes log p(x, z) from the model."""
     monkeypatch.setattr(refinement, "NUM_STEPS", 0)
     monkeypatch.setattr(refinement, "SAMPLES", 2000)
     air = small_air().requires_grad_(False)
     images, probs = torch.rand(3, 12, 12), [0.3, 0.2, 0.6]
     hypotheses = Hypotheses(torch.arange(3), torch.tensor([0, 1, 3]), torch.randn(3, 3, 3) + 2)
     sd = torch.tensor([0.1, 0.2, 0.3])
-    log_prior = count_log_probs(torch.tensor(probs))
     with torch.no_grad():
-        elbos, where, what = refinement._fit(air, images, hypotheses, sd, log_prior)
+        elbos, where, what = refinement._fit(air, images, hypotheses, sd)
     windows = [
         refinement.image_to_window(where[:, t], air.window_size, air.x_size, images)
         for t in range(3)
@@ -105,7 +99,7 @@ def test_the_elbo_of_a_hypothesis_is_that_of_the_model(monkeypatch: pytest.Monke
         trace.compute_log_prob()
         log_p = sum(site["log_prob"] for site in trace.nodes.values() if "log_prob" in site)
         samples.append(log_p - (log_q * present).sum(1))
-    expected = torch.stack(samples)
+    expected = torch.stack(samples) - count_log_probs(torch.tensor(probs))[hypotheses.counts]
     error = expected.std(0) / 2000**0.5 + 1e-3 * expected.mean(0).abs()
     assert ((elbos - expected.mean(0)).abs() < 5 * error).all()
 
@@ -126,6 +120,21 @@ def test_the_hypothesis_of_the_highest_elbo_wins() -> None:
     torch.testing.assert_close(refined.count_probs, expected)
     assert refined.where[:, 0, 0].tolist() == [4.0, 0.0, 1.0]
     assert refined.what[:, 0, 0].tolist() == [4.0, 0.0, 1.0]
+
+
+def test_the_guides_counts_are_trusted(air: AIR, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The score of a hypothesis is its ELBO, here the same for all, and TRUST log q(n)."""
+    probs = torch.tensor([[0.2, 0.5, 0.3, 0.0], [0.1, 0.2, 0.3, 0.4]])
+    found = SceneLatents(probs, torch.ones(2, 3, 3), torch.zeros(2, 3, 5), torch.ones(2, 3, 3))
+
+    def fit(air: AIR, images: Tensor, k: Hypotheses, where_sd: Tensor) -> tuple[Tensor, ...]:
+        return torch.zeros(len(images)), k.where, found.what[k.scenes]
+
+    monkeypatch.setattr(refinement, "_fit", fit)
+    refined = refine_scenes(air, torch.ones(2, 12, 12), found).count_probs
+    # A hypothesis has one object more than the guide found, one fewer, or as many.
+    expected = (probs * torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]])) ** TRUST
+    torch.testing.assert_close(refined, expected / expected.sum(1, keepdim=True))
 
 
 def test_scenes_that_are_explained_well_stay_as_they_are(air: AIR) -> None:
@@ -159,10 +168,3 @@ def test_every_kind_of_model_is_refined(
     torch.testing.assert_close(first.count_probs.sum(1), torch.ones(4))
     assert torch.equal(first.counts, first.count_probs.argmax(1))
     assert len(infer(air, images[:0], refine=True).counts) == 0
-
-
-def test_a_prior_that_cannot_be_used_is_refused_even_where_nothing_is_refined(air: AIR) -> None:
-    found = latents(air, TWO, 2)
-    image = paint_scenes(air, found.where, found.what, torch.tensor([2]))
-    with pytest.raises(ValueError, match="expected a probability for each of 3 steps"):
-        refine_scenes(air, image, found, [0.5].__getitem__)

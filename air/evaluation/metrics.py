@@ -170,7 +170,7 @@ def _measure(
     air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None, refine: bool
 ) -> tuple[Tensor, ...]:
     """q(n), boxes and the terms of a sampled ELBO for one batch, on the CPU."""
-    inference = infer(air, images, refine, z_pres_prior_p)
+    inference = infer(air, images, refine)
     terms = sample_elbo(air, images, z_pres_prior_p)
     boxes = tight_boxes(inference.changes)
     return tuple(part.cpu() for part in (inference.count_probs, boxes, *terms))

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from air.air import AIR
 from air.marginal import AllStepsActive
+from air.merging import CLOSE, ONE_OBJECT, closest_windows, merge, paint_scenes, relative_residual
 from air.param_store import unregistered
 from air.priors import count_log_probs
-from air.refinement import BADLY_EXPLAINED, paint_scenes, relative_residual
+from air.refinement import BADLY_EXPLAINED
 from air.settings import SettingError
 from air.training.settings import TrainingSettings
 
@@ -36,6 +37,9 @@ BATCH_PER_MADE = 4  # scenes in the batch for each sum that is used
 # A sum of n objects is used only if the counts of at least this share of the batch are n, or some
 # greater number: otherwise objects are taught that do not occur.
 LEAST_SHARE = 0.05
+BATCH_PER_MERGED = (
+    16  # scenes in the batch for each in which two objects are merged, if they are one
+)
 TEACHER_DECAY = 0.995  # share of the earlier guide's weights that a step keeps
 
 
@@ -147,8 +151,15 @@ def infer_counts(air: AIR, images: Tensor) -> tuple[Tensor, Tensor]:
         torch.stack([trace.nodes[f"{site}_{t}"]["value"] for t in range(air.num_steps)], 1)
         for site in ("z_where", "z_what")
     )
-    canvas = paint_scenes(air, where, what, counts)
-    return counts, relative_residual(images, canvas) < BADLY_EXPLAINED
+    residual = relative_residual(images, paint_scenes(air, where, what, counts))
+    near, k = closest_windows(where, counts)[0].topk(
+        max(1, len(images) // BATCH_PER_MERGED), largest=False
+    )
+    merged = merge(air, images[k], where[k], what[k], counts[k]).residual
+    one = (near < CLOSE) & (merged < ONE_OBJECT)
+    counts = counts.scatter(0, k, counts[k] - one.to(counts.dtype))
+    residual = residual.scatter(0, k, torch.where(one, merged, residual[k]))
+    return counts, residual < BADLY_EXPLAINED
 
 
 def make_scenes(air: AIR, images: Tensor, counts: Tensor, explained: Tensor) -> MadeScenes:

@@ -176,7 +176,7 @@ def test_with_refinement_q_is_that_of_the_refined_latents(
     air, counts = small_air(), torch.full((10,), 2)
     refined = torch.tensor([0.0, 0.0, 1.0, 0.0]).repeat(10, 1)
 
-    def infer_two(air: AIR, images: Tensor, refine: bool, prior: object) -> object:
+    def infer_two(air: AIR, images: Tensor, refine: bool) -> object:
         found = infer(air, images)
         return found._replace(count_probs=refined) if refine else found
 

@@ -13,9 +13,12 @@ from torch import Tensor
 from air import AIR
 from air.inference import infer
 from air.marginal import MarginalAIR
-from air.refinement import BADLY_EXPLAINED, relative_residual
+from air.merging import closest_windows, merge, relative_residual
+from air.refinement import BADLY_EXPLAINED
+from air.training import added_scenes
 from air.training.added_scenes import (
     BATCH_PER_MADE,
+    BATCH_PER_MERGED,
     TEACHER_DECAY,
     AddedScenes,
     MadeScenes,
@@ -215,6 +218,28 @@ def test_counts_are_those_of_inference(options: dict[str, Any]) -> None:
     assert torch.equal(counts, found.counts)
     residual = relative_residual(images, found.reconstructions)
     assert torch.equal(explained, residual < BADLY_EXPLAINED)
+
+
+def test_two_objects_that_one_explains_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bounds that some of the closest two objects meet, and some do not."""
+    pyro.set_rng_seed(1)
+    air, images = small_air().requires_grad_(False), torch.rand(5 * BATCH_PER_MERGED, 12, 12)
+    air.predict.mlp.seq[-1].bias[0] += 3  # all steps are used
+    found = infer(air, images)
+    near, _ = closest_windows(found.z_where, found.counts)
+    merged = merge(air, images, found.z_where, found.z_what, found.counts).residual
+    closest = near.argsort()[:5]
+    near_enough, good_enough = near[closest].median(), merged[closest].median()
+    monkeypatch.setattr(added_scenes, "CLOSE", float(near_enough) + 1e-6)
+    monkeypatch.setattr(added_scenes, "ONE_OBJECT", float(good_enough) + 1e-6)
+    monkeypatch.setattr(added_scenes, "BADLY_EXPLAINED", float(good_enough) + 1e-6)
+    one = closest[(near[closest] <= near_enough) & (merged[closest] <= good_enough)]
+    assert 0 < len(one) < 5
+    counts, explained = infer_counts(air, images)
+    expected = found.counts.clone()
+    expected[one] -= 1
+    assert torch.equal(counts, expected)
+    assert explained[one].all()
 
 
 def test_the_earlier_guide_leaves_pyros_store_to_the_model() -> None:
