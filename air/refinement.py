@@ -39,8 +39,9 @@ NUM_STEPS = 100  # of Adam
 WHERE_RATE, WHAT_RATE = 0.05, 0.1  # learning rates of the means
 SAMPLES = 8  # in the ELBO by which hypotheses are compared
 # Power of the guide's q(n), which takes the place of the count's prior. The ELBO alone is no good
-# judge of the count: a further object also explains what no code of one object can.
-TRUST = 5.0
+# judge of the count: a further object also explains what no code of one object can. Guides can be
+# too certain, so no q(n) counts as less than `LEAST_PROB`.
+TRUST, LEAST_PROB = 5.0, 3e-4
 MAX_AT_ONCE = 256  # hypotheses, to bound the memory
 SPLIT = 0.6  # from the centre of a window to those of its two halves, in half sides
 
@@ -100,9 +101,8 @@ def _fit_scenes(
         part = Hypotheses._make(each[k] for each in hypotheses)
         parts.append(_fit(air, images[part.scenes], part, where_sd))
     elbos, where, what = map(torch.cat, zip(*parts, strict=True))
-    tiny = torch.finfo(elbos.dtype).tiny
-    log_q = found.count_probs.clamp(min=tiny).log()[hypotheses.scenes, hypotheses.counts]
-    return _with_winners(found, hypotheses, elbos + TRUST * log_q, where, what)
+    probs = found.count_probs[hypotheses.scenes, hypotheses.counts].clamp(min=LEAST_PROB)
+    return _with_winners(found, hypotheses, elbos + TRUST * probs.log(), where, what)
 
 
 def _merge_scenes(air: AIR, images: Tensor, found: SceneLatents) -> SceneLatents:

@@ -13,7 +13,7 @@ from air import AIR, refinement
 from air.inference import infer
 from air.merging import paint_scenes, relative_residual
 from air.priors import count_log_probs
-from air.refinement import TRUST, Hypotheses, SceneLatents, refine_scenes
+from air.refinement import LEAST_PROB, TRUST, Hypotheses, SceneLatents, refine_scenes
 from air.spatial_transformer import window_boxes
 
 
@@ -124,7 +124,7 @@ def test_the_hypothesis_of_the_highest_elbo_wins() -> None:
 
 def test_the_guides_counts_are_trusted(air: AIR, monkeypatch: pytest.MonkeyPatch) -> None:
     """The score of a hypothesis is its ELBO, here the same for all, and TRUST log q(n)."""
-    probs = torch.tensor([[0.2, 0.5, 0.3, 0.0], [0.1, 0.2, 0.3, 0.4]])
+    probs = torch.tensor([[0.0, 0.7, 0.3, 0.0], [0.1, 0.2, 0.3, 0.4]])
     found = SceneLatents(probs, torch.ones(2, 3, 3), torch.zeros(2, 3, 5), torch.ones(2, 3, 3))
 
     def fit(air: AIR, images: Tensor, k: Hypotheses, where_sd: Tensor) -> tuple[Tensor, ...]:
@@ -133,7 +133,8 @@ def test_the_guides_counts_are_trusted(air: AIR, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(refinement, "_fit", fit)
     refined = refine_scenes(air, torch.ones(2, 12, 12), found).count_probs
     # A hypothesis has one object more than the guide found, one fewer, or as many.
-    expected = (probs * torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]])) ** TRUST
+    trusted = probs.clamp(min=LEAST_PROB) ** TRUST
+    expected = trusted * torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]])
     torch.testing.assert_close(refined, expected / expected.sum(1, keepdim=True))
 
 
