@@ -61,9 +61,10 @@ def infer(
     Args:
         air: The model.
         images: The images.
-        refine: Whether to fit the latents of badly explained images (see `air.refinement`), which
-            takes some 0.3 s for each of them on a CPU. It gives the same latents every time. Not
-            for a model of the background.
+        refine: Whether to fit the latents of badly explained images, which takes some 0.3 s for
+            each of them on a CPU, and to merge two objects that one explains as well (see
+            `air.refinement`). It gives the same latents every time. Not for a model of the
+            background.
 
     Raises:
         ValueError: If the images have another shape, type or range than `AIR.to_images` takes, or
