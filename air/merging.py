@@ -3,11 +3,12 @@
 Now and then a guide puts two windows on one object, half of it under each. Both explain the scene
 well, so the ELBO hardly says that one object is enough. But a window over both shows a whole object
 then, which one code describes well. Two close objects are different: one code paints them badly. So
-the relative residual of the merged object, |x - canvas|^2 / |x|^2, tells without labels whether two
-windows hold one object or two.
+the residual of the merged object tells without labels whether two windows hold one object or two. A
+residual is the share of what all other objects leave that stays unexplained, |x - canvas|^2 /
+|x - canvas of the others|^2; so it does not depend on how many other objects the scene has.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,37 +17,35 @@ from air.air import AIR
 from air.spatial_transformer import image_to_window, positive_scale
 
 CLOSE = 0.75  # distance of two centres, in sides of a window, below which objects may be merged
-# Relative residual below which one object explains the scene as well as two.
-ONE_OBJECT = 0.18
-# The windows that are tried: how far from the middle of both centres, in half sides, and how small
-# their scale, relative to the mean of both.
+# Two objects are one if the residual of one is below the first bound, and less than the second
+# above that of both.
+ONE_OBJECT, WORSE = 0.18, 0.05
+# The windows that are tried: their distances from the middle of both centres, in half sides, and
+# their scales, relative to the mean of both. A lower scale is a larger window.
 SHIFT, ZOOM = 0.12, 0.8
-NUM_TRIES = 27  # three scales, and three shifts along each axis
+NUM_ALONG = 3  # values along each axis, and of the scale
+NUM_TRIES = NUM_ALONG**3
 
 
 class Merged(NamedTuple):
-    """B scenes with one object in place of two."""
+    """B scenes with one object in place of two; the first n - 1 of the T objects are present."""
 
     where: Tensor  # z_where, [B, T, 3]
     what: Tensor  # z_what, [B, T, Z]
-    residual: Tensor  # relative residual of the scene, [B]
+    canvas: Tensor  # [B, (C,) H, H]
+    are_one: Tensor  # whether the two objects are one, bool [B]
 
 
 def relative_residual(images: Tensor, canvas: Tensor) -> Tensor:
     """|x - canvas|^2 / |x|^2 of each image, [B, (C,) H, H] to [B]."""
     tiny = torch.finfo(images.dtype).tiny
-    energy = images.flatten(1).square().sum(1).clamp(min=tiny)
-    return (images - canvas).flatten(1).square().sum(1) / energy
+    return _energy(images - canvas) / _energy(images).clamp(min=tiny)
 
 
 def paint_scenes(air: AIR, where: Tensor, what: Tensor, counts: Tensor) -> Tensor:
     """The canvases of the first `counts` objects of each scene, [B, (C,) H, H]."""
-    present = torch.arange(air.num_steps, device=counts.device)[:, None] < counts
-    return _paint(air, where, what, present)
-
-
-def _paint(air: AIR, where: Tensor, what: Tensor, present: Tensor) -> Tensor:
     painted = air.paint([*where.unbind(1)], [*what.unbind(1)])
+    present = torch.arange(air.num_steps, device=counts.device)[:, None] < counts
     return air.likelihood.compose(painted, present.to(painted.dtype))
 
 
@@ -88,34 +87,50 @@ def merge(air: AIR, images: Tensor, where: Tensor, what: Tensor, counts: Tensor)
         images: The scenes, as `AIR.to_images` returns them, [B, (C,) H, H].
         where: z_where, [B, T, 3].
         what: z_what, [B, T, Z].
-        counts: Numbers of objects, [B]; two or more, else the result means nothing.
+        counts: Numbers of objects, n, [B]. With fewer than two, objects are never one, and the
+            other results mean nothing.
+
+    Returns:
+        The scenes. The merged object is in the earlier step of both, the last object in the later.
     """
-    pair = closest_windows(where, counts)[1]
+    near, pair = closest_windows(where, counts)
+    painted = air.paint([*where.unbind(1)], [*what.unbind(1)])
     steps = torch.arange(air.num_steps, device=counts.device)
-    both = where.gather(1, pair[..., None].expand(-1, -1, 3))
-    scales = positive_scale(both[..., :1])
-    middle, scale = (-both[..., 1:] / scales).mean(1, True), scales.mean(1, True)
-    shifts = torch.linspace(-SHIFT, SHIFT, 3, dtype=where.dtype, device=where.device)
-    zooms = torch.linspace(ZOOM, 1, 3, dtype=where.dtype, device=where.device)
-    tries = torch.cartesian_prod(zooms, shifts, shifts)
-    windows = window_at(middle + tries[:, 1:] / scale, tries[:, :1] * scale)  # [B, 27, 3]
-    flat, repeated = windows.flatten(0, 1), images.repeat_interleave(len(tries), 0)
-    codes, _ = air.encode(image_to_window(flat, air.window_size, air.x_size, repeated))
-    others = (steps < counts[:, None]) & (steps != pair[:, :1]) & (steps != pair[:, 1:])
-    canvas = _paint(air, where, what, others.T)
-    canvas = air.likelihood.add(
-        canvas.repeat_interleave(len(tries), 0), air.paint([flat], [codes])[0]
+    present = steps < counts[:, None]
+    others = present & (steps != pair[:, :1]) & (steps != pair[:, 1:])
+    of_both, of_others = (
+        air.likelihood.compose(painted, each.T.to(painted.dtype)) for each in (present, others)
     )
-    best = relative_residual(repeated, canvas).view(len(images), len(tries)).min(1)
-    chosen = best.indices[:, None, None]
-    last = (counts - 1).clamp(min=0)[:, None]
+    windows = _windows_around(where.gather(1, pair[..., None].expand(-1, -1, 3)))  # [B, 27, 3]
+    flat, scenes = windows.flatten(0, 1), images.repeat_interleave(NUM_TRIES, 0)
+    behind = of_others.repeat_interleave(NUM_TRIES, 0)
+    seen = scenes if air.guide_input == "image" else scenes - behind
+    codes, _ = air.encode(image_to_window(flat, air.window_size, air.x_size, seen))
+    canvases = air.likelihood.add(behind, air.paint([flat], [codes])[0])
+    left = _energy(images - of_others).clamp(min=torch.finfo(images.dtype).tiny)
+    best = _energy(scenes - canvases).view(len(images), NUM_TRIES).min(1)
+    residual, of_two = best.values / left, _energy(images - of_both) / left
+    chosen = torch.arange(len(images), device=images.device) * NUM_TRIES + best.indices
+    last = (counts - 1).clamp(min=0)[:, None, None]
 
     def put(latents: Tensor, merged: Tensor) -> Tensor:
-        """The merged object in the earlier step, the last object in the later one."""
-        size = latents.shape[-1]
-        merged = merged.view(len(images), -1, size).gather(1, chosen.expand(-1, -1, size))
-        at_last = latents.gather(1, last[..., None].expand(-1, -1, size))
-        places = pair.flip(1)[..., None].expand(-1, -1, size)
-        return latents.scatter(1, places, torch.cat((at_last, merged), 1))
+        at_last = latents.gather(1, last.expand(-1, -1, latents.shape[-1]))
+        both = torch.cat((at_last, merged[chosen][:, None]), 1)
+        return latents.scatter(1, pair.flip(1)[..., None].expand_as(both), both)
 
-    return Merged(put(where, flat), put(what, codes), best.values)
+    are_one = (near < CLOSE) & (residual < ONE_OBJECT) & (residual < of_two + WORSE)
+    return Merged(put(where, flat), put(what, codes), canvases[chosen], are_one)
+
+
+def _windows_around(both: Tensor) -> Tensor:
+    """z_where of windows around the middle of two, [B, 2, 3] to [B, 27, 3]."""
+    scales = positive_scale(both[..., :1])
+    middle, scale = (-both[..., 1:] / scales).mean(1, True), scales.mean(1, True)
+    kind: Any = {"dtype": both.dtype, "device": both.device}
+    shifts = torch.linspace(-SHIFT, SHIFT, NUM_ALONG, **kind)
+    tries = torch.cartesian_prod(torch.linspace(ZOOM, 1, NUM_ALONG, **kind), shifts, shifts)
+    return window_at(middle + tries[:, 1:] / scale, tries[:, :1] * scale)
+
+
+def _energy(images: Tensor) -> Tensor:
+    return images.flatten(1).square().sum(1)

@@ -1,15 +1,16 @@
-"""Refinement: latents of badly explained scenes, fitted to each scene by itself.
+"""Refinement: latents fitted to each badly explained scene by itself, and objects merged.
 
 The guide infers a scene in one pass. Now and then it puts one window over two close objects, though
 the model explains the scene better by two. Such a scene is explained badly, which shows without
 labels: in the relative residual, |x - canvas|^2 / |x|^2. For these scenes, hypotheses with one
 object more, one fewer or one elsewhere are fitted by gradient steps on their ELBO. (Kim et al.
-2018, arXiv:1802.02550, refine the latents of a VAE so.) Then two close objects that one object
-explains as well become one, see `air.merging`.
+2018, arXiv:1802.02550, refine the latents of a VAE so.) Then, in every scene, two close objects
+that one object explains as well become one, see `air.merging`.
 
 A hypothesis has a count n, of which it is certain, and for each object a Normal q(z_where) and
 q(z_what), whose means are fitted. Given n, its ELBO is E_q[log p(x | z)] - sum_t KL(q || p). The
-hypothesis with the highest ELBO + `TRUST` log q(n) wins, where q(n) is the guide's.
+hypothesis with the highest score wins: ELBO + `TRUST` log g(n), where g(n) is the guide's q(n), but
+at least `LEAST_PROB`.
 """
 
 import math
@@ -25,7 +26,6 @@ from air.air import AIR
 from air.merging import (
     CLOSE,
     NUM_TRIES,
-    ONE_OBJECT,
     closest_windows,
     merge,
     paint_scenes,
@@ -73,10 +73,10 @@ def refine_scenes(air: AIR, images: Tensor, found: SceneLatents) -> SceneLatents
         found: What the guide inferred.
 
     Returns:
-        The latents. For a scene that was explained badly, q(n) is proportional to
-        exp(ELBO + `TRUST` log q(n)) of the best hypothesis with n objects, and zero where no
-        hypothesis has n. Where two objects become one, the probabilities of both counts change
-        places. All other scenes stay as they are.
+        The latents. For a scene that was explained badly, q(n) is proportional to exp(score) of the
+        best hypothesis with n objects, and zero where no hypothesis has n. Where two objects become
+        one, the probabilities of both counts change places. Neither is a posterior, so calibration
+        of refined counts says little. All other scenes stay as they are.
     """
     counts = found.count_probs.argmax(1)
     canvas = paint_scenes(air, found.where, found.what, counts)
@@ -106,20 +106,19 @@ def _fit_scenes(
 
 
 def _merge_scenes(air: AIR, images: Tensor, found: SceneLatents) -> SceneLatents:
-    """Merges the two closest objects of each scene, if one explains it as well."""
+    """Merges the two closest objects of each scene if they are one, but only once a scene."""
     counts = found.count_probs.argmax(1)
     close = (closest_windows(found.where, counts)[0] < CLOSE).nonzero()[:, 0]
     if not len(close):
         return found
-    probs, where, what, where_sd = (each.clone() for each in found)
+    probs, where, what = found.count_probs.clone(), found.where.clone(), found.what.clone()
     for k in torch.split(close, MAX_AT_ONCE // NUM_TRIES):
         merged = merge(air, images[k], where[k], what[k], counts[k])
-        one = merged.residual < ONE_OBJECT
-        scenes = k[one]
-        where[scenes], what[scenes] = merged.where[one], merged.what[one]
+        scenes = k[merged.are_one]
+        where[scenes], what[scenes] = merged.where[merged.are_one], merged.what[merged.are_one]
         both = torch.stack((counts[scenes] - 1, counts[scenes]), 1)
         probs[scenes] = probs[scenes].scatter(1, both, probs[scenes].gather(1, both.flip(1)))
-    return SceneLatents(probs, where, what, where_sd)
+    return found._replace(count_probs=probs, where=where, what=what)
 
 
 def _in_use(air: AIR, counts: Tensor) -> Tensor:

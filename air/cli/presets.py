@@ -38,7 +38,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     # prior that at first favours many objects prevents this. Larger digits than the default ones
     # need a lower scale_prior_mean, or two windows share a digit (tests/benchmarks/README.md).
     "close-digits": {
-        "num_steps": 10_000,
         "embed_channels": [16, 32, 32],
         "embed_net": [256],
         **_MANY_OBJECTS_AT_FIRST,

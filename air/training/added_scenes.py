@@ -7,7 +7,8 @@ pairs of scenes in the batch are added, and q(n) of the sums is fitted to the su
 
 Sums alone would teach the guide to count too many everywhere. So q(n) of the batch is fitted as
 well, to the counts of an earlier guide: a net whose weights are the running mean of the model's
-weights, over some 200 steps. No label is used.
+weights, over some 200 steps. Where it puts two windows on one object, which shows without labels
+(`air.merging`), the count is one lower. No label is used.
 
 Knobel et al. 2024 learn to count from pasted crops (arXiv:2307.08727). To train on composed scenes
 is the sleep phase of wake-sleep (Hinton et al. 1995); here the parts of a composed scene are real,
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from air.air import AIR
 from air.marginal import AllStepsActive
-from air.merging import CLOSE, ONE_OBJECT, closest_windows, merge, paint_scenes, relative_residual
+from air.merging import closest_windows, merge, paint_scenes, relative_residual
 from air.param_store import unregistered
 from air.priors import count_log_probs
 from air.refinement import BADLY_EXPLAINED
@@ -37,9 +38,8 @@ BATCH_PER_MADE = 4  # scenes in the batch for each sum that is used
 # A sum of n objects is used only if the counts of at least this share of the batch are n, or some
 # greater number: otherwise objects are taught that do not occur.
 LEAST_SHARE = 0.05
-BATCH_PER_MERGED = (
-    16  # scenes in the batch for each in which two objects are merged, if they are one
-)
+# Merging is tried in one scene of every so many in the batch: in those with the closest windows.
+BATCH_PER_MERGED = 16
 TEACHER_DECAY = 0.995  # share of the earlier guide's weights that a step keeps
 
 
@@ -140,9 +140,10 @@ class AddedScenes:
 
 @torch.no_grad()
 def infer_counts(air: AIR, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The modes of q(n), [B], and whether the objects explain the scene well, bool [B].
+    """Counts, [B], and whether the objects explain the scene well, bool [B].
 
-    As `air.inference.infer`, without its checks, and without anything that waits for the device.
+    Counts are the modes of q(n), as in `air.inference.infer`, and one fewer where two objects are
+    one, see `air.merging` and `BATCH_PER_MERGED`. Nothing here waits for the device.
     """
     with unregistered(), poutine.block(), AllStepsActive(use_means=True) as steps:
         trace: Any = poutine.trace(air.guide).get_trace(images)
@@ -152,14 +153,12 @@ def infer_counts(air: AIR, images: Tensor) -> tuple[Tensor, Tensor]:
         for site in ("z_where", "z_what")
     )
     residual = relative_residual(images, paint_scenes(air, where, what, counts))
-    near, k = closest_windows(where, counts)[0].topk(
-        max(1, len(images) // BATCH_PER_MERGED), largest=False
-    )
-    merged = merge(air, images[k], where[k], what[k], counts[k]).residual
-    one = (near < CLOSE) & (merged < ONE_OBJECT)
-    counts = counts.scatter(0, k, counts[k] - one.to(counts.dtype))
-    residual = residual.scatter(0, k, torch.where(one, merged, residual[k]))
-    return counts, residual < BADLY_EXPLAINED
+    tried = max(1, len(images) // BATCH_PER_MERGED)
+    k = closest_windows(where, counts)[0].topk(tried, largest=False).indices
+    merged = merge(air, images[k], where[k], what[k], counts[k])
+    after = torch.where(merged.are_one, relative_residual(images[k], merged.canvas), residual[k])
+    counts = counts.scatter(0, k, counts[k] - merged.are_one.to(counts.dtype))
+    return counts, residual.scatter(0, k, after) < BADLY_EXPLAINED
 
 
 def make_scenes(air: AIR, images: Tensor, counts: Tensor, explained: Tensor) -> MadeScenes:
