@@ -87,7 +87,8 @@ class Detection:
 def detect(air: AIR, images: Tensor | Array, refine: bool = False) -> list[Detection]:
     """Finds the objects in images, [N, (C,) H, H], floats in [0, 1] or uint8, on any device.
 
-    With `refine`, latents are fitted to images that the guide explains badly (see `infer`).
+    With `refine`, latents are fitted to images that the guide explains badly, and two windows on one
+    object become one (see `infer`).
     """
     images = to_tensor(images)
     detections = []
@@ -242,7 +243,9 @@ def build_parser() -> Parser:
         "--figure", type=Path, metavar="FILE", help="draw the objects into a new PNG file"
     )
     parser.add_argument(
-        "--refine", action="store_true", help="fit latents to images that are explained badly"
+        "--refine",
+        action="store_true",
+        help="fit latents to images that are explained badly, and merge two windows on one object",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
     as_trained = "(default: as for training)"

@@ -1,4 +1,4 @@
-"""Merging of two windows: against scenes handled one by one, and on planted objects."""
+"""Merging of two windows, against windows that are tried one by one."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from helpers import small_air
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from air import AIR, window_boxes, window_to_image
+from air import AIR, merging, window_boxes, window_to_image
 from air.merging import SHIFT, ZOOM, closest_windows, merge
 
 
@@ -44,8 +44,14 @@ def test_a_model_of_one_step_has_no_two_windows() -> None:
     assert pairs.shape == (2, 2)
 
 
-@pytest.mark.parametrize("options", [{}, {"likelihood": "bernoulli"}, {"channels": 3}], ids=str)
-def test_the_best_of_all_windows_is_kept(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"likelihood": "bernoulli"}, {"channels": 3}, {"guide_input": "difference"}],
+    ids=str,
+)
+def test_the_best_of_all_windows_is_kept(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every window is cut out by PyTorch's own sampler and painted by itself."""
     pyro.set_rng_seed(2)
     air = small_air(**options).double().requires_grad_(False)
@@ -54,32 +60,55 @@ def test_the_best_of_all_windows_is_kept(options: dict[str, Any]) -> None:
     where, what = torch.randn(6, 3, 3).double() / 3, torch.randn(6, 3, 5).double()
     where[..., 0] += 2
     counts = torch.tensor([2, 3, 3, 2, 3, 3])
-    merged = merge(air, images, where, what, counts)
-    pairs = closest_windows(where, counts)[1]
+    near, pairs = closest_windows(where, counts)
     assert len({tuple(pair) for pair in pairs.tolist()}) > 1
+    merged = merge(air, images, where, what, counts)
+    residuals = []  # of one and of both, where what the others leave counts as 1
     for i, (n, (first, second)) in enumerate(zip(counts.tolist(), pairs.tolist(), strict=True)):
         middle = sum(-where[i, t, 1:] / where[i, t, 0] for t in (first, second)) / 2
         scale = (where[i, first, 0] + where[i, second, 0]) / 2
-        rest = [t for t in range(n) if t not in (first, second)]
+        others = [(where[i, t], what[i, t]) for t in range(n) if t not in (first, second)]
+        both = [(where[i, t], what[i, t]) for t in (first, second)]
+        behind = canvas_of(air, others)
+        left = (images[i] - behind).square().sum()
         tried = []
         for zoom, dx, dy in itertools.product((ZOOM, (1 + ZOOM) / 2, 1), *[(-SHIFT, 0, SHIFT)] * 2):
             centre, s = middle + torch.tensor([dx, dy]) / scale, zoom * scale
             window = torch.cat((s[None], -centre * s))
-            code = air.encode(cut_out(air, images[i], centre, s))[0]
-            objects = [(window, code[0]), *[(where[i, t], what[i, t]) for t in rest]]
-            canvas = torch.zeros_like(images[:1])
-            for w, z in objects:
-                painted = window_to_image(w[None], 7, 12, air.decode(z[None]))
-                canvas = air.likelihood.add(canvas, painted.view_as(canvas))
-            residual = (images[i] - canvas[0]).square().sum() / images[i].square().sum()
-            tried.append((float(residual), window, code[0]))
-        residual, window, code = min(tried, key=lambda each: each[0])
-        assert float(merged.residual[i]) == pytest.approx(residual)
+            seen = images[i] - behind if air.guide_input == "difference" else images[i]
+            code = air.encode(cut_out(air, seen, centre, s))[0][0]
+            canvas = canvas_of(air, [*others, (window, code)])
+            tried.append((float((images[i] - canvas).square().sum()), window, code, canvas))
+        error, window, code, canvas = min(tried, key=lambda each: each[0])
+        of_both = (images[i] - canvas_of(air, [*others, *both])).square().sum()
+        residuals.append([error / float(left), float(of_both / left)])
+        torch.testing.assert_close(merged.canvas[i], canvas)
         expected = [(window, code) if t == first else (where[i, t], what[i, t]) for t in range(n)]
         expected[second] = expected[-1]
         for t, (w, z) in enumerate(expected[:-1]):
             torch.testing.assert_close(merged.where[i, t], w)
             torch.testing.assert_close(merged.what[i, t], z)
+
+    one, two = torch.tensor(residuals).unbind(1)
+    conditions = {"CLOSE": near, "ONE_OBJECT": one, "WORSE": one - two}
+    for name, values in conditions.items():  # each bound alone decides, over half of the scenes
+        with monkeypatch.context() as patch:
+            for bound in conditions:
+                patch.setattr(merging, bound, math.inf)
+            middle = values.sort().values[2:4].mean()
+            patch.setattr(merging, name, float(middle))
+            are_one = merge(air, images, where, what, counts).are_one
+            assert torch.equal(are_one, values < middle)
+
+
+def canvas_of(air: AIR, objects: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The canvas of one scene."""
+    shape = (12, 12) if air.channels == 1 else (air.channels, 12, 12)
+    canvas = torch.zeros(1, *shape, dtype=torch.float64)
+    for where, what in objects:
+        painted = window_to_image(where[None], 7, 12, air.decode(what[None]))
+        canvas = air.likelihood.add(canvas, painted.view_as(canvas))
+    return canvas[0]
 
 
 def cut_out(air: AIR, image: Tensor, centre: Tensor, scale: Tensor) -> Tensor:

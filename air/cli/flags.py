@@ -62,7 +62,7 @@ class ProgramSettings:
     refine: bool = setting(
         False,
         "at the end, count the held-out scenes by latents that are fitted where the guide explains "
-        "a scene badly, and write refined.json",
+        "a scene badly, and merged where two windows hold one object; write refined.json",
     )
     iwae_samples: int = setting(100, "importance-weighted samples of each scene", low=1)
     iwae_scenes: int = setting(2000, "held-out scenes in that bound", low=1)

@@ -1,5 +1,6 @@
 """Scenes made by addition, and the term that teaches their counts, against other computations."""
 
+import math
 from typing import Any
 
 import pyro
@@ -10,7 +11,7 @@ from pyro import poutine
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
 
-from air import AIR
+from air import AIR, merging
 from air.inference import infer
 from air.marginal import MarginalAIR
 from air.merging import closest_windows, merge, relative_residual
@@ -220,26 +221,30 @@ def test_counts_are_those_of_inference(options: dict[str, Any]) -> None:
     assert torch.equal(explained, residual < BADLY_EXPLAINED)
 
 
-def test_two_objects_that_one_explains_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_objects_that_are_one_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """With bounds that some of the closest two objects meet, and some do not."""
     pyro.set_rng_seed(1)
     air, images = small_air().requires_grad_(False), torch.rand(5 * BATCH_PER_MERGED, 12, 12)
     air.predict.mlp.seq[-1].bias[0] += 3  # all steps are used
     found = infer(air, images)
     near, _ = closest_windows(found.z_where, found.counts)
-    merged = merge(air, images, found.z_where, found.z_what, found.counts).residual
     closest = near.argsort()[:5]
-    near_enough, good_enough = near[closest].median(), merged[closest].median()
-    monkeypatch.setattr(added_scenes, "CLOSE", float(near_enough) + 1e-6)
-    monkeypatch.setattr(added_scenes, "ONE_OBJECT", float(good_enough) + 1e-6)
-    monkeypatch.setattr(added_scenes, "BADLY_EXPLAINED", float(good_enough) + 1e-6)
-    one = closest[(near[closest] <= near_enough) & (merged[closest] <= good_enough)]
-    assert 0 < len(one) < 5
-    counts, explained = infer_counts(air, images)
-    expected = found.counts.clone()
+    monkeypatch.setattr(merging, "ONE_OBJECT", math.inf)
+    monkeypatch.setattr(merging, "WORSE", math.inf)
+    monkeypatch.setattr(merging, "CLOSE", float(near[closest].median()) + 1e-6)
+    merged = merge(air, images, found.z_where, found.z_what, found.counts)
+    one = closest[merged.are_one[closest]]
+    assert len(one) == 3
+    expected, residual = found.counts.clone(), relative_residual(images, found.reconstructions)
     expected[one] -= 1
+    before, after = residual[one], relative_residual(images, merged.canvas)[one]
+    residual[one] = after
+    bound = float((before + after)[0] / 2)  # between both for one of the scenes
+    monkeypatch.setattr(added_scenes, "BADLY_EXPLAINED", bound)
+    assert ((before < bound) != (after < bound)).any()
+    counts, explained = infer_counts(air, images)
     assert torch.equal(counts, expected)
-    assert explained[one].all()
+    assert torch.equal(explained, residual < bound)
 
 
 def test_the_earlier_guide_leaves_pyros_store_to_the_model() -> None:
