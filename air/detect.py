@@ -87,8 +87,8 @@ class Detection:
 def detect(air: AIR, images: Tensor | Array, refine: bool = False) -> list[Detection]:
     """Finds the objects in images, [N, (C,) H, H], floats in [0, 1] or uint8, on any device.
 
-    With `refine`, latents are fitted to images that the guide explains badly, and two windows on one
-    object become one (see `infer`).
+    With `refine`, latents are fitted to images that the guide explains badly, and two windows on
+    one object become one (see `infer`).
     """
     images = to_tensor(images)
     detections = []
