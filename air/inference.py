@@ -48,11 +48,7 @@ class Inference(NamedTuple):
 
 
 @torch.no_grad()
-def infer(
-    air: AIR,
-    images: Tensor | NDArray[Any],
-    refine: bool = False,
-) -> Inference:
+def infer(air: AIR, images: Tensor | NDArray[Any], refine: bool = False) -> Inference:
     """Infers counts, windows and reconstructions for images, [B, (C,) H, H], on any device.
 
     The guide depends on z_pres only through stopping. So one run with every step active, and with

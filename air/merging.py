@@ -45,8 +45,12 @@ def relative_residual(images: Tensor, canvas: Tensor) -> Tensor:
 def paint_scenes(air: AIR, where: Tensor, what: Tensor, counts: Tensor) -> Tensor:
     """The canvases of the first `counts` objects of each scene, [B, (C,) H, H]."""
     painted = air.paint([*where.unbind(1)], [*what.unbind(1)])
-    present = torch.arange(air.num_steps, device=counts.device)[:, None] < counts
-    return air.likelihood.compose(painted, present.to(painted.dtype))
+    return air.likelihood.compose(painted, in_use(air, counts).T.to(painted.dtype))
+
+
+def in_use(air: AIR, counts: Tensor) -> Tensor:
+    """The steps of the first `counts` objects of each scene, bool [B, T]."""
+    return torch.arange(air.num_steps, device=counts.device) < counts[:, None]
 
 
 def window_at(centre: Tensor, scale: Tensor) -> Tensor:
@@ -95,8 +99,7 @@ def merge(air: AIR, images: Tensor, where: Tensor, what: Tensor, counts: Tensor)
     """
     near, pair = closest_windows(where, counts)
     painted = air.paint([*where.unbind(1)], [*what.unbind(1)])
-    steps = torch.arange(air.num_steps, device=counts.device)
-    present = steps < counts[:, None]
+    present, steps = in_use(air, counts), torch.arange(air.num_steps, device=counts.device)
     others = present & (steps != pair[:, :1]) & (steps != pair[:, 1:])
     of_both, of_others = (
         air.likelihood.compose(painted, each.T.to(painted.dtype)) for each in (present, others)

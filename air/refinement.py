@@ -27,6 +27,7 @@ from air.merging import (
     CLOSE,
     NUM_TRIES,
     closest_windows,
+    in_use,
     merge,
     paint_scenes,
     relative_residual,
@@ -90,7 +91,7 @@ def _fit_scenes(
     air: AIR, images: Tensor, found: SceneLatents, scenes: Tensor, residual: Tensor
 ) -> SceneLatents:
     """Fits hypotheses about the scenes with these indices; keeps the best."""
-    used = _in_use(air, found.count_probs.argmax(1))
+    used = in_use(air, found.count_probs.argmax(1))
     sds = found.where_sd[used] if used.any() else found.where_sd.flatten(0, 1)
     where_sd = sds.median(0).values  # in all hypotheses, [3]
     starts = list(make_hypotheses(air, residual, found, scenes))
@@ -121,11 +122,6 @@ def _merge_scenes(air: AIR, images: Tensor, found: SceneLatents) -> SceneLatents
     return found._replace(count_probs=probs, where=where, what=what)
 
 
-def _in_use(air: AIR, counts: Tensor) -> Tensor:
-    """The steps of the first `counts` objects, bool [B, T]."""
-    return torch.arange(air.num_steps, device=counts.device) < counts[:, None]
-
-
 def make_hypotheses(
     air: AIR, residual: Tensor, found: SceneLatents, scenes: Tensor
 ) -> Iterator[Hypotheses]:
@@ -138,7 +134,7 @@ def make_hypotheses(
         scenes: Indices of the scenes, [F].
     """
     counts = found.count_probs.argmax(1)
-    used = _in_use(air, counts)
+    used = in_use(air, counts)
     scales = found.where[..., 0][used]
     scale = positive_scale(scales.median() if len(scales) else air.z_where_loc_prior[0])
     where, counts = found.where[scenes], counts[scenes]
@@ -191,7 +187,7 @@ def _fit(
     per_object = images.repeat_interleave(air.num_steps, 0)
     windows = image_to_window(where.flatten(0, 1), air.window_size, air.x_size, per_object)
     what, what_sd = (code.view(*where.shape[:2], -1) for code in air.encode(windows))
-    used = _in_use(air, counts)
+    used = in_use(air, counts)
 
     def elbo() -> Tensor:
         q_where, q_what = Normal(where, where_sd, False), Normal(what, what_sd, False)
