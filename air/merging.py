@@ -17,8 +17,8 @@ from air.air import AIR
 from air.spatial_transformer import image_to_window, positive_scale
 
 CLOSE = 0.75  # distance of two centres, in sides of a window, below which objects may be merged
-# Two objects are one if the residual of one is below the first bound, and less than the second
-# above that of both.
+# Two objects are one if one alone leaves less than the first share unexplained, and less than the
+# second more than both leave.
 ONE_OBJECT, WORSE = 0.18, 0.05
 # The windows that are tried: their distances from the middle of both centres, in half sides, and
 # their scales, relative to the mean of both. A lower scale is a larger window.
