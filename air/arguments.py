@@ -45,6 +45,11 @@ def check_call(
         check_whole("batch_size", batch_size, 1)
     if num_images is not None:
         check_whole("num_images", num_images, len(data), ", the images in this batch")
+        if batch_size is not None:
+            raise ValueError(
+                f"batch_size: expected None with num_images, because data is one batch of "
+                f"{len(data)} images then, got {batch_size}"
+            )
     check_presence_prior(z_pres_prior_p)
     refuse_outer_plates()
 

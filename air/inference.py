@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import pyro.poutine as poutine
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -12,10 +11,11 @@ from torch import Tensor
 from air.air import AIR, Latents
 from air.arguments import check_whole
 from air.images import to_tensor
-from air.marginal import AllStepsActive
-from air.priors import continue_probs_from_counts, count_probs_from_continue
-from air.refinement import SceneLatents, refine_scenes
+from air.priors import presence_from_counts
+from air.refinement import refine_scene
+from air.scene import infer_scene, paint, paint_objects
 from air.spatial_transformer import window_boxes
+from air.support_handlers import closed
 
 # The least probability of a count in a learnt prior. A count of probability zero could not recover.
 MIN_LEARNT_PROB = 1e-6
@@ -47,67 +47,51 @@ class Inference(NamedTuple):
     changes: Tensor  # how far an object changes each pixel, in its strongest channel, [B, T, H, H]
 
 
-@torch.no_grad()
 def infer(air: AIR, images: Tensor | NDArray[Any], refine: bool = False) -> Inference:
     """Infers counts, windows and reconstructions for images, [B, (C,) H, H], on any device.
 
-    The guide depends on z_pres only through stopping. So one run with every step active, and with
-    z_where and z_what at their means, gives all q_t = q(z_pres_t = 1 | z_pres_{t-1} = 1, x).
+    The result is that of the means of q(z_where) and q(z_what), with nets in evaluation mode.
 
     Args:
         air: The model.
         images: The images.
-        refine: Whether to fit the latents of badly explained images, which takes some 0.3 s for
-            each of them on a CPU, and to merge two objects that one explains as well (see
-            `air.refinement`). It gives the same latents every time. Not for a model of the
-            background.
+        refine: Whether to fit the latents of images that are explained badly, which takes some
+            0.3 s for each of them on a CPU, and to merge two objects that one object explains as
+            well (see `air.refinement`). An image has the same latents every time, whatever other
+            images there are. Not for a model of the background.
 
     Raises:
         ValueError: If the images have another shape, type or range than `AIR.to_images` takes, or
             a model of the background is to be refined.
     """
     if refine and air.background is not None:
-        raise ValueError("refine: expected False for a model of the background, got True")
+        raise ValueError("refine: expected False for a model with a background, got True")
     images = to_tensor(images)
     air.check_images(images)
     images = images.to(air.h_init.device)
     if not len(images):
         blank = images.new_zeros(1, *images.shape[1:])
         return Inference._make(part[:0] for part in infer(air, blank))
-    steps = AllStepsActive(use_means=True)
-    trace: Any = poutine.trace(steps(air.guide)).get_trace(images)
-    where, what = (
-        torch.stack([trace.nodes[f"{site}_{t}"]["value"] for t in range(air.num_steps)], 1)
-        for site in ("z_where", "z_what")
+    with closed(air):
+        images = air.to_images(images)
+        scene = infer_scene(air, images)
+        if refine:
+            scene = refine_scene(air, images, scene)
+        objects = [air.likelihood.add(scene.background, each) for each in paint_objects(air, scene)]
+        canvas = paint(air, scene)
+    painted = torch.stack(objects, 1)
+    changes = (painted - scene.background[:, None]).abs()
+    return Inference(
+        count_probs=scene.log_q.exp(),
+        counts=scene.counts,
+        z_where=scene.where,
+        z_what=scene.what,
+        boxes=window_boxes(scene.where, air.x_size),
+        objects=painted,
+        reconstructions=canvas,
+        backgrounds=scene.background,
+        changes=changes.amax(2) if air.channels > 1 else changes,
     )
-    count_probs = count_probs_from_continue(torch.cat(steps.continue_probs, 1))
-    if refine:
-        q_where = [trace.nodes[f"z_where_{t}"]["fn"] for t in range(air.num_steps)]
-        sds = torch.stack([q.variance.sqrt() for q in q_where], 1)
-        found = SceneLatents(count_probs, where, what, sds)
-        with forked_rng(0, images.device):
-            found = refine_scenes(air, air.to_images(images), found)
-        count_probs, where, what, _ = found
-    backgrounds = torch.zeros_like(air.to_images(images))
-    if air.background is not None:
-        backgrounds = air.background.paint(trace.nodes["z_background"]["value"])
-    return _paint(air, count_probs, where, what, backgrounds)
-
-
-def _paint(
-    air: AIR, count_probs: Tensor, where: Tensor, what: Tensor, backgrounds: Tensor
-) -> Inference:
-    """The latents with the pictures and boxes that follow from them."""
-    counts = count_probs.argmax(1)
-    painted = air.paint(where.unbind(1), what.unbind(1))
-    in_use = torch.arange(air.num_steps, device=counts.device)[:, None] < counts
-    canvas = air.likelihood.compose(painted, in_use, backgrounds)
-    objects = torch.stack([air.likelihood.add(backgrounds, each) for each in painted], 1)
-    changes = (objects - backgrounds[:, None]).abs()
-    if air.channels > 1:
-        changes = changes.amax(2)
-    boxes = window_boxes(where, air.x_size)
-    return Inference(count_probs, counts, where, what, boxes, objects, canvas, backgrounds, changes)
 
 
 def mean_count_probs(air: AIR, images: Tensor | NDArray[Any]) -> list[float]:
@@ -124,7 +108,6 @@ def mean_count_probs(air: AIR, images: Tensor | NDArray[Any]) -> list[float]:
     return [float(p) for p in mean / mean.sum()]
 
 
-@torch.no_grad()
 def sample_prior(
     air: AIR, num_scenes: int, seed: int, count_prior: Sequence[float] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,8 +133,8 @@ def sample_prior(
         raise ValueError(
             f"count_prior: expected {size} numbers, p(0) to p({air.num_steps}), got {len(weights)}"
         )
-    presence = continue_probs_from_counts(weights)
-    with forked_rng(seed, air.h_init.device):
+    presence = presence_from_counts(weights)
+    with forked_rng(seed, air.h_init.device), closed(air):
         (z_where, z_pres), canvas = air.prior(num_scenes, presence.__getitem__)
     boxes = window_boxes(torch.stack(z_where, 1), air.x_size)
     return canvas, boxes, torch.cat(z_pres, 1).sum(1).long()

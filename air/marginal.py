@@ -23,8 +23,6 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from air.air import AIR, Latents
-from air.arguments import check_call
-from air.param_store import register_parameters
 from air.priors import PresencePrior, check_presence_prior, count_log_probs
 
 CountTerm = Callable[[Tensor, Tensor, int], None]  # of images, log q(n), and the size of the data
@@ -45,13 +43,13 @@ class AllStepsActive(Messenger):
         super().__init__()
         self.use_means = use_means
         self.detach = detach
-        self.continue_probs: list[Tensor] = []  # q_t, T times [B, 1]
+        self.presence: list[Tensor] = []  # q_t, T times [B, 1]
         self._at_least: Any = 1.0  # q(n >= t), [B]
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"].startswith("z_pres"):
             q = msg["fn"].mean
-            self.continue_probs.append(q)
+            self.presence.append(q)
             self._at_least = self._at_least * q[:, 0]
             msg["value"], msg["done"], msg["stop"] = torch.ones_like(q), True, True
         elif msg["name"].startswith("z_"):
@@ -69,7 +67,7 @@ class MarginalAIR:
 
     Args:
         air: The model.
-        count_term: Adds a term to the loss; see `air.training.added_scenes.AddedScenes`.
+        count_term: Adds a term to the loss; see `air.training.teacher.Teacher`.
 
     Raises:
         ValueError: If the AIR does not use masking.
@@ -96,7 +94,7 @@ class MarginalAIR:
         with AllStepsActive() as steps:
             latents = self.air.guide(data, batch_size, num_images=num_images)
         # A point mass hands q_t to the model; its log probability is zero.
-        pyro.sample("continue_probs", dist.Delta(torch.cat(steps.continue_probs, 1), event_dim=2))
+        pyro.sample("presence", dist.Delta(torch.cat(steps.presence, 1), event_dim=2))
         return latents
 
     def model(
@@ -108,25 +106,22 @@ class MarginalAIR:
     ) -> None:
         """p(x, z_where, z_what), with the expectation over n under the guide's q(n)."""
         air = self.air
-        check_call(data, batch_size, z_pres_prior_p, num_images)
-        register_parameters(air)
         n = min(batch_size or len(data), len(data))
         one = air.h_init.new_ones(())  # not 1.0, which would be copied from the host to the device
         anything = dist.Normal(one.new_zeros(n, air.num_steps), one).to_event(2)
         with poutine.mask(mask=False):  # costs nothing, since the value comes from the guide
-            continue_probs = pyro.sample("continue_probs", anything)
-        steps = [one * p for p in air.continue_probs(z_pres_prior_p)]
-        log_prior, log_q = count_log_probs(torch.stack(steps)), count_log_probs(continue_probs)
-        with pyro.plate("data", num_images or len(data), device=str(data.device)) as ix:
-            images = air.to_images(data[ix])
-            behind = air.sample_background(n)
+            presence = pyro.sample("presence", anything)
+        with air.images_of(data, batch_size, z_pres_prior_p, num_images) as images:
+            steps = [one * p for p in air.presence(z_pres_prior_p)]
+            log_prior, log_q = count_log_probs(torch.stack(steps)), count_log_probs(presence)
+            background = None if air.background is None else air.background.model(images, n)
             always, objects = images.new_ones(n, 1), []
-            tiny = torch.finfo(continue_probs.dtype).tiny  # Pyro does not accept a scale of zero
-            for t, at_least in enumerate(accumulate(continue_probs.unbind(1), torch.mul)):
+            tiny = torch.finfo(presence.dtype).tiny  # Pyro does not accept a scale of zero
+            for t, at_least in enumerate(accumulate(presence.unbind(1), torch.mul)):
                 with poutine.scale(scale=at_least.clamp(min=tiny)):
                     objects.append(air.sample_object(t, always))
             painted = air.paint(*zip(*objects, strict=True))
-            empty = torch.zeros_like(images) if behind is None else behind
+            empty = torch.zeros_like(images) if background is None else background
             canvases = accumulate(painted.unbind(), air.likelihood.add, initial=empty)
             log_likelihoods = [air.likelihood.log_prob(images, canvas) for canvas in canvases]
             terms = torch.stack(log_likelihoods, 1) + log_prior - log_q

@@ -1,7 +1,7 @@
 """The prior over the number of objects n, and its form as one probability per step.
 
-A distribution over n = 0..T and the T probabilities of one more object, p(n > t | n >= t), contain
-the same information. The functions below convert one into the other.
+A distribution over n = 0..T, and the T *presence probabilities* p(z_pres_t = 1 | z_pres_{t-1} = 1)
+of one more object, contain the same information. The functions below convert one into the other.
 """
 
 import math
@@ -40,12 +40,12 @@ def check_presence_prior(z_pres_prior_p: object) -> None:
     )
 
 
-def probs_of_steps(prior: PresencePrior, num_steps: int) -> list[float | Tensor]:
-    """The probability of a further object at each step.
+def presence_probs(prior: PresencePrior, num_steps: int) -> list[float | Tensor]:
+    """The presence probability of each step.
 
     Raises:
-        ValueError: If the prior is no function, has no probability for a step, or one that is not
-            in [0, 1].
+        ValueError: If the prior is not a function, or one of its values is missing or not in
+            [0, 1].
     """
     check_presence_prior(prior)
     probs: list[float | Tensor] = []
@@ -57,7 +57,7 @@ def probs_of_steps(prior: PresencePrior, num_steps: int) -> list[float | Tensor]
                 f"z_pres_prior_p: expected a probability for each of {num_steps} steps, got none "
                 f"for step {step}"
             ) from error
-        # A tensor is not checked, for that would wait for the device.
+        # A tensor is not checked, because that would wait for the device.
         if not isinstance(prob, Tensor) and not (isinstance(prob, Real) and 0 <= prob <= 1):
             raise ValueError(
                 f"z_pres_prior_p: expected a probability for step {step}, got {prob!r}"
@@ -66,8 +66,8 @@ def probs_of_steps(prior: PresencePrior, num_steps: int) -> list[float | Tensor]
     return probs
 
 
-def geometric_count_prior(ratio: float, num_steps: int) -> list[float]:
-    """Per-step probabilities of the truncated geometric p(n) ∝ ratio^n, n = 0..num_steps.
+def geometric_presence(ratio: float, num_steps: int) -> list[float]:
+    """Presence probabilities of the truncated geometric p(n) ∝ ratio^n, n = 0..num_steps.
 
     They are S_{t+1} / S_t, where S_t is the sum of ratio^j over j = t..num_steps. A ratio of one
     gives the uniform distribution.
@@ -87,8 +87,8 @@ def geometric_count_prior(ratio: float, num_steps: int) -> list[float]:
     return [ratio * after / here for here, after in pairwise(tails)]
 
 
-def continue_probs_from_counts(count_probs: Sequence[float]) -> list[float]:
-    """Per-step probabilities of a given p(n), n = 0..T, which need not be normalised.
+def presence_from_counts(count_probs: Sequence[float]) -> list[float]:
+    """Presence probabilities of a given p(n), n = 0..T, which need not be normalised.
 
     They are S_{t+1} / S_t, where S_t is the sum of p(n) over n = t..T.
 
@@ -104,33 +104,26 @@ def continue_probs_from_counts(count_probs: Sequence[float]) -> list[float]:
     return [after / here for here, after in pairwise(tails)]
 
 
-def count_probs(presence: Sequence[float]) -> list[float]:
-    """p(n), n = 0..T, from per-step probabilities; the inverse of `continue_probs_from_counts`."""
-    continue_probs = torch.tensor([float(p) for p in presence], dtype=torch.float64)
-    return [max(float(p), MIN_COUNT_PROB) for p in count_probs_from_continue(continue_probs)]
+def counts_from_presence(presence: Sequence[float]) -> list[float]:
+    """p(n), n = 0..T, each at least `MIN_COUNT_PROB`; the inverse of `presence_from_counts`."""
+    reached = [1.0, *accumulate(map(float, presence), lambda a, b: a * b)]  # p(n >= t)
+    stops = [*(1 - float(p) for p in presence), 1.0]
+    return [max(r * s, MIN_COUNT_PROB) for r, s in zip(reached, stops, strict=True)]
 
 
-def count_probs_from_continue(continue_probs: Tensor) -> Tensor:
-    """The distribution over counts that follows from per-step probabilities.
+def count_log_probs(presence: Tensor) -> Tensor:
+    """The logarithm of the distribution over counts that presence probabilities define.
+
+    The probabilities are clamped away from zero and one, as ``Bernoulli`` does, so that every
+    logarithm is finite.
 
     Args:
-        continue_probs: q_t, the probability of a t-th object given t - 1 objects, [..., T].
+        presence: q_t, the probability of a t-th object given t - 1 objects, [..., T].
 
     Returns:
-        q(n) = (1 - q_{n+1}) q_1 ... q_n for n = 0..T, [..., T + 1].
+        log q(n), where q(n) = (1 - q_{n+1}) q_1 ... q_n, for n = 0..T, [..., T + 1].
     """
-    one = continue_probs.new_ones(*continue_probs.shape[:-1], 1)
-    at_least = torch.cat((one, continue_probs.cumprod(-1)), -1)  # q(n >= t)
-    return at_least * torch.cat((1 - continue_probs, one), -1)
-
-
-def count_log_probs(continue_probs: Tensor) -> Tensor:
-    """The logarithm of `count_probs_from_continue`, for the ELBO.
-
-    The q_t are clamped away from zero and one, as ``Bernoulli`` does, so that every logarithm is
-    finite.
-    """
-    clamped = clamp_probs(continue_probs)
+    clamped = clamp_probs(presence)
     at_least = torch.log(clamped).cumsum(-1)  # log q(n >= t)
     zero = torch.zeros_like(clamped[..., :1])
     return torch.cat((zero, at_least), -1) + torch.cat((torch.log1p(-clamped), zero), -1)
@@ -141,69 +134,75 @@ def at_least_probs(count_probs: Tensor) -> Tensor:
     return count_probs.flip(-1).cumsum(-1).flip(-1)[..., 1:]
 
 
-def anneal(
-    initial: float, final: float, begin: int, duration: int, kind: Annealing, step: int
-) -> float:
-    """The annealed value at an optimisation step.
+class CountPrior:
+    """The prior p(n) of training, which can move; a callable, step t -> presence probability.
 
-    It is `initial` up to step `begin`, then moves linearly ("lin") or exponentially ("exp") to
-    `final` within `duration` steps, and stays there.
-    """
-    if kind == "none":
-        return initial
-    fraction = min(max((step - begin) / duration, 0.0), 1.0)
-    if kind == "lin":
-        return initial + fraction * (final - initial)
-    return initial * (final / initial) ** fraction
+    Each presence probability has its initial value up to optimisation step `begin`, then moves
+    linearly ("lin") or exponentially ("exp") to `end` within `duration` steps, and stays there. A
+    prior that is learnt, by `learn`, no longer moves by itself.
 
+    The model gets the same object at every optimisation step, and a change overwrites the tensor of
+    probabilities in place, so that a captured step sees the new values.
 
-class AnnealedPresencePrior:
-    """The presence prior during training: a callable from step t to a probability.
+    Args:
+        start: The initial presence probability of each step; see `geometric_presence` and
+            `presence_from_counts`.
+        kind: How to move; "none" for a prior that stays.
+        end: The presence probability of every step after the move.
+        begin: Optimisation step at which the move begins.
+        duration: Optimisation steps that the move takes.
+        device: The model's.
 
-    `set_step` overwrites the tensor of probabilities in place. The model therefore gets the same
-    object at every optimisation step, and a traced model (``--jit``) sees the new values without
-    being traced again.
+    Attributes:
+        now: The presence probability of each step at present.
+        learnt: The p(n), n = 0..T, given to `learn`; None before.
+
+    Raises:
+        ValueError: If a value is not a probability, or the kind or the duration is unknown.
     """
 
     def __init__(
         self,
-        probs: Sequence[float],
+        start: Sequence[float],
         kind: Annealing = "none",
-        final: float = 1e-7,
+        end: float = 1e-7,
         begin: int = 0,
         duration: int = 100_000,
         device: torch.device | str = "cpu",
     ) -> None:
         if kind not in get_args(Annealing):
             raise ValueError(f"kind must be one of {get_args(Annealing)}, got {kind!r}")
-        if not all(0 <= p <= 1 for p in (*probs, final)) or duration < 1:
+        if not all(0 <= p <= 1 for p in (*start, end)) or duration < 1:
             raise ValueError(
                 "expected probabilities in [0, 1] and a duration of one step or more, "
-                f"got {list(probs)}, final {final} and duration {duration}"
+                f"got {list(start)}, end {end} and duration {duration}"
             )
-        self.kind: Annealing = kind
-        self.initial = tuple(probs)
-        self.final, self.begin, self.duration = final, begin, duration
-        self.probs = torch.tensor(self.initial, device=device)
-        self.now = list(self.initial)
+        self.start, self.end, self.kind = tuple(start), end, kind
+        self.begin, self.duration = begin, duration
+        self.now = list(self.start)
+        self.learnt: list[float] | None = None
+        self._probs = torch.tensor(self.start, device=device)
 
     def set_step(self, step: int) -> None:
-        """Sets the probabilities of an optimisation step, counted from one."""
-        if self.kind == "none":
+        """Moves the prior to an optimisation step, counted from one."""
+        if self.kind == "none" or self.learnt is not None:
             return
-        args = self.final, self.begin, self.duration, self.kind, step
-        self._set([anneal(p, *args) for p in self.initial])
+        fraction = min(max((step - self.begin) / self.duration, 0.0), 1.0)
+        if self.kind == "lin":
+            self._set([p + fraction * (self.end - p) for p in self.start])
+        else:
+            self._set([p * (self.end / p) ** fraction for p in self.start])
 
-    def set_probs(self, probs: Sequence[float]) -> None:
-        """Sets the probabilities for the rest of training, and ends annealing."""
-        self.kind = "none"
-        self._set(probs)
+    def learn(self, count_probs: Sequence[float]) -> None:
+        """Sets p(n), n = 0..T, for the rest of training."""
+        self._set(presence_from_counts(count_probs))
+        self.learnt = list(count_probs)
 
     def _set(self, now: Sequence[float]) -> None:
         if now != self.now:  # a write to the device takes time
-            for prob, value in zip(self.probs, now, strict=True):
+            for prob, value in zip(self._probs, now, strict=True):
                 prob.fill_(value)
         self.now = list(now)
 
     def __call__(self, t: int) -> Tensor:
-        return self.probs[t]
+        return self._probs[t]

@@ -1,21 +1,31 @@
-"""Refinement: latents fitted to each badly explained scene by itself, and objects merged.
+"""Refinement: better scenes than the guide infers in one pass, without labels.
 
-The guide infers a scene in one pass. Now and then it puts one window over two close objects, though
-the model explains the scene better by two. Such a scene is explained badly, which shows without
-labels: in the relative residual, |x - canvas|^2 / |x|^2. For these scenes, hypotheses with one
-object more, one fewer or one elsewhere are fitted by gradient steps on their ELBO. (Kim et al.
-2018, arXiv:1802.02550, refine the latents of a VAE so.) Then, in every scene, two close objects
-that one object explains as well become one, see `air.merging`.
+Two things are done:
 
-A hypothesis has a count n, of which it is certain, and for each object a Normal q(z_where) and
-q(z_what), whose means are fitted. Given n, its ELBO is E_q[log p(x | z)] - sum_t KL(q || p). The
-hypothesis with the highest score wins: ELBO + `TRUST` log g(n), where g(n) is the guide's q(n), but
-at least `LEAST_PROB`.
+- *Fitting.* Now and then the guide puts one window over two close objects, though the model
+  explains the scene better by two. Such a scene is explained badly, which shows without labels: in
+  the relative residual, |x - canvas|^2 / |x|^2. For these scenes, hypotheses with one object more,
+  one fewer or one elsewhere are fitted by gradient steps on their ELBO (Kim et al. 2018,
+  arXiv:1802.02550, refine the latents of a VAE in this way).
+
+  A hypothesis has a count n, of which it is certain, and for each object a Normal q(z_where) and
+  q(z_what), whose means are fitted. Given n, its ELBO is E_q[log p(x | z)] - sum_t KL(q || p). The
+  hypothesis with the highest score wins: ELBO + `TRUST` log g(n), where g(n) is the guide's q(n),
+  but at least `LEAST_PROB`.
+
+- *Merging.* Now and then a guide puts two windows on one object, half of it under each. Both
+  explain the scene well, so the ELBO hardly says that one object is enough. But a window over both
+  shows a complete object then, which one code describes well. Two close objects are different: one
+  code paints them badly. So the residual of the merged object tells whether two windows hold one
+  object or two: the share of what all other objects leave that stays unexplained,
+  |x - canvas|^2 / |x - canvas of the others|^2.
+
+The constants were chosen on scenes of digits.
 """
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,19 +33,17 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import avg_pool2d
 
 from air.air import AIR
-from air.merging import (
-    CLOSE,
-    NUM_TRIES,
-    closest_windows,
-    in_use,
-    merge,
-    paint_scenes,
-    relative_residual,
-    window_at,
+from air.scene import Scene, first_objects, paint
+from air.spatial_transformer import (
+    centre_of,
+    image_to_window,
+    peak_centres,
+    positive_scale,
+    where_at,
 )
-from air.spatial_transformer import image_to_window, positive_scale
 
-BADLY_EXPLAINED = 0.2  # relative residual above which a scene is refined
+# Fitting.
+BADLY_EXPLAINED = 0.2  # relative residual above which a scene is fitted
 NUM_STEPS = 100  # of Adam
 WHERE_RATE, WHAT_RATE = 0.05, 0.1  # learning rates of the means
 SAMPLES = 8  # in the ELBO by which hypotheses are compared
@@ -46,181 +54,281 @@ TRUST, LEAST_PROB = 5.0, 3e-4
 MAX_AT_ONCE = 256  # hypotheses, to bound the memory
 SPLIT = 0.6  # from the centre of a window to those of its two halves, in half sides
 
+# Merging.
+CLOSE = 0.75  # distance of two centres, in sides of a window, below which objects may be merged
+# Two objects are one if one alone leaves less than the first share unexplained, and less than the
+# second more than both leave.
+ONE_OBJECT, WORSE = 0.18, 0.05
+# The windows that are tried: their distances from the middle of both centres, in half sides, and
+# their scales, relative to the mean of both. A lower scale is a larger window.
+SHIFT, ZOOM = 0.12, 0.8
+NUM_ALONG = 3  # values along each axis, and of the scale
+NUM_TRIES = NUM_ALONG**3
 
-class SceneLatents(NamedTuple):
-    """The latents inferred in B scenes."""
 
-    count_probs: Tensor  # q(n), [B, T + 1]
-    where: Tensor  # means of z_where, [B, T, 3]
-    what: Tensor  # means of z_what, [B, T, Z]
-    where_sd: Tensor  # standard deviations of z_where, [B, T, 3]
+@torch.no_grad()
+def refine_scene(air: AIR, images: Tensor, scene: Scene) -> Scene:
+    """Fits the scenes that are explained badly, and merges close objects in every scene.
+
+    The result for an image does not depend on the other images, and draws no random numbers from
+    the global generators.
+
+    Args:
+        air: The model, without a model of the background.
+        images: The images, as `AIR.to_images` returns them, [B, (C,) H, H].
+        scene: What the guide inferred in them.
+
+    Returns:
+        The scenes. For a scene that was explained badly, q(n) is proportional to exp(score) of the
+        best hypothesis with n objects, and zero where no hypothesis has n. Where two objects become
+        one, the probabilities of both counts change places. Neither is a posterior, so calibration
+        of refined counts says little. All other scenes stay as they are.
+    """
+    canvas = paint(air, scene)
+    rows = (relative_residual(images, canvas) > BADLY_EXPLAINED).nonzero()[:, 0]
+    if len(rows):
+        scene = _fit_scenes(air, images, scene, rows, images - canvas)
+    close = (closest_windows(scene)[0] < CLOSE).nonzero()[:, 0]
+    for k in torch.split(close, MAX_AT_ONCE // NUM_TRIES) if len(close) else ():
+        merged = merge(air, images[k], scene.pick(k))
+        scene = Scene._make(
+            part.index_copy(0, k, new) for part, new in zip(scene, merged, strict=True)
+        )
+    return scene
+
+
+def relative_residual(images: Tensor, canvas: Tensor) -> Tensor:
+    """|x - canvas|^2 / |x|^2 of each image, [B, (C,) H, H] to [B]."""
+    tiny = torch.finfo(images.dtype).tiny
+    return _energy(images - canvas) / _energy(images).clamp(min=tiny)
+
+
+def _energy(images: Tensor) -> Tensor:
+    return images.flatten(1).square().sum(1)
+
+
+# Fitting.
 
 
 class Hypotheses(NamedTuple):
     """K hypotheses, each about one scene."""
 
-    scenes: Tensor  # indices of the scenes, [K]
+    rows: Tensor  # indices of the scenes, [K]
     counts: Tensor  # [K]
     where: Tensor  # z_where at which fitting starts, [K, T, 3]
+    is_new: Tensor  # windows other than those that the guide inferred, bool [K, T]
 
 
-@torch.no_grad()
-def refine_scenes(air: AIR, images: Tensor, found: SceneLatents) -> SceneLatents:
-    """Refines the latents of the scenes that are explained badly, and merges close objects.
-
-    Args:
-        air: The model.
-        images: The scenes, as `AIR.to_images` returns them, [B, (C,) H, H].
-        found: What the guide inferred.
-
-    Returns:
-        The latents. For a scene that was explained badly, q(n) is proportional to exp(score) of the
-        best hypothesis with n objects, and zero where no hypothesis has n. Where two objects become
-        one, the probabilities of both counts change places. Neither is a posterior, so calibration
-        of refined counts says little. All other scenes stay as they are.
-    """
-    counts = found.count_probs.argmax(1)
-    canvas = paint_scenes(air, found.where, found.what, counts)
-    scenes = (relative_residual(images, canvas) > BADLY_EXPLAINED).nonzero()[:, 0]
-    if len(scenes):
-        found = _fit_scenes(air, images, found, scenes, images - canvas)
-    return _merge_scenes(air, images, found)
-
-
-def _fit_scenes(
-    air: AIR, images: Tensor, found: SceneLatents, scenes: Tensor, residual: Tensor
-) -> SceneLatents:
+def _fit_scenes(air: AIR, images: Tensor, scene: Scene, rows: Tensor, residual: Tensor) -> Scene:
     """Fits hypotheses about the scenes with these indices; keeps the best."""
-    used = in_use(air, found.count_probs.argmax(1))
-    sds = found.where_sd[used] if used.any() else found.where_sd.flatten(0, 1)
-    where_sd = sds.median(0).values  # in all hypotheses, [3]
-    starts = list(make_hypotheses(air, residual, found, scenes))
+    starts = list(make_hypotheses(air, residual, scene, rows))
     hypotheses = Hypotheses._make(map(torch.cat, zip(*starts, strict=True)))
+    # All hypotheses share their noise, so that the best does not win by chance, and an image has
+    # the same result whatever other images there are.
+    generator = torch.Generator().manual_seed(0)
+    size = NUM_STEPS + SAMPLES, air.num_steps, 3 + air.z_what_size
+    noise = torch.randn(size, generator=generator).to(images)
     parts = []
-    indices = torch.arange(len(hypotheses.scenes), device=images.device)
-    for k in torch.split(indices, MAX_AT_ONCE):
+    for k in torch.split(torch.arange(len(hypotheses.rows), device=images.device), MAX_AT_ONCE):
         part = Hypotheses._make(each[k] for each in hypotheses)
-        parts.append(_fit(air, images[part.scenes], part, where_sd))
+        parts.append(_fit(air, images[part.rows], scene.pick(part.rows), part, noise))
     elbos, where, what = map(torch.cat, zip(*parts, strict=True))
-    probs = found.count_probs[hypotheses.scenes, hypotheses.counts].clamp(min=LEAST_PROB)
-    return _with_winners(found, hypotheses, elbos + TRUST * probs.log(), where, what)
+    log_g = scene.log_q[hypotheses.rows, hypotheses.counts].clamp(min=math.log(LEAST_PROB))
+    return _with_winners(scene, hypotheses, elbos + TRUST * log_g, where, what)
 
 
-def _merge_scenes(air: AIR, images: Tensor, found: SceneLatents) -> SceneLatents:
-    """Merges the two closest objects of each scene if they are one, but only once a scene."""
-    counts = found.count_probs.argmax(1)
-    close = (closest_windows(found.where, counts)[0] < CLOSE).nonzero()[:, 0]
-    if not len(close):
-        return found
-    probs, where, what = found.count_probs.clone(), found.where.clone(), found.what.clone()
-    for k in torch.split(close, MAX_AT_ONCE // NUM_TRIES):
-        merged = merge(air, images[k], where[k], what[k], counts[k])
-        scenes = k[merged.are_one]
-        where[scenes], what[scenes] = merged.where[merged.are_one], merged.what[merged.are_one]
-        both = torch.stack((counts[scenes] - 1, counts[scenes]), 1)
-        probs[scenes] = probs[scenes].scatter(1, both, probs[scenes].gather(1, both.flip(1)))
-    return found._replace(count_probs=probs, where=where, what=what)
-
-
-def make_hypotheses(
-    air: AIR, residual: Tensor, found: SceneLatents, scenes: Tensor
-) -> Iterator[Hypotheses]:
+def make_hypotheses(air: AIR, residual: Tensor, scene: Scene, rows: Tensor) -> Iterator[Hypotheses]:
     """Hypotheses about scenes: three about each, and six more for each object in it.
 
     Args:
         air: The model.
         residual: Images minus their canvases, [B, (C,) H, H].
-        found: What the guide inferred.
-        scenes: Indices of the scenes, [F].
+        scene: What the guide inferred.
+        rows: Indices of the scenes, [F].
     """
-    counts = found.count_probs.argmax(1)
-    used = in_use(air, counts)
-    scales = found.where[..., 0][used]
-    scale = positive_scale(scales.median() if len(scales) else air.z_where_loc_prior[0])
-    where, counts = found.where[scenes], counts[scenes]
-    peak = window_at(_peak(residual[scenes], scale), scale.expand(len(scenes), 1))
-    rows, more = torch.arange(len(scenes), device=counts.device), counts < air.num_steps
+    found, counts = scene.pick(rows), scene.counts[rows]
+    where, used = found.where, found.in_use
+    # The mean scale of the scene's windows; that of the prior for a scene without objects.
+    scale = (where[..., 0] * used).sum(1) / counts.clamp(min=1)
+    scale = positive_scale(torch.where(counts > 0, scale, air.z_where_loc_prior[0]))[:, None]
+    peak = where_at(_peak(residual[rows], scale[:, 0]), scale)
+    scenes, more = torch.arange(len(rows), device=rows.device), counts < air.num_steps
     next_one, last = counts.clamp(max=air.num_steps - 1), (counts - 1).clamp(min=0)
+    none_new = torch.zeros_like(used)
 
-    def put(where: Tensor, t: Tensor | int, window: Tensor) -> Tensor:
-        where = where.clone()
-        where[rows, t] = window
-        return where
+    def pick(valid: Tensor, counts: Tensor, *windows: tuple[Tensor | int, Tensor]) -> Hypotheses:
+        """Hypotheses with windows, [F, 3], in the places of those of some steps, [F]."""
+        changed, is_new = where.clone(), none_new.clone()
+        for t, window in windows:
+            changed[scenes, t], is_new[scenes, t] = window, True
+        return Hypotheses(rows[valid], counts[valid], changed[valid], is_new[valid])
 
-    def pick(valid: Tensor, counts: Tensor, where: Tensor) -> Hypotheses:
-        return Hypotheses(scenes[valid], counts[valid], where[valid])
-
-    yield Hypotheses(scenes, counts, where)
-    yield pick(more, counts + 1, where)  # one object more, where the guide would put it
-    yield pick(more, counts + 1, put(where, next_one, peak))  # ... where most is missing
+    yield pick(counts >= 0, counts)
+    yield pick(more, counts + 1)  # one object more, where the guide would put it
+    yield pick(more, counts + 1, (next_one, peak))  # ... where most is missing
     for t in range(air.num_steps):
         has = t < counts
-        yield pick(has, counts - 1, put(where, t, where[rows, last]))  # all but the t-th object
-        yield pick(has, counts, put(where, t, peak))  # the t-th object where most is missing
+        yield pick(has, counts - 1, (t, where[scenes, last]))  # all but the t-th object
+        yield pick(has, counts, (t, peak))  # the t-th object where most is missing
         # One window split into two, along four directions.
-        scale_t = positive_scale(where[:, t, :1])
-        centre = -where[:, t, 1:] / scale_t
+        centre, scale_t = centre_of(where[:, t]), positive_scale(where[:, t, :1])
         for angle in (0.0, math.pi / 4, math.pi / 2, 3 * math.pi / 4):
             away = centre.new_tensor([math.cos(angle), math.sin(angle)]) * SPLIT / scale_t
-            halves = (window_at(centre + sign * away, scale_t.clamp(min=scale)) for sign in (1, -1))
-            yield pick(
-                has & more, counts + 1, put(put(where, t, next(halves)), next_one, next(halves))
+            one, other = (
+                where_at(centre + sign * away, torch.maximum(scale_t, scale)) for sign in (1, -1)
             )
+            yield pick(has & more, counts + 1, (t, one), (next_one, other))
 
 
 def _peak(residual: Tensor, scale: Tensor) -> Tensor:
-    """Where a window of that scale covers most of what is missing, in [-1, 1], [F, 2]."""
+    """Where a window of each scale, [F], covers most of what is missing, in [-1, 1], [F, 2]."""
     missing = residual.clamp(min=0)
     if missing.dim() == 4:
         missing = missing.sum(1)
-    size = missing.shape[-1]
-    side = int(size / scale) // 2 * 2 + 1
-    best = avg_pool2d(missing[:, None], side, 1, side // 2).flatten(1).argmax(1)
-    return (2 * torch.stack((best % size, best // size), 1) + 1) / size - 1
+    sides = (missing.shape[-1] / scale).int() // 2 * 2 + 1
+    best = missing.new_empty(len(missing), 2)
+    for side in {*sides.tolist()}:
+        k = sides == side
+        best[k] = peak_centres(avg_pool2d(missing[k][:, None], side, 1, side // 2)[:, 0])
+    return best
 
 
 def _fit(
-    air: AIR, images: Tensor, hypotheses: Hypotheses, where_sd: Tensor
+    air: AIR, images: Tensor, scene: Scene, hypotheses: Hypotheses, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fits hypotheses about the images, [K, (C,) H, H]; their ELBOs and means of z."""
-    counts, where = hypotheses.counts, hypotheses.where.clone()
-    per_object = images.repeat_interleave(air.num_steps, 0)
-    windows = image_to_window(where.flatten(0, 1), air.window_size, air.x_size, per_object)
-    what, what_sd = (code.view(*where.shape[:2], -1) for code in air.encode(windows))
-    used = in_use(air, counts)
+    """Fits hypotheses about images, [K, (C,) H, H], and the scenes in them.
 
-    def elbo() -> Tensor:
-        q_where, q_what = Normal(where, where_sd, False), Normal(what, what_sd, False)
-        canvas = paint_scenes(air, q_where.rsample(), q_what.rsample(), counts)
+    Returns:
+        ELBOs, [K], and the means of z_where, [K, T, 3], and z_what, [K, T, Z].
+    """
+    counts, where, is_new = hypotheses.counts, hypotheses.where.clone(), hypotheses.is_new
+    used = first_objects(counts, air.num_steps)
+    # Objects of the guide keep their codes; the encoder describes what lies under new windows.
+    others = paint(air, scene, used & ~is_new)
+    left = air.look.remainder(images, scene.background, others)
+    per_object = left.repeat_interleave(air.num_steps, 0)
+    windows = image_to_window(where.flatten(0, 1), air.window_size, air.x_size, per_object)
+    codes = (code.view(*where.shape[:2], -1) for code in air.encode(windows))
+    of_guide = scene.what, scene.what_sd
+    what, what_sd = (
+        torch.where(is_new[..., None], new, old) for new, old in zip(codes, of_guide, strict=True)
+    )
+    # The standard deviations of the guide's objects in use, or of all where it uses none.
+    counted = scene.in_use | (scene.counts == 0)[:, None]
+    where_sd = (scene.where_sd * counted[..., None]).sum(1, True) / counted.sum(1)[:, None, None]
+    q_where, q_what = Normal(where, where_sd, False), Normal(what, what_sd, False)
+
+    def elbo(noise: Tensor) -> Tensor:
+        of_where, of_what = noise[:, :3], noise[:, 3:]
+        drawn = scene._replace(where=where + where_sd * of_where, what=what + what_sd * of_what)
         p_where = Normal(air.z_where_loc_prior, air.z_where_scale_prior, False)
         p_what = Normal(torch.zeros_like(what), torch.ones_like(what), False)
         kl = kl_divergence(q_where, p_where).sum(-1) + kl_divergence(q_what, p_what).sum(-1)
-        return air.likelihood.log_prob(images, canvas) - (kl * used).sum(1)
+        log_likelihood = air.likelihood.log_prob(images, paint(air, drawn, used))
+        return log_likelihood - (kl * used).sum(1)
 
     where.requires_grad_()
     what.requires_grad_()
     optimizer = torch.optim.Adam(
         [{"params": [where], "lr": WHERE_RATE}, {"params": [what], "lr": WHAT_RATE}]
     )
-    for _ in range(NUM_STEPS):
+    for step in range(NUM_STEPS):
         with torch.enable_grad():  # and none of the model's own
-            where.grad, what.grad = torch.autograd.grad(-elbo().sum(), (where, what))
+            where.grad, what.grad = torch.autograd.grad(-elbo(noise[step]).sum(), (where, what))
         optimizer.step()
-    elbos = torch.stack([elbo() for _ in range(SAMPLES)]).mean(0)
+    elbos = torch.stack([elbo(each) for each in noise[NUM_STEPS:]]).mean(0)
     return elbos.nan_to_num(-math.inf), where.detach(), what.detach()
 
 
 def _with_winners(
-    found: SceneLatents, hypotheses: Hypotheses, scores: Tensor, where: Tensor, what: Tensor
-) -> SceneLatents:
-    """What was found, with the hypothesis of the highest score about each scene in its place."""
-    count_probs, size = found.count_probs.clone(), found.count_probs.shape[1]
-    cells = hypotheses.scenes * size + hypotheses.counts
-    of_counts = torch.full_like(count_probs, -math.inf).flatten()
-    of_counts = of_counts.scatter_reduce(0, cells, scores, "amax").view_as(count_probs)
-    winners = (scores == of_counts.amax(1)[hypotheses.scenes]).nonzero()[:, 0]
-    scenes = hypotheses.scenes[winners]
-    count_probs[scenes] = of_counts[scenes].softmax(1)
-    new_where, new_what = found.where.clone(), found.what.clone()
-    new_where[scenes], new_what[scenes] = where[winners], what[winners]
-    return SceneLatents(count_probs, new_where, new_what, found.where_sd)
+    scene: Scene, hypotheses: Hypotheses, scores: Tensor, where: Tensor, what: Tensor
+) -> Scene:
+    """The scenes, with the hypothesis of the highest score about each in its place."""
+    log_q, size = scene.log_q.clone(), scene.log_q.shape[1]
+    cells = hypotheses.rows * size + hypotheses.counts
+    of_counts = torch.full_like(log_q, -math.inf).flatten()
+    of_counts = of_counts.scatter_reduce(0, cells, scores, "amax").view_as(log_q)
+    winners = (scores == of_counts.amax(1)[hypotheses.rows]).nonzero()[:, 0]
+    rows = hypotheses.rows[winners]
+    log_q[rows] = of_counts[rows].log_softmax(1)
+    new_where, new_what = scene.where.clone(), scene.what.clone()
+    new_where[rows], new_what[rows] = where[winners], what[winners]
+    return scene._replace(log_q=log_q, where=new_where, what=new_what)
+
+
+# Merging.
+
+
+def closest_windows(scene: Scene) -> tuple[Tensor, Tensor]:
+    """The two closest windows in use of each scene.
+
+    Returns:
+        The distance of their centres in sides of a window, [B], infinite where there are fewer than
+        two; and the steps of both, the earlier one first, [B, 2].
+    """
+    where, counts, device = scene.where, scene.counts, scene.where.device
+    steps = torch.triu_indices(where.shape[1], where.shape[1], 1, device=device)
+    if not steps.numel():
+        return where.new_full((len(where),), torch.inf), counts.new_zeros(len(where), 2)
+    centres = centre_of(where)[:, steps]  # [B, 2, pairs, 2]
+    scales = positive_scale(where[..., 0])[:, steps].mean(1)
+    distances = (centres[:, 0] - centres[:, 1]).norm(dim=-1) * scales / 2
+    nearest = distances.masked_fill(steps[1] >= counts[:, None], torch.inf).min(1)
+    return nearest.values, steps.T[nearest.indices]
+
+
+def merge(air: AIR, images: Tensor, scene: Scene) -> Scene:
+    """Puts one object in place of the two closest ones of each scene, if the two are one.
+
+    The guide's encoder describes what lies under each of 27 windows around the middle of both; the
+    one that explains the scene best is kept. Nothing here waits for the device.
+
+    Args:
+        air: The model; its objects add up, so it has no model of the background.
+        images: The images, as `AIR.to_images` returns them, [B, (C,) H, H].
+        scene: The scenes.
+
+    Returns:
+        The scenes. Where two objects are one, it is in the earlier step of both, the last object in
+        the later step, and the probabilities of both counts change places.
+    """
+    near, pair = closest_windows(scene)
+    counts, steps = scene.counts, torch.arange(air.num_steps, device=images.device)
+    others = scene.in_use & (steps != pair[:, :1]) & (steps != pair[:, 1:])
+    of_others = paint(air, scene, others)
+    windows = _windows_around(scene.where.gather(1, pair[..., None].expand(-1, -1, 3)))
+    flat, each = windows.flatten(0, 1), images.repeat_interleave(NUM_TRIES, 0)
+    behind = of_others.repeat_interleave(NUM_TRIES, 0)
+    background = scene.background.repeat_interleave(NUM_TRIES, 0)
+    left = air.look.remainder(each, background, behind)
+    codes, _ = air.encode(image_to_window(flat, air.window_size, air.x_size, left))
+    canvases = air.likelihood.add(behind, air.paint([flat], [codes])[0])
+    unexplained = _energy(images - of_others).clamp(min=torch.finfo(images.dtype).tiny)
+    best = _energy(each - canvases).view(len(images), NUM_TRIES).min(1)
+    of_one = best.values / unexplained
+    of_two = _energy(images - paint(air, scene)) / unexplained
+    are_one = (near < CLOSE) & (of_one < ONE_OBJECT) & (of_one < of_two + WORSE)
+
+    chosen = torch.arange(len(images), device=images.device) * NUM_TRIES + best.indices
+    last = (counts - 1).clamp(min=0)[:, None, None]
+
+    def put(latents: Tensor, merged: Tensor) -> Tensor:
+        at_last = latents.gather(1, last.expand(-1, -1, latents.shape[-1]))
+        both = torch.cat((at_last, merged[chosen][:, None]), 1)
+        changed = latents.scatter(1, pair.flip(1)[..., None].expand_as(both), both)
+        return torch.where(are_one[:, None, None], changed, latents)
+
+    both_counts = torch.cat((last[:, 0], counts[:, None]), 1)
+    swapped = scene.log_q.scatter(1, both_counts, scene.log_q.gather(1, both_counts.flip(1)))
+    log_q = torch.where(are_one[:, None], swapped, scene.log_q)
+    return scene._replace(log_q=log_q, where=put(scene.where, flat), what=put(scene.what, codes))
+
+
+def _windows_around(both: Tensor) -> Tensor:
+    """z_where of windows around the middle of two, [B, 2, 3] to [B, 27, 3]."""
+    middle = centre_of(both).mean(1, True)
+    scale = positive_scale(both[..., :1]).mean(1, True)
+    kind: Any = {"dtype": both.dtype, "device": both.device}
+    shifts = torch.linspace(-SHIFT, SHIFT, NUM_ALONG, **kind)
+    tries = torch.cartesian_prod(torch.linspace(ZOOM, 1, NUM_ALONG, **kind), shifts, shifts)
+    return where_at(middle + tries[:, 1:] / scale, tries[:, :1] * scale)

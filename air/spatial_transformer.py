@@ -34,6 +34,27 @@ def positive_scale(scale: Tensor) -> Tensor:
     return torch.where(scale > MIN_SCALE, scale, MIN_SCALE**2 / (2 * MIN_SCALE - below))
 
 
+def centre_of(z_where: Tensor) -> Tensor:
+    """The centre (x, y) of each window in the image, in [-1, 1]: [..., 3] to [..., 2]."""
+    return -z_where[..., 1:] / positive_scale(z_where[..., :1])
+
+
+def where_at(centre: Tensor, scale: Tensor) -> Tensor:
+    """z_where of windows with these centres, [..., 2], and scales, [..., 1]: [..., 3].
+
+    The inverse of `centre_of`.
+    """
+    return torch.cat((scale, -positive_scale(scale) * centre), -1)
+
+
+def peak_centres(maps: Tensor) -> Tensor:
+    """The centre (x, y) of the greatest pixel of each map, [B, H, H] to [B, 2], in [-1, 1]."""
+    side = maps.shape[-1]
+    index = maps.flatten(1).argmax(1)
+    column_and_row = torch.stack((index % side, index // side), 1)
+    return (2 * column_and_row + 1).to(maps.dtype) / side - 1
+
+
 def _sampling_weights(scale: Tensor, shift: Tensor, in_size: int, out_size: int) -> Tensor:
     """Bilinear weights of the input pixels for each output pixel, along both axes.
 
@@ -91,8 +112,7 @@ def window_to_image(z_where: Tensor, window_size: int, image_size: int, windows:
         ValueError: If the windows do not have C * W * W pixels each, or z_where is not [B, 3].
     """
     n = _check_geometry(z_where, window_size, image_size)
-    # int for torch.jit
-    channels, rest = divmod(int(math.prod(windows.shape[1:])), window_size**2)
+    channels, rest = divmod(math.prod(windows.shape[1:]), window_size**2)
     if len(windows) != n or rest or not channels:
         raise ValueError(
             f"windows must be [{n}, {window_size}, {window_size}], with channels "
@@ -148,7 +168,6 @@ def window_boxes(z_where: Tensor, image_size: int) -> Tensor:
     """
     if not z_where.dim() or z_where.shape[-1] != 3:
         raise ValueError(f"z_where must be [..., 3], got {list(z_where.shape)}")
-    inverse = 1 / positive_scale(z_where[..., :1])
-    centre = -z_where[..., 1:] * inverse
-    corners = torch.cat((centre - inverse, centre + inverse), -1)
+    centre, half_side = centre_of(z_where), 1 / positive_scale(z_where[..., :1])
+    corners = torch.cat((centre - half_side, centre + half_side), -1)
     return (corners + 1) * (image_size / 2)

@@ -47,18 +47,7 @@ def subsample_indices(
         batch_size: Number of images to draw; None for all.
         num_images: Size of the whole data set if `data` is one batch of it. Then all of `data` is
             used, as a subsample of `num_images`.
-
-    Raises:
-        ValueError: If `data` is empty, `batch_size` below one, or `num_images` less than the batch.
     """
-    if not len(data):
-        raise ValueError("data: expected one image or more, got none")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    if num_images is not None and num_images < len(data):
-        raise ValueError(
-            f"num_images: expected at least the {len(data)} images in this batch, got {num_images}"
-        )
     if num_images is not None:
         return torch.arange(len(data), device=data.device)
     n = min(batch_size or len(data), len(data))

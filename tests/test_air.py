@@ -10,18 +10,20 @@ import pytest
 import torch
 from helpers import count_on, small_air
 from pyro import poutine
-from pyro.infer import SVI, JitTraceGraph_ELBO, TraceGraph_ELBO
+from pyro.infer import SVI, TraceGraph_ELBO
 from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 from scipy.ndimage import gaussian_filter
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Bernoulli, Normal
 from torch.nn.functional import affine_grid, grid_sample, softplus
 
 from air import AIR, latents_to_tensor
-from air.air import register_parameters
 from air.likelihoods import FLIP_PROB, BernoulliLikelihood
-from air.priors import AnnealedPresencePrior, geometric_count_prior
+from air.looks import Glimpse
+from air.marginal import MarginalAIR
+from air.priors import geometric_presence
+from air.support_handlers import LocalParameters
 from modules import ImageLSTMCell
 
 
@@ -62,9 +64,9 @@ def glimpse(air: AIR, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         energy = image.square().reshape(-1, size, size).sum(0).numpy()
         blurred = gaussian_filter(energy, window / 6, mode="constant", truncate=size)
         row, column = np.unravel_index(blurred.argmax(), blurred.shape)
-        parts.append((slice(row, row + air.glimpse.side), slice(column, column + air.glimpse.side)))
+        parts.append((slice(row, row + air.look.side), slice(column, column + air.look.side)))
         centres.append([(column + 0.5 - size / 2), (row + 0.5 - size / 2)])
-    margin = air.glimpse.side // 2
+    margin = air.look.side // 2
     padded = torch.nn.functional.pad(seen, [margin] * 4)
     around = torch.stack([image[..., *part] for image, part in zip(padded, parts, strict=True)])
     shift = -torch.tensor(centres, dtype=seen.dtype) / (window / 2)
@@ -105,10 +107,10 @@ def by_hand(
     unset = z_where, z_what, state, bl_state
     for t in range(air.num_steps):
         seen = x - behind
-        if air.guide_input != "image":
+        if air.look.follows_canvas:
             seen, (z_where, z_what, state, bl_state) = x - canvas, unset
         around, loc, sd = seen, air.z_where_loc_prior, air.z_where_scale_prior
-        if air.guide_input == "glimpse":
+        if isinstance(air.look, Glimpse):
             around, loc, sd = glimpse(air, seen)
         latents = torch.cat((z_where, z_what, z_pres), 1)
         state = lstm(air.rnn, torch.cat((air.embed(around.flatten(1)), latents), 1), state)
@@ -203,7 +205,7 @@ def test_elbo_and_every_gradient_equal_a_second_computation(
     air = small_air(num_steps=num_steps, **options).double()
     images = torch.rand(100, air.channels, air.x_size, air.x_size, dtype=torch.float64)
     images = air.likelihood.prepare(images[:, 0] if air.channels == 1 else images)
-    prior = geometric_count_prior(0.3, num_steps)
+    prior = geometric_presence(0.3, num_steps)
     drawn = RecordedChoices()
     arguments: dict[str, Any] = {"batch_size": 40, "z_pres_prior_p": prior.__getitem__}
     loss = TraceGraph_ELBO().loss_and_grads(air.model, drawn(air.guide), images, **arguments)
@@ -234,7 +236,7 @@ def test_elbo_and_every_gradient_equal_a_second_computation(
 )
 def test_every_named_parameter_gets_a_gradient(options: dict[str, Any]) -> None:
     air, images = small_air(**options), torch.rand(20, 12, 12)
-    if air.guide_input != "image":  # where h is always that of the start, zero
+    if air.look.follows_canvas:  # where h is always that of the start, zero
         torch.nn.init.normal_(air.h_init)
         torch.nn.init.normal_(air.bl_h_init)
     TraceGraph_ELBO().loss_and_grads(air.model, air.guide, images)
@@ -245,6 +247,11 @@ def test_every_named_parameter_gets_a_gradient(options: dict[str, Any]) -> None:
 
 def test_a_step_on_the_difference_is_a_first_step_on_what_is_left() -> None:
     """So it can be told to find more objects than it was trained on."""
+    with LocalParameters():
+        _compare_steps()
+
+
+def _compare_steps() -> None:
     air, images = small_air(guide_input="difference").double(), torch.rand(9, 12, 12).double()
     trace: Any = poutine.trace(air.guide).get_trace(images)
     where, what, _ = (
@@ -324,8 +331,10 @@ def bl_value_by_hand(air: AIR, x: Tensor) -> Tensor:
     return air.bl_predict(lstm(air.bl_rnn, torch.cat((x.flatten(1), *latents), 1), state)[0])[:, 0]
 
 
-def test_pyros_svi_trains_two_models_in_a_row(images: Tensor) -> None:
+def test_pyros_svi_trains_two_models_in_a_row_if_its_store_is_cleared(images: Tensor) -> None:
+    """Otherwise Pyro would go on training the first one's parameters, without a word."""
     for _ in range(2):
+        pyro.clear_param_store()
         air = small_air()
         before = {name: p.detach().clone() for name, p in air.named_parameters()}
         adam = pyro.optim.Adam(lambda name: {"lr": 0.1 if "bl_" in name else 0.01})
@@ -334,6 +343,34 @@ def test_pyros_svi_trains_two_models_in_a_row(images: Tensor) -> None:
         for name, p in air.named_parameters():
             moved = (p - before[name]).abs().max().item()  # Adam's first step is the rate
             assert moved == pytest.approx(0.1 if name.startswith("bl_") else 0.01, rel=0.01), name
+
+
+def test_two_models_under_the_same_names_are_refused(images: Tensor) -> None:
+    air, other = small_air(), small_air()
+    air.guide(images)  # trains nothing, and so does not matter
+    elbo = TraceGraph_ELBO()
+    elbo.loss_and_grads(air.model, air.guide, images)
+    assert {*pyro.get_param_store().keys()} == {name for name, _ in air.named_parameters()}
+    with pytest.raises(ValueError, match="holds another tensor under the name h_init"):
+        elbo.loss_and_grads(other.model, other.guide, images)
+    with LocalParameters():
+        elbo.loss_and_grads(other.model, other.guide, images)
+
+
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("options", [{}, {"use_masking": False}, {"guide_input": "glimpse"}])
+def test_a_batch_of_one_image_trains(size: int, options: dict[str, Any]) -> None:
+    air = small_air(**options)
+    arguments = {"batch_size": 1} if size > 1 else {}
+    TraceGraph_ELBO().loss_and_grads(air.model, air.guide, torch.rand(size, 12, 12), **arguments)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in air.parameters())
+
+
+def test_a_batch_of_a_larger_set_is_taken_as_it_is(air: AIR, images: Tensor) -> None:
+    for program in (air, MarginalAIR(air)):
+        for run in (program.guide, program.model):
+            with pytest.raises(ValueError, match="batch_size: expected None with num_images"):
+                run(images, batch_size=4, num_images=100)
 
 
 def test_the_contract_of_pyros_example() -> None:
@@ -407,34 +444,3 @@ def test_a_far_off_guide_stays_finite(air: AIR, images: Tensor) -> None:
     for name, parameter in air.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_jit_traces_once_and_sees_an_annealed_prior(air: AIR, images: Tensor) -> None:
-    def loss(elbo: JitTraceGraph_ELBO, prior: AnnealedPresencePrior) -> float:
-        pyro.set_rng_seed(5)
-        return elbo.loss_and_grads(model, guide, images, z_pres_prior_p=prior)
-
-    model, guide = air.model, air.guide  # the cache goes by identity
-    prior = AnnealedPresencePrior([0.5] * 3, "lin", 1e-6, 0, 1)
-    elbo = JitTraceGraph_ELBO(ignore_jit_warnings=True)
-    loss(elbo, prior)  # traces, and draws in its own order
-    before = loss(elbo, prior)
-    prior.set_step(1)
-    after = loss(elbo, prior)
-    assert len(elbo._jit_loss_and_surrogate_loss.compiled) == 1
-    assert after > before + 1
-
-    final = AnnealedPresencePrior([1e-6] * 3)
-    fresh = JitTraceGraph_ELBO(ignore_jit_warnings=True)
-    loss(fresh, final)
-    assert after == pytest.approx(loss(fresh, final), rel=1e-6)
-
-
-def test_names_in_pyros_store_go_to_the_module_that_runs() -> None:
-    one, other = nn.Linear(3, 2), nn.Linear(3, 2)
-    for module in (one, one, other, one):
-        register_parameters(module)
-        store = pyro.get_param_store()
-        assert store["weight"] is module.weight
-        assert store["bias"] is module.bias

@@ -1,15 +1,21 @@
 """Inference against enumeration of all z_pres, and samples of the prior."""
 
+import copy
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import pyro
 import pytest
 import torch
 from helpers import count_on, small_air
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 
 from air import AIR
+from air.evaluation.elbo import importance_weighted_bound, sample_elbo
+from air.evaluation.metrics import HeldOut, evaluate
 from air.inference import forked_rng, infer, mean_count_probs, sample_prior
 
 
@@ -52,6 +58,49 @@ def test_reconstructions_contain_the_counted_objects(images: Tensor) -> None:
     found = infer(air, images)
     assert (found.counts == 3).all()
     assert (found.reconstructions.sum((1, 2)) > 0).all()
+
+
+class NetWithMoments(nn.Module):
+    """Has a running mean, and drops inputs at random, both of which evaluation must not do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.BatchNorm1d(144), nn.Dropout(0.5), nn.Linear(144, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        infer, partial(infer, refine=True), sample_elbo, mean_count_probs,
+        lambda air, images: evaluate(air, HeldOut(images)),
+        lambda air, images: importance_weighted_bound(air, images, 2),
+        lambda air, images: sample_prior(air, len(images), seed=0),
+    ],
+)  # fmt: skip
+def test_functions_of_images_are_closed(use: Callable[[AIR, Tensor], object]) -> None:
+    """They leave the nets, Pyro's store and Pyro's handlers outside as they are."""
+    air, images = small_air(embed=NetWithMoments(), use_baselines=False), torch.rand(8, 12, 12)
+    air.encode.eval()  # a mode of its own, which stays
+    modes = [net.training for net in air.modules()]
+    before = copy.deepcopy(air.state_dict())
+    with poutine.trace() as outside:
+        use(air, images)
+    assert not outside.trace.nodes.keys() - {"_INPUT", "_RETURN"}
+    assert not pyro.get_param_store().keys()
+    assert modes == [net.training for net in air.modules()]
+    for name, value in air.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_an_image_is_inferred_alone_as_among_others() -> None:
+    air, images = small_air(embed=NetWithMoments(), use_baselines=False), torch.rand(8, 12, 12)
+    for refine in (False, True):
+        together, alone = infer(air, images, refine), infer(air, images[3:4], refine)
+        for one, other in zip(together, alone, strict=True):
+            torch.testing.assert_close(one[3:4], other, rtol=1e-3, atol=1e-3)
 
 
 def test_samples_of_the_prior_have_all_counts_and_do_not_change_the_generator(air: AIR) -> None:

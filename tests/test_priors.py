@@ -8,23 +8,22 @@ import pytest
 import torch
 
 from air.priors import (
-    AnnealedPresencePrior,
-    anneal,
-    continue_probs_from_counts,
+    Annealing,
+    CountPrior,
     count_log_probs,
-    count_probs,
-    count_probs_from_continue,
-    geometric_count_prior,
+    counts_from_presence,
+    geometric_presence,
+    presence_from_counts,
 )
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7])
 @pytest.mark.parametrize("ratio", [1.0, 0.5, 0.01, 1e-9])
 def test_the_counts_are_geometric(num_steps: int, ratio: float) -> None:
-    continue_probs = geometric_count_prior(ratio, num_steps)
-    assert len(continue_probs) == num_steps
+    presence = geometric_presence(ratio, num_steps)
+    assert len(presence) == num_steps
     p, reached = [], 1.0
-    for q in continue_probs:
+    for q in presence:
         p.append(reached * (1 - q))
         reached *= q
     p.append(reached)
@@ -40,58 +39,65 @@ def test_three_steps_equal_pyros_formula(k: float) -> None:
     p0 = 1 - u
     p1 = 1 - k * u / p0
     p2 = 1 - k**2 * u / (p0 * p1)
-    assert geometric_count_prior(k, 3) == pytest.approx([p0, p1, p2])
+    assert geometric_presence(k, 3) == pytest.approx([p0, p1, p2])
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5, math.nan])
 def test_a_ratio_out_of_range_is_refused(ratio: float) -> None:
     with pytest.raises(ValueError, match=r"must be in \(0, 1\], got"):
-        geometric_count_prior(ratio, 3)
+        geometric_presence(ratio, 3)
 
 
-def test_annealing_is_exact_at_begin_middle_end_and_after() -> None:
-    assert [anneal(0.8, 0.2, 10, 20, "lin", t) for t in (0, 10, 20, 30, 99)] == pytest.approx(
-        [0.8, 0.8, 0.5, 0.2, 0.2]
-    )
-    assert [anneal(0.8, 0.2, 10, 20, "exp", t) for t in (0, 10, 20, 30, 99)] == pytest.approx(
-        [0.8, 0.8, 0.4, 0.2, 0.2]
-    )
-    assert anneal(0.8, 0.2, 10, 20, "none", 99) == 0.8
+def at(step: int, kind: Annealing, start: float, end: float, begin: int, duration: int) -> float:
+    prior = CountPrior([start], kind, end, begin, duration)
+    prior.set_step(step)
+    return prior.now[0]
+
+
+@pytest.mark.parametrize(("kind", "middle"), [("lin", 0.5), ("exp", 0.4), ("none", 0.8)])
+def test_a_prior_moves_from_start_to_end(kind: Annealing, middle: float) -> None:
+    end = 0.8 if kind == "none" else 0.2
+    values = [at(step, kind, 0.8, 0.2, 10, 20) for step in (0, 10, 20, 30, 99)]
+    assert values == pytest.approx([0.8, 0.8, middle, end, end])
 
 
 def test_annealing_equals_pyros_formulas() -> None:
     for t in range(0, 50, 7):
         lin = max(min((1e-4 - 0.9) * (t - 5) / 30 + 0.9, 0.9), 1e-4)
         exp = max(min(0.9 * math.exp(-math.log(0.9 / 1e-4) / 30 * (t - 5)), 0.9), 1e-4)
-        assert anneal(0.9, 1e-4, 5, 30, "lin", t) == pytest.approx(lin)
-        assert anneal(0.9, 1e-4, 5, 30, "exp", t) == pytest.approx(exp)
+        assert at(t, "lin", 0.9, 1e-4, 5, 30) == pytest.approx(lin)
+        assert at(t, "exp", 0.9, 1e-4, 5, 30) == pytest.approx(exp)
 
 
-def test_the_annealed_prior_keeps_one_tensor() -> None:
-    prior = AnnealedPresencePrior([0.5, 0.25], "lin", 0.0, 0, 100)
-    tensor = prior.probs
+def test_a_prior_moves_in_place_until_it_is_learnt() -> None:
+    """So that a captured step, which holds its tensors, sees the new values."""
+    prior = CountPrior([0.5, 0.25], "lin", 0.0, 0, 100)
+    first, second = prior(0), prior(1)
     prior.set_step(50)
-    assert prior.probs is tensor
-    torch.testing.assert_close(tensor, torch.tensor([0.25, 0.125]))
-    assert float(prior(1)) == 0.125
+    assert (float(first), float(second)) == (0.25, 0.125)
+    prior.learn([1.0, 2.0, 1.0])
+    assert prior.learnt == [1.0, 2.0, 1.0]
+    prior.set_step(90)
+    assert prior.now == presence_from_counts([1.0, 2.0, 1.0])
+    assert [float(first), float(second)] == pytest.approx(prior.now)
 
 
 def test_counts_and_continue_probabilities_are_inverse() -> None:
     for probs in ([0.5, 0.3, 0.2], [1.0, 1.0, 1.0, 1.0], [2.0, 1e-6, 3.0]):
-        continue_probs = continue_probs_from_counts(probs)
-        found = count_log_probs(torch.tensor(continue_probs, dtype=torch.float64)).exp()
+        presence = presence_from_counts(probs)
+        found = count_log_probs(torch.tensor(presence, dtype=torch.float64)).exp()
         expected = torch.tensor(probs, dtype=torch.float64)
         assert torch.allclose(found, expected / expected.sum())
-    assert continue_probs_from_counts([0.01**n for n in range(4)]) == pytest.approx(
-        geometric_count_prior(0.01, 3)
+    assert presence_from_counts([0.01**n for n in range(4)]) == pytest.approx(
+        geometric_presence(0.01, 3)
     )
     for presence in ([0.9, 0.5, 0.1], [1e-4] * 3, [1.0, 1.0, 0.0]):
-        assert continue_probs_from_counts(count_probs(presence)) == pytest.approx(
+        assert presence_from_counts(counts_from_presence(presence)) == pytest.approx(
             presence, rel=1e-12
         )
     for wrong in ([], [1.0], [0.5, 0.0], [0.5, -1.0], [0.5, math.inf], [0.5, math.nan]):
         with pytest.raises(ValueError, match="the probabilities of the counts must be above zero"):
-            continue_probs_from_counts(wrong)
+            presence_from_counts(wrong)
 
 
 def test_probabilities_of_counts_equal_the_same_products_in_plain_python() -> None:
@@ -99,11 +105,4 @@ def test_probabilities_of_counts_equal_the_same_products_in_plain_python() -> No
         at_least = accumulate(presence, operator.mul, initial=1.0)
         stop = [*(1 - q for q in presence), 1.0]
         expected = [max(p * s, 1e-30) for p, s in zip(at_least, stop, strict=True)]
-        assert count_probs(presence) == expected, "to the last bit"
-
-
-def test_the_product_form_agrees_with_the_log_form() -> None:
-    continue_probs = torch.rand(5, 4, 3)
-    found = count_probs_from_continue(continue_probs)
-    assert found.shape == (5, 4, 4)
-    torch.testing.assert_close(found, count_log_probs(continue_probs).exp())
+        assert counts_from_presence(presence) == expected, "to the last bit"

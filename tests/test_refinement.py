@@ -1,19 +1,34 @@
-"""Refinement: the ELBO of a hypothesis, which one wins, and what is found in planted scenes."""
+"""Refinement: the ELBO of a hypothesis, which one wins, planted scenes, and merging."""
 
+import itertools
+import math
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from helpers import small_air
 from pyro import poutine
 from torch import Tensor, nn
+from torch.nn.functional import grid_sample
 
-from air import AIR, refinement
+from air import AIR, refinement, window_to_image
 from air.inference import infer
-from air.merging import paint_scenes, relative_residual
+from air.looks import WholeImage
 from air.priors import count_log_probs
-from air.refinement import LEAST_PROB, TRUST, Hypotheses, SceneLatents, refine_scenes
+from air.refinement import (
+    LEAST_PROB,
+    SHIFT,
+    TRUST,
+    ZOOM,
+    Hypotheses,
+    closest_windows,
+    merge,
+    refine_scene,
+    relative_residual,
+)
+from air.scene import Scene, paint
 from air.spatial_transformer import window_boxes
 
 
@@ -36,9 +51,19 @@ def windows(*places: tuple[float, float, float]) -> Tensor:
     return torch.tensor(where)
 
 
-def latents(air: AIR, where: Tensor, count: int) -> SceneLatents:
-    probs = (0.9 * torch.eye(4)[count] + 0.025)[None]  # not quite certain
-    return SceneLatents(probs, where[None], torch.zeros(1, 3, 5), torch.full((1, 3, 3), 0.05))
+def scenes_of(
+    air: AIR, where: Tensor, probs: Tensor, what: Tensor | None = None, where_sd: float = 0.05
+) -> Scene:
+    """Scenes on black: z_where, [B, T, 3], q(n), [B, T + 1], and z_what, [B, T, 5] or zero."""
+    codes = torch.zeros(*where.shape[:2], 5).to(where) if what is None else what
+    sd, side = torch.full_like(where, where_sd), air.x_size
+    shape = [len(where), *([air.channels] if air.channels > 1 else []), side, side]
+    black = where.new_zeros(shape)
+    return Scene(probs.log(), where, sd, codes, torch.ones_like(codes), black)
+
+
+def latents(air: AIR, where: Tensor, count: int) -> Scene:
+    return scenes_of(air, where[None], (0.9 * torch.eye(4)[count] + 0.025)[None])
 
 
 ONE = windows((3, 0.2, -0.1))
@@ -59,9 +84,9 @@ def test_planted_discs_are_found(truth: Tensor, count: int, start: Tensor, infer
         num_steps=3, x_size=20, window_size=8, z_what_size=5, rnn_hidden_size=11, encoder_net=[9],
         decoder_net=[8], predict_net=[6], use_baselines=False, decode=Disc(8),
     )  # fmt: skip
-    image = paint_scenes(air, truth[None], torch.zeros(1, 3, 5), torch.tensor([count])).clamp(max=1)
-    found = refine_scenes(air, image, latents(air, start, inferred))
-    assert int(found.count_probs.argmax()) == count
+    image = paint(air, latents(air, truth, count)).clamp(max=1)
+    found = refine_scene(air, image, latents(air, start, inferred))
+    assert found.counts.tolist() == [count]
     expected, boxes = (window_boxes(where[:count], 20) for where in (truth, found.where[0]))
     distances = (boxes[:, None] - expected).abs().amax(-1)  # of every pair, in pixels
     assert (distances.amin(0) < 1.5).all()
@@ -101,45 +126,56 @@ def test_two_halves_of_one_object_are_merged(monkeypatch: pytest.MonkeyPatch) ->
     where, counts = torch.stack([w for w, _, _ in scenes]), torch.tensor([n for _, _, n in scenes])
     what = torch.tensor([signs for _, signs, _ in scenes])[..., None].expand(-1, -1, 5)
     probs = (0.8 * torch.eye(4) + torch.tensor([0.02, 0.03, 0.05, 0.1]))[counts]
-    images = paint_scenes(air, where, what, counts).clamp(max=1)
-    found = SceneLatents(probs, where, what, torch.full((20, 3, 3), 0.05))
-    refined = refine_scenes(air, images, found)
-    assert refined.count_probs.argmax(1).tolist() == [1, 2, 2, 2] * 5
+    found = scenes_of(air, where, probs, what)
+    images = paint(air, found).clamp(max=1)
+    refined = refine_scene(air, images, found)
+    assert refined.counts.tolist() == [1, 2, 2, 2] * 5
     unchanged = torch.arange(20) % 4 >= 2
     for before, after in zip(found, refined, strict=True):
         assert torch.equal(before[unchanged], after[unchanged])
     swapped = probs[:2].clone()
     swapped[0, [1, 2]], swapped[1, [2, 3]] = probs[0, [2, 1]], probs[1, [3, 2]]
-    torch.testing.assert_close(refined.count_probs[:2], swapped)
+    torch.testing.assert_close(refined.log_q[:2].exp(), swapped)
     torch.testing.assert_close(refined.where[0, 0], windows(disc)[0])
     torch.testing.assert_close(refined.where[1, :2], windows(disc, other)[:2])
-    canvas = paint_scenes(air, refined.where, refined.what, refined.count_probs.argmax(1))
-    torch.testing.assert_close(canvas[:2], images[:2])
+    torch.testing.assert_close(paint(air, refined)[:2], images[:2])
 
 
-def test_the_elbo_of_a_hypothesis_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_new", [True, False])
+def test_the_elbo_of_a_hypothesis_is_that_of_the_model(
+    is_new: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By samples of log p(x, z) - log q(z) - log p(n); Pyro computes log p(x, z) from the model."""
     monkeypatch.setattr(refinement, "NUM_STEPS", 0)
-    monkeypatch.setattr(refinement, "SAMPLES", 2000)
     air = small_air().requires_grad_(False)
     images, probs = torch.rand(3, 12, 12), [0.3, 0.2, 0.6]
-    hypotheses = Hypotheses(torch.arange(3), torch.tensor([0, 1, 3]), torch.randn(3, 3, 3) + 2)
-    sd = torch.tensor([0.1, 0.2, 0.3])
+    counts, where = torch.tensor([0, 1, 3]), torch.randn(3, 3, 3) + 2
+    scene = scenes_of(air, where, torch.eye(4)[counts], torch.randn(3, 3, 5), where_sd=0.2)
+    new = torch.full((3, 3), is_new)
+    hypotheses = Hypotheses(torch.arange(3), counts, where, new)
     with torch.no_grad():
-        elbos, where, what = refinement._fit(air, images, hypotheses, sd)
-    windows = [
-        refinement.image_to_window(where[:, t], air.window_size, air.x_size, images)
-        for t in range(3)
-    ]
-    what_sd = torch.stack([air.encode(window)[1] for window in windows], 1)
-    present = (torch.arange(3) < hypotheses.counts[:, None]).float()
+        noise = torch.randn(2000, 3, 8)
+        elbos, found, what = refinement._fit(air, images, scene, hypotheses, noise)
+    assert torch.equal(found, where)
+    what_sd = scene.what_sd
+    if is_new:
+        windows = [
+            refinement.image_to_window(where[:, t], air.window_size, air.x_size, images)
+            for t in range(3)
+        ]
+        codes = [air.encode(window) for window in windows]
+        torch.testing.assert_close(what, torch.stack([mean for mean, _ in codes], 1))
+        what_sd = torch.stack([sd for _, sd in codes], 1)
+    else:
+        assert torch.equal(what, scene.what)
+    present = (torch.arange(3) < counts[:, None]).float()
     samples = []
     for _ in range(2000):
         z = {
-            "where": where + sd * torch.randn(3, 3, 3),
+            "where": where + 0.2 * torch.randn(3, 3, 3),
             "what": what + what_sd * torch.randn(3, 3, 5),
         }
-        log_q = dist.Normal(where, sd).log_prob(z["where"]).sum(-1)
+        log_q = dist.Normal(where, 0.2).log_prob(z["where"]).sum(-1)
         log_q = log_q + dist.Normal(what, what_sd).log_prob(z["what"]).sum(-1)
         choices = {f"z_{name}_{t}": z[name][:, t] for name in z for t in range(3)}
         choices |= {f"z_pres_{t}": present[:, t : t + 1] for t in range(3)}
@@ -149,25 +185,23 @@ def test_the_elbo_of_a_hypothesis_is_that_of_the_model(monkeypatch: pytest.Monke
         trace.compute_log_prob()
         log_p = sum(site["log_prob"] for site in trace.nodes.values() if "log_prob" in site)
         samples.append(log_p - (log_q * present).sum(1))
-    expected = torch.stack(samples) - count_log_probs(torch.tensor(probs))[hypotheses.counts]
-    error = expected.std(0) / 2000**0.5 + 1e-3 * expected.mean(0).abs()
+    expected = torch.stack(samples) - count_log_probs(torch.tensor(probs))[counts]
+    error = (2 * expected.var(0) / 2000) ** 0.5 + 1e-3 * expected.mean(0).abs()
     assert ((elbos - expected.mean(0)).abs() < 5 * error).all()
 
 
-def test_the_hypothesis_of_the_highest_score_wins() -> None:
-    found = SceneLatents(
-        torch.eye(4)[[1, 1, 2]], torch.zeros(3, 3, 3), torch.zeros(3, 3, 5), torch.ones(3, 3, 3)
-    )
-    scenes, counts = torch.tensor([0, 2, 0, 2, 0]), torch.tensor([1, 2, 2, 1, 2])
+def test_the_hypothesis_of_the_highest_score_wins(air: AIR) -> None:
+    found = scenes_of(air, torch.zeros(3, 3, 3), torch.eye(4)[[1, 1, 2]])
+    rows, counts = torch.tensor([0, 2, 0, 2, 0]), torch.tensor([1, 2, 2, 1, 2])
     where = torch.arange(5.0)[:, None, None].expand(5, 3, 3)
     scores = torch.tensor([3.0, 9.0, 2.0, -torch.inf, 4.0])
-    hypotheses = Hypotheses(scenes, counts, where)
+    hypotheses = Hypotheses(rows, counts, where, torch.ones(5, 3, dtype=torch.bool))
     refined = refinement._with_winners(
         found, hypotheses, scores, where, where[..., :1].expand(5, 3, 5)
     )
     of_first = torch.tensor([-torch.inf, 3.0, 4.0, -torch.inf]).softmax(0)
     expected = torch.stack((of_first, torch.eye(4)[1], torch.eye(4)[2]))
-    torch.testing.assert_close(refined.count_probs, expected)
+    torch.testing.assert_close(refined.log_q.exp(), expected)
     assert refined.where[:, 0, 0].tolist() == [4.0, 0.0, 1.0]
     assert refined.what[:, 0, 0].tolist() == [4.0, 0.0, 1.0]
 
@@ -175,13 +209,16 @@ def test_the_hypothesis_of_the_highest_score_wins() -> None:
 def test_the_guides_counts_are_trusted(air: AIR, monkeypatch: pytest.MonkeyPatch) -> None:
     """The score of a hypothesis is its ELBO, here the same for all, and TRUST log q(n)."""
     probs = torch.tensor([[0.0, 0.7, 0.3, 0.0], [0.1, 0.2, 0.3, 0.4]])
-    found = SceneLatents(probs, torch.ones(2, 3, 3), torch.zeros(2, 3, 5), torch.ones(2, 3, 3))
+    found = scenes_of(air, torch.ones(2, 3, 3), probs)
 
-    def fit(air: AIR, images: Tensor, k: Hypotheses, where_sd: Tensor) -> tuple[Tensor, ...]:
-        return torch.zeros(len(images)), k.where, found.what[k.scenes]
+    def fit(
+        air: AIR, images: Tensor, scene: Scene, hypotheses: Hypotheses, noise: Tensor
+    ) -> tuple[Tensor, ...]:
+        return torch.zeros(len(images)), hypotheses.where, scene.what
 
     monkeypatch.setattr(refinement, "_fit", fit)
-    refined = refine_scenes(air, torch.ones(2, 12, 12), found).count_probs
+    monkeypatch.setattr(refinement, "CLOSE", 0.0)
+    refined = refine_scene(air, torch.ones(2, 12, 12), found).log_q.exp()
     # A hypothesis has one object more than the guide found, one fewer, or as many.
     trusted = probs.clamp(min=LEAST_PROB) ** TRUST
     expected = trusted * torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]])
@@ -190,19 +227,19 @@ def test_the_guides_counts_are_trusted(air: AIR, monkeypatch: pytest.MonkeyPatch
 
 def test_scenes_that_are_explained_well_stay_as_they_are(air: AIR) -> None:
     found = latents(air, TWO, 2)
-    image = paint_scenes(air, found.where, found.what, torch.tensor([2]))
-    assert refine_scenes(air, image, found) is found
+    image = paint(air, found)
+    assert refine_scene(air, image, found) is found
     assert relative_residual(image, image).tolist() == [0.0]
     assert relative_residual(image, torch.zeros_like(image)).tolist() == pytest.approx([1.0])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {}, {"likelihood": "bernoulli"}, {"channels": 3}, {"guide_input": "difference"},
-        {"num_steps": 1}, {"guide_input": "glimpse"},
-    ],
-)  # fmt: skip
+OPTIONS = [
+    {}, {"likelihood": "bernoulli"}, {"channels": 3}, {"guide_input": "difference"},
+    {"num_steps": 1}, {"guide_input": "glimpse"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_kind_of_model_is_refined(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,3 +256,135 @@ def test_every_kind_of_model_is_refined(
     torch.testing.assert_close(first.count_probs.sum(1), torch.ones(4))
     assert torch.equal(first.counts, first.count_probs.argmax(1))
     assert len(infer(air, images[:0], refine=True).counts) == 0
+
+
+@pytest.mark.parametrize("guide_input", ["image", "difference", "glimpse"])
+def test_the_guides_own_answer_is_a_hypothesis(
+    guide_input: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So fitting starts from codes that explain the scene as well as the guide's."""
+    air, images = small_air(guide_input=guide_input), torch.rand(6, 12, 12)
+    starts: list[Tensor] = []
+
+    def fit(*arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+        with monkeypatch.context() as patch:
+            patch.setattr(refinement, "NUM_STEPS", 0)
+            found = original(*arguments)
+        starts.extend((arguments[3].rows, arguments[3].counts, *found[1:]))
+        return found
+
+    original = refinement._fit
+    monkeypatch.setattr(refinement, "_fit", fit)
+    infer(air, images, refine=True)
+    found = infer(air, images)
+    rows, counts, where, what = starts
+    for i in range(6):
+        same = (rows == i) & (counts == found.counts[i])
+        same = same & (where == found.z_where[i]).all(-1).all(-1)
+        assert (what[same] == found.z_what[i]).all(-1).all(-1).any()
+
+
+# Merging, against windows that are tried one by one.
+
+
+def centre_and_side(where: Tensor, size: int) -> tuple[float, float, float]:
+    """The centre of a window and its side in pixels, by the box that is drawn around it."""
+    x0, y0, x1, y1 = window_boxes(where[None, None], size)[0, 0].tolist()
+    return (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0
+
+
+def test_the_closest_windows_are_those_of_a_search_pair_by_pair() -> None:
+    torch.manual_seed(0)
+    where = torch.randn(40, 4, 3)
+    where[..., 0] = where[..., 0].abs() + 1
+    counts = torch.arange(40) % 5
+    scene = scenes_of(small_air(num_steps=4), where, torch.eye(5)[counts])
+    distances, pairs = closest_windows(scene)
+    for i, n in enumerate(counts.tolist()):
+        boxes = [centre_and_side(where[i, t], 30) for t in range(n)]
+        # One side is that of the window whose scale is the mean of both.
+        found = {
+            (s, t): math.dist(boxes[s][:2], boxes[t][:2]) * (1 / boxes[s][2] + 1 / boxes[t][2]) / 2
+            for s, t in itertools.combinations(range(n), 2)
+        }
+        assert float(distances[i]) == pytest.approx(min(found.values(), default=math.inf), rel=1e-4)
+        assert not found or tuple(pairs[i].tolist()) == min(found, key=found.__getitem__)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
+def test_the_best_of_all_windows_is_kept(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every window is cut out by PyTorch's own sampler and painted by itself."""
+    pyro.set_rng_seed(2)
+    air = small_air(**options).double().requires_grad_(False)
+    shape = (12, 12) if air.channels == 1 else (air.channels, 12, 12)
+    images = air.likelihood.prepare(torch.rand(6, *shape, dtype=torch.float64))
+    where, what = torch.randn(6, 3, 3).double() / 3, torch.randn(6, 3, 5).double()
+    where[..., 0] += 2
+    counts = torch.tensor([2, 3, 3, 2, 3, 3])
+    scene = scenes_of(air, where, (torch.eye(4).double() + 0.1)[counts], what)
+    near, pairs = closest_windows(scene)
+    assert len({tuple(pair) for pair in pairs.tolist()}) > 1
+    bounds = {name: getattr(refinement, name) for name in ("CLOSE", "ONE_OBJECT", "WORSE")}
+    for name in bounds:
+        monkeypatch.setattr(refinement, name, math.inf)
+    merged = merge(air, images, scene)
+    residuals = []  # of one and of both, where what the others leave counts as 1
+    for i, (n, (first, second)) in enumerate(zip(counts.tolist(), pairs.tolist(), strict=True)):
+        middle = sum(-where[i, t, 1:] / where[i, t, 0] for t in (first, second)) / 2
+        scale = (where[i, first, 0] + where[i, second, 0]) / 2
+        others = [(where[i, t], what[i, t]) for t in range(n) if t not in (first, second)]
+        both = [(where[i, t], what[i, t]) for t in (first, second)]
+        behind = canvas_of(air, others)
+        left = (images[i] - behind).square().sum()
+        tried = []
+        for zoom, dx, dy in itertools.product((ZOOM, (1 + ZOOM) / 2, 1), *[(-SHIFT, 0, SHIFT)] * 2):
+            centre, s = middle + torch.tensor([dx, dy]) / scale, zoom * scale
+            window = torch.cat((s[None], -centre * s))
+            seen = images[i] if isinstance(air.look, WholeImage) else images[i] - behind
+            code = air.encode(cut_out(air, seen, centre, s))[0][0]
+            canvas = canvas_of(air, [*others, (window, code)])
+            tried.append((float((images[i] - canvas).square().sum()), window, code))
+        error, window, code = min(tried, key=lambda each: each[0])
+        of_both = (images[i] - canvas_of(air, [*others, *both])).square().sum()
+        residuals.append([error / float(left), float(of_both / left)])
+        expected = [(window, code) if t == first else (where[i, t], what[i, t]) for t in range(n)]
+        expected[second] = expected[-1]
+        for t, (w, z) in enumerate(expected[:-1]):
+            torch.testing.assert_close(merged.where[i, t], w)
+            torch.testing.assert_close(merged.what[i, t], z)
+    assert torch.equal(merged.counts, counts - 1)
+
+    one, two = torch.tensor(residuals).unbind(1)
+    conditions = {"CLOSE": near, "ONE_OBJECT": one, "WORSE": one - two}
+    for name, values in conditions.items():  # each bound alone decides, over half of the scenes
+        middle = values.sort().values[2:4].mean()
+        with monkeypatch.context() as patch:
+            patch.setattr(refinement, name, float(middle))
+            again = merge(air, images, scene)
+        are_one = values < middle
+        assert torch.equal(again.counts, counts - are_one.long())
+        for mine, if_one, if_not in zip(again, merged, scene, strict=True):
+            assert torch.equal(mine[are_one], if_one[are_one])
+            assert torch.equal(mine[~are_one], if_not[~are_one])
+
+
+def canvas_of(air: AIR, objects: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The canvas of one scene."""
+    shape = (12, 12) if air.channels == 1 else (air.channels, 12, 12)
+    canvas = torch.zeros(1, *shape, dtype=torch.float64)
+    for where, what in objects:
+        painted = window_to_image(where[None], 7, 12, air.decode(what[None]))
+        canvas = air.likelihood.add(canvas, painted.view_as(canvas))
+    return canvas[0]
+
+
+def cut_out(air: AIR, image: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
+    """The flat window of an image."""
+    side = (2 * torch.arange(7, dtype=torch.float64) + 1) / 7 - 1
+    y, x = torch.meshgrid(side, side, indexing="ij")
+    places = torch.stack((x, y), -1) / scale + centre
+    return grid_sample(
+        image.view(1, air.channels, 12, 12), places[None], align_corners=False
+    ).flatten(1)

@@ -73,7 +73,7 @@ class Recorder:
             trainer.settings.seed,
             trainer.miscounted,
             num_scenes,
-            trainer.learnt_prior,
+            trainer.prior.learnt,
         )
 
 

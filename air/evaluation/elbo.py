@@ -11,6 +11,7 @@ from air.air import AIR
 from air.arguments import check_whole
 from air.images import to_tensor
 from air.priors import PresencePrior
+from air.support_handlers import closed
 
 
 class ElboTerms(NamedTuple):
@@ -44,8 +45,9 @@ def sample_elbo(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None =
         blank = images.new_zeros(1, *images.shape[1:])
         return ElboTerms._make(part[:0] for part in sample_elbo(air, blank, z_pres_prior_p))
     arguments: Any = {"data": images, "z_pres_prior_p": z_pres_prior_p}
-    guide: Any = poutine.trace(air.guide).get_trace(**arguments)
-    model: Any = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(**arguments)
+    with closed(air):
+        guide: Any = poutine.trace(air.guide).get_trace(**arguments)
+        model: Any = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(**arguments)
     guide.compute_log_prob()
     model.compute_log_prob()
     presence = [guide.nodes[f"z_pres_{t}"] for t in range(air.num_steps)]

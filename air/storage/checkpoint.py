@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from air.air import AIR
 from air.model_settings import ModelSettings, NetFactory
-from air.priors import count_probs
+from air.priors import counts_from_presence
 from air.settings import SettingError, from_config
 from air.storage.files import UnusableFileError, check_unpacked_size, write_atomically
 
@@ -153,7 +153,7 @@ def read_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return state, {}
     config = dict(state["config"])
     try:
-        config["count_prior"] = count_probs(state["presence"])
+        config["count_prior"] = counts_from_presence(state["presence"])
     except (KeyError, TypeError, ValueError):  # written by an earlier program, or foreign
         config.pop("count_prior", None)
     return state["model"], config

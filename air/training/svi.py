@@ -8,6 +8,7 @@ from pyro.infer import TraceGraph_ELBO
 from torch import Tensor, nn
 
 from air.air import AIR
+from air.support_handlers import LocalParameters
 from air.training.parallel import AllReduce
 from air.training.step_stats import StepStats
 
@@ -206,7 +207,8 @@ class SVI:
     ) -> tuple[Tensor, Tensor]:
         # As TraceGraph_ELBO.loss_and_grads, which makes a number of the loss: that would wait for
         # the device.
-        return self.loss._loss_and_surrogate_loss(self.model, self.guide, (data, *args), kwargs)
+        with LocalParameters():
+            return self.loss._loss_and_surrogate_loss(self.model, self.guide, (data, *args), kwargs)
 
     def _clip(self, loss: Tensor, num_images: int | Tensor) -> StepResult:
         """Clips the gradients, and looks at whether they and the loss are finite."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pyro.infer import JitTraceGraph_ELBO, TraceGraph_ELBO
+from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
 
 from air.air import AIR
@@ -19,18 +19,12 @@ from air.evaluation.collapse import (
 )
 from air.evaluation.metrics import HeldOut, check_scenes, evaluate
 from air.inference import mean_count_probs
-from air.marginal import MarginalAIR
-from air.priors import (
-    AnnealedPresencePrior,
-    continue_probs_from_counts,
-    geometric_count_prior,
-)
+from air.priors import CountPrior, geometric_presence, presence_from_counts
 from air.settings import SettingError
-from air.training.added_scenes import AddedScenes
-from air.training.background_first import background_svi
 from air.training.compiled_svi import CompiledSVI, Compiler, inductor
 from air.training.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
 from air.training.parallel import SINGLE_PROCESS, ProcessGroup
+from air.training.phases import Phase, make_phases, phase_at
 from air.training.schedules import is_due, is_early, learning_rate_factor
 from air.training.settings import (
     LEARN_PRIOR_EVERY,
@@ -38,7 +32,9 @@ from air.training.settings import (
     TrainingSettings,
     local_batch_size,
 )
+from air.training.step_stats import StepStats
 from air.training.svi import SVI, make_optimizer
+from air.training.teacher import Teacher
 
 MAX_SKIPPED = 20  # skipped steps in a row that end training
 # Steps, at most, between looks at the device and at the other ranks. Under NCCL only such a look
@@ -88,24 +84,26 @@ class Trainer:
         self.optimizer = make_optimizer(
             air, settings.learning_rate, settings.baseline_learning_rate, settings.clip_grad_norm
         )
-        elbo = JitTraceGraph_ELBO(ignore_jit_warnings=True) if settings.jit else TraceGraph_ELBO()
-        self.added_scenes = AddedScenes(air) if settings.added_scenes > 0 else None
-        program = MarginalAIR(air, self.added_scenes) if settings.estimator == "marginal" else air
-        arguments = program.model, program.guide, self.optimizer, elbo
-        self.svi = (
-            CompiledSVI(*arguments, compiler=compiler, all_reduce=group.all_reduce)
-            if settings.compile
-            else SVI(*arguments, all_reduce=group.all_reduce)
-        )
-        self.first_svi = background_svi(air, self.svi, settings)
+        self.stats = StepStats(air.h_init.device)
+
+        def make_svi(model: Any, guide: Any, compile: bool | None = settings.compile) -> SVI:  # noqa: ANN401
+            arguments = model, guide, self.optimizer, TraceGraph_ELBO()
+            reduce = group.all_reduce
+            svi = (
+                CompiledSVI(*arguments, compiler=compiler, all_reduce=reduce)
+                if compile
+                else SVI(*arguments, all_reduce=reduce)
+            )
+            svi.stats = self.stats
+            return svi
+
+        self.phases = make_phases(air, settings, make_svi)
         self.prior = make_count_prior(settings, air)
-        self.learnt_prior: list[float] | None = None  # p(n)
         self.step = 0
         self.seconds = 0.0  # of training, without evaluations and pictures
         self.stop_requested = False  # in this process
         self.stopped = False  # in all processes, by request
         self.miscounted: list[int] = []  # some scenes of the last evaluation
-        self.stats = self.svi.stats
         self._rate_factor = 1.0  # of the learning rates that the optimiser has now
         self._random_states: list[dict[str, Any]] = []  # of the other ranks
         self._has_random_state = group.world_size == 1  # whether this rank's own is restored
@@ -173,21 +171,21 @@ class Trainer:
     def _take_step(self) -> None:
         self.prior.set_step(self.step + 1)
         self._set_learning_rates()
-        if self.added_scenes:
-            self.added_scenes.before_step(self.step, self.settings)
         if isinstance(self.images, StreamedImages):
             data = self.images.draw(self.batch_size)
             size = {"num_images": len(self.images)}
         else:
             data, size = self.images, {"batch_size": self.batch_size}
-        svi = self.first_svi if self.step < self.settings.background_steps else self.svi
-        svi.step_async(data, **size, z_pres_prior_p=self.prior)
-        if self.added_scenes:
-            self.added_scenes.update_teacher()
+        self.phase.take_step(self.step, self.air, data, **size, z_pres_prior_p=self.prior)
         self.step += 1
         begin = self.settings.learn_count_prior_from
         if begin is not None and self.step >= begin and is_due(self.step, LEARN_PRIOR_EVERY):
             self._learn_count_prior()
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the next step."""
+        return phase_at(self.phases, self.step)
 
     def _not_finite_error(self) -> FloatingPointError:
         images = self.images
@@ -207,8 +205,7 @@ class Trainer:
         num_scenes = LEARN_PRIOR_SCENES // self.group.world_size
         scenes = self.images[:: -(-len(self.images) // num_scenes)]
         of_ranks = self.group.all_gather(mean_count_probs(self.air, scenes))
-        self.learnt_prior = [sum(probs) / len(probs) for probs in zip(*of_ranks, strict=True)]
-        self.prior.set_probs(continue_probs_from_counts(self.learnt_prior))
+        self.prior.learn([sum(probs) / len(probs) for probs in zip(*of_ranks, strict=True)])
 
     def _progress(self, steps: int, seconds: float) -> Progress:
         elbo, grad_norm, skipped = self.stats.read()
@@ -256,12 +253,12 @@ class Trainer:
             "seconds": self.seconds,
             "miscounted": self.miscounted,
             "presence": list(self.prior.now),
-            "learnt_prior": self.learnt_prior,
+            "learnt_prior": self.prior.learnt,
             "tally": self.stats.state_dict(),
             "frozen": frozen_names(self.air),
             "optimized": self._optimized_names(),
             "model": self.air.state_dict(),
-            "teacher": self.added_scenes and self.added_scenes.teacher.state_dict(),
+            "teacher": self._teacher and self._teacher.air.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             **self._random_state(),
             "streams": self._random_states,
@@ -286,10 +283,8 @@ class Trainer:
         self.miscounted = list(state["miscounted"])
         self.stats.load_state_dict(state["tally"])
         self.air.load_state_dict(state["model"])
-        if self.added_scenes:
-            if not isinstance(state.get("teacher"), dict):
-                raise ValueError("the state holds no teacher, which added_scenes needs")
-            self.added_scenes.teacher.load_state_dict(state["teacher"])
+        if self._teacher:
+            self._teacher.air.load_state_dict(state["teacher"])
         # A parameter that was frozen on the way keeps its moments.
         held = {*state.get("optimized", ())}
         held_ids = {id(p) for name, p in self.air.named_parameters() if name in held}
@@ -309,9 +304,12 @@ class Trainer:
         self._rate_factor = math.nan
         self.prior.set_step(self.step)
         if (learnt_prior := state.get("learnt_prior")) is not None:
-            self.learnt_prior = list(learnt_prior)
-            self.prior.set_probs(continue_probs_from_counts(self.learnt_prior))
+            self.prior.learn(learnt_prior)
         self._restore_random_state(state)
+
+    @property
+    def _teacher(self) -> Teacher | None:
+        return self.phases[-1].teacher
 
     def _optimized_names(self) -> list[str]:
         """The names of the optimiser's parameters, in its order."""
@@ -373,7 +371,7 @@ def _first(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{more}" if names else "none"
 
 
-def make_count_prior(settings: TrainingSettings, air: AIR) -> AnnealedPresencePrior:
+def make_count_prior(settings: TrainingSettings, air: AIR) -> CountPrior:
     """The prior over the count with which training begins.
 
     Raises:
@@ -385,12 +383,12 @@ def make_count_prior(settings: TrainingSettings, air: AIR) -> AnnealedPresencePr
                 "count_prior",
                 f"expected {expected} numbers, p(0) to p({air.num_steps}), got {given}",
             )
-        probs = continue_probs_from_counts(settings.count_prior)
+        probs = presence_from_counts(settings.count_prior)
     elif settings.z_pres_prior_raw:
         probs = [settings.z_pres_prior] * air.num_steps
     else:
-        probs = geometric_count_prior(settings.z_pres_prior, air.num_steps)
-    return AnnealedPresencePrior(
+        probs = geometric_presence(settings.z_pres_prior, air.num_steps)
+    return CountPrior(
         probs,
         settings.anneal_prior,
         settings.anneal_prior_to,

@@ -115,14 +115,10 @@ def _windows(air: AIR, images: Tensor, inference: Inference) -> Tensor:
 
     With a model of the background, they show differences, of which 0 is grey.
     """
-    seen = images[:, None].expand_as(inference.objects)
-    canvas = inference.backgrounds
-    if air.guide_input != "image":  # less what earlier steps painted
-        painted = air.paint(inference.z_where.unbind(1), inference.z_what.unbind(1))
-        canvases = accumulate(painted.unbind()[:-1], air.likelihood.add, initial=canvas)
-        seen = seen - torch.stack([*canvases], 1)
-    else:
-        seen = seen - canvas[:, None]
+    painted = air.paint(inference.z_where.unbind(1), inference.z_what.unbind(1))
+    background = inference.backgrounds
+    canvases = accumulate(painted.unbind()[:-1], air.likelihood.add, initial=background)
+    seen = torch.stack([air.look.remainder(images, background, c) for c in canvases], 1)
     if air.background is not None:
         seen = (1 + seen) / 2
     flat = seen.flatten(0, 1)

@@ -8,7 +8,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch.utils.flop_counter import FlopCounterMode
 
-from air.glimpse import Glimpse
+from air.looks import Glimpse, Place
 from air.marginal import MarginalAIR
 from air.model_settings import ModelSettings
 
@@ -17,6 +17,10 @@ SIDE = 40
 
 def glimpse(**settings: object) -> Glimpse:
     return Glimpse(ModelSettings(x_size=SIDE, scale_prior_mean=4.0, **settings))  # type: ignore[arg-type]
+
+
+def see(look: Glimpse, images: torch.Tensor) -> tuple[torch.Tensor, Place]:
+    return look(images, (torch.zeros(3), torch.ones(3)))
 
 
 def image_of(spot: torch.Tensor, x: int, y: int) -> torch.Tensor:
@@ -30,7 +34,7 @@ def image_of(spot: torch.Tensor, x: int, y: int) -> torch.Tensor:
 def test_a_glimpse_is_the_same_wherever_the_object_is(channels: tuple[int, ...], sign: int) -> None:
     spot = sign * torch.rand(*channels, 7, 5)
     places = [(0, 0), (12, 20), (35, 33), (3, 31)]
-    seen, (where, sd) = glimpse()(torch.stack([image_of(spot, *place) for place in places]))
+    seen, (where, sd) = see(glimpse(), torch.stack([image_of(spot, *place) for place in places]))
 
     torch.testing.assert_close(seen, seen[:1].expand_as(seen))
     x, y = -where[:, 1:].t() / where[:, :1].t() * SIDE / 2  # pixels from the middle
@@ -42,7 +46,7 @@ def test_a_glimpse_is_the_same_wherever_the_object_is(channels: tuple[int, ...],
 
 def test_a_glimpse_shows_the_pixels_around_its_centre() -> None:
     images, look = torch.rand(6, SIDE, SIDE), glimpse()
-    seen, _ = look(images)
+    seen, _ = see(look, images)
     centres = ((look.centres(images) + 1) * SIDE / 2 - 0.5).round().long().tolist()
     margin = look.side // 2
     padded = torch.nn.functional.pad(images, [margin] * 4)
@@ -65,12 +69,12 @@ def test_it_looks_at_the_largest_of_several_objects_and_not_between_two() -> Non
 
 def test_an_image_without_differences_gives_a_finite_glimpse() -> None:
     look = glimpse()
-    seen, (where, _) = look(torch.zeros(2, SIDE, SIDE))
+    seen, (where, _) = see(look, torch.zeros(2, SIDE, SIDE))
     assert seen.shape == (2, look.side**2)
     assert (where[:, 1:].abs() <= where[:, :1]).all()  # its centre is in the image
 
 
-def test_a_net_of_ones_own_embeds_glimpses_and_the_baseline_whole_images() -> None:
+def test_a_user_defined_net_embeds_glimpses_and_the_baseline_whole_images() -> None:
     settings = ModelSettings(x_size=12, scale_prior_mean=3.0, guide_input="glimpse")
     pixels = Glimpse(settings).side ** 2
     air = small_air(guide_input="glimpse", embed=torch.nn.Linear(pixels, 4))
@@ -83,7 +87,7 @@ def test_a_net_of_ones_own_embeds_glimpses_and_the_baseline_whole_images() -> No
 def test_windows_larger_than_the_image_have_a_glimpse() -> None:
     look = Glimpse(ModelSettings(x_size=9, scale_prior_mean=0.05))
     assert look.side <= 2 * 9 + 1
-    assert look(torch.rand(2, 9, 9))[0].shape == (2, look.side**2)
+    assert see(look, torch.rand(2, 9, 9))[0].shape == (2, look.side**2)
 
 
 def test_what_the_guide_finds_moves_with_the_object() -> None:

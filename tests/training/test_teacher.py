@@ -1,4 +1,4 @@
-"""Scenes made by addition, and the term that teaches their counts, against other computations."""
+"""Sums of scenes, and the term that teaches their counts, against other computations."""
 
 import math
 from typing import Any
@@ -11,23 +11,23 @@ from pyro import poutine
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
 
-from air import AIR, merging
+from air import AIR, refinement
 from air.inference import infer
 from air.marginal import MarginalAIR
-from air.merging import closest_windows, merge, relative_residual
-from air.refinement import BADLY_EXPLAINED
-from air.training import added_scenes
-from air.training.added_scenes import (
-    BATCH_PER_MADE,
-    BATCH_PER_MERGED,
-    TEACHER_DECAY,
-    AddedScenes,
-    MadeScenes,
-    infer_counts,
-    make_scenes,
-)
+from air.refinement import BADLY_EXPLAINED, closest_windows, merge, relative_residual
+from air.scene import infer_scene, paint
+from air.training import teacher
 from air.training.settings import TrainingSettings
 from air.training.svi import SVI, make_optimizer
+from air.training.teacher import (
+    BATCH_PER_MERGED,
+    BATCH_PER_SUM,
+    DECAY,
+    Sums,
+    Teacher,
+    infer_counts,
+    make_sums,
+)
 
 WEIGHT = 7.0
 
@@ -40,12 +40,10 @@ def dots(*places: tuple[int, int], size: int = 12) -> Tensor:
     return scene
 
 
-def make(
-    air: AIR, images: Tensor, counts: list[int], unexplained: tuple[int, ...] = ()
-) -> MadeScenes:
+def make(air: AIR, images: Tensor, counts: list[int], unexplained: tuple[int, ...] = ()) -> Sums:
     explained = torch.ones(len(images), dtype=torch.bool)
     explained[[*unexplained]] = False
-    return make_scenes(air, images, torch.tensor(counts), explained)
+    return make_sums(air, images, torch.tensor(counts), explained)
 
 
 @pytest.mark.parametrize("likelihood", ["normal", "bernoulli"])
@@ -57,7 +55,7 @@ def test_made_scenes_are_sums_of_two_scenes_and_of_their_counts(likelihood: str)
     images = air.likelihood.prepare(images)
     unexplained = tuple(range(0, 40, 5))
     made = make(air, images, counts, unexplained)
-    assert len(made.images) == 40 // BATCH_PER_MADE
+    assert len(made.images) == 40 // BATCH_PER_SUM
     assert made.valid.all()
     for image, count in zip(made.images, made.counts.tolist(), strict=True):
         pairs = [
@@ -137,11 +135,11 @@ def test_the_gradient_is_that_of_log_q_and_the_loss_is_unchanged(
     shape = (12, 12) if air.channels == 1 else (air.channels, 12, 12)
     images, others = torch.rand(2, 8, *shape, dtype=torch.float64)
     valid = torch.tensor([True, False, True, True])
-    made = MadeScenes(others[:4], torch.tensor([2, 1, 3, 2]), valid)
-    monkeypatch.setattr("air.training.added_scenes.make_scenes", lambda *_: made)
-    term = AddedScenes(air)
-    with torch.no_grad():  # so that the earlier guide infers other counts than the present one
-        term.teacher.predict.mlp.seq[-1].bias[0] += 3
+    made = Sums(others[:4], torch.tensor([2, 1, 3, 2]), valid)
+    monkeypatch.setattr("air.training.teacher.make_sums", lambda *_: made)
+    term = Teacher(air, WEIGHT)
+    with torch.no_grad():  # so that the teacher infers other counts than the model
+        term.air.predict.mlp.seq[-1].bias[0] += 3
     found: dict[str, Any] = {}
 
     def spy(images: Tensor, log_q: Tensor, size: int) -> None:
@@ -151,7 +149,7 @@ def test_the_gradient_is_that_of_log_q_and_the_loss_is_unchanged(
     def loss_and_grads(weight: float) -> tuple[float, dict[str, Tensor]]:
         pyro.set_rng_seed(5)
         air.zero_grad()
-        term.set_weight(weight)
+        term.weight = weight
         program = MarginalAIR(air, spy)
         loss = TraceGraph_ELBO().loss_and_grads(program.model, program.guide, images, num_images=80)
         return loss, gradients(air)
@@ -166,7 +164,7 @@ def test_the_gradient_is_that_of_log_q_and_the_loss_is_unchanged(
     program = MarginalAIR(air, lambda images, log_q, size: found.update(log_q=log_q))
     trace: Any = poutine.trace(program.guide).get_trace(images, num_images=80)
     poutine.trace(poutine.replay(program.model, trace)).get_trace(images, num_images=80)
-    counts = infer(term.teacher, images).counts
+    counts = infer(term.air, images).counts
     assert (counts != found["log_q"].argmax(1)).any()
     of_batch = found["log_q"].gather(1, counts[:, None]).sum()
     ((of_batch + of_made) / (8 + 3)).backward()
@@ -184,14 +182,13 @@ def test_the_gradient_is_that_of_log_q_and_the_loss_is_unchanged(
 def test_teaching_raises_the_probability_of_the_sums() -> None:
     pyro.set_rng_seed(0)
     air = small_air(use_baselines=False)
-    made = MadeScenes(torch.rand(4, 12, 12), torch.full((4,), 2), torch.ones(4, dtype=torch.bool))
+    made = Sums(torch.rand(4, 12, 12), torch.full((4,), 2), torch.ones(4, dtype=torch.bool))
     optimizer = make_optimizer(air, 0.01, 0.01)
-    term = AddedScenes(air)
-    term.set_weight(100)
+    term = Teacher(air, 100)
     program = MarginalAIR(air, term)
     svi = SVI(program.model, program.guide, optimizer, TraceGraph_ELBO())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("air.training.added_scenes.make_scenes", lambda *_: made)
+        patch.setattr("air.training.teacher.make_sums", lambda *_: made)
         before = log_q_by_hand(air, made.images, made.counts).mean()
         for _ in range(30):
             svi.step(torch.zeros(4, 12, 12))
@@ -201,8 +198,6 @@ def test_teaching_raises_the_probability_of_the_sums() -> None:
 def test_a_weight_is_refused_where_it_cannot_be_used() -> None:
     with pytest.raises(ValueError, match="added_scenes: expected 0 with estimator score, got 3"):
         TrainingSettings(added_scenes=3, estimator="score")
-    with pytest.raises(ValueError, match="added_scenes: expected 0 with jit, got 3"):
-        TrainingSettings(added_scenes=3, jit=True)
 
 
 @pytest.mark.parametrize(
@@ -227,30 +222,32 @@ def test_two_objects_that_are_one_count_as_one(monkeypatch: pytest.MonkeyPatch) 
     air, images = small_air().requires_grad_(False), torch.rand(5 * BATCH_PER_MERGED, 12, 12)
     air.predict.mlp.seq[-1].bias[0] += 3  # all steps are used
     found = infer(air, images)
-    near, _ = closest_windows(found.z_where, found.counts)
+    scene = infer_scene(air, images)
+    near, _ = closest_windows(scene)
     closest = near.argsort()[:5]
-    monkeypatch.setattr(merging, "ONE_OBJECT", math.inf)
-    monkeypatch.setattr(merging, "WORSE", math.inf)
-    monkeypatch.setattr(merging, "CLOSE", float(near[closest].median()) + 1e-6)
-    merged = merge(air, images, found.z_where, found.z_what, found.counts)
-    one = closest[merged.are_one[closest]]
+    monkeypatch.setattr(refinement, "ONE_OBJECT", math.inf)
+    monkeypatch.setattr(refinement, "WORSE", math.inf)
+    monkeypatch.setattr(refinement, "CLOSE", float(near[closest].median()) + 1e-6)
+    merged = merge(air, images, scene)
+    one = closest[(merged.counts < scene.counts)[closest]]
     assert len(one) == 3
     expected, residual = found.counts.clone(), relative_residual(images, found.reconstructions)
     expected[one] -= 1
-    before, after = residual[one], relative_residual(images, merged.canvas)[one]
+    before, after = residual[one], relative_residual(images, paint(air, merged))[one]
     residual[one] = after
     bound = float((before + after)[0] / 2)  # between both for one of the scenes
-    monkeypatch.setattr(added_scenes, "BADLY_EXPLAINED", bound)
+    monkeypatch.setattr(teacher, "BADLY_EXPLAINED", bound)
     assert ((before < bound) != (after < bound)).any()
     counts, explained = infer_counts(air, images)
     assert torch.equal(counts, expected)
     assert torch.equal(explained, residual < bound)
 
 
-def test_the_earlier_guide_leaves_pyros_store_to_the_model() -> None:
+def test_the_teacher_leaves_pyros_store_to_the_model() -> None:
     air = small_air()
-    term = AddedScenes(air)
+    term = Teacher(air, WEIGHT)
     program = MarginalAIR(air, term)
+    term.follow(decay=0)
     TraceGraph_ELBO().loss_and_grads(program.model, program.guide, torch.rand(4, 12, 12))
     stored = dict(pyro.get_param_store().named_parameters())
     assert {name: id(p) for name, p in stored.items()} == {
@@ -260,14 +257,17 @@ def test_the_earlier_guide_leaves_pyros_store_to_the_model() -> None:
 
 def test_the_teacher_is_a_running_mean_of_the_weights() -> None:
     air = small_air()
-    term = AddedScenes(air)
+    term = Teacher(air, WEIGHT)
     means = {name: p.detach().clone() for name, p in air.named_parameters()}
     for _ in range(3):
         with torch.no_grad():
             for name, parameter in air.named_parameters():
                 parameter += torch.randn_like(parameter)
-                means[name] = TEACHER_DECAY * means[name] + (1 - TEACHER_DECAY) * parameter
-        term.update_teacher()
-    for name, parameter in term.teacher.named_parameters():
+                means[name] = DECAY * means[name] + (1 - DECAY) * parameter
+        term.follow()
+    for name, parameter in term.air.named_parameters():
         if not name.startswith("bl_"):
             torch.testing.assert_close(parameter.detach(), means[name], msg=name)
+    term.follow(decay=0)
+    for name, parameter in term.air.named_parameters():
+        assert name.startswith("bl_") or torch.equal(parameter, dict(air.named_parameters())[name])
