@@ -423,10 +423,10 @@ def test_a_run_starts_over_though_its_server_is_gone(
     line = f"{SMALL} -n 60 --eval-every 40 --alarm-after 40 --restarts 1 --viz --output-dir run"
     with visdom_server(tmp_path / "one") as (port, server):
         command = [sys.executable, str(ROOT / "main.py"), *line.split()]
+        command += ["--visdom-server", f"localhost:{port}"]
         with subprocess.Popen(
-            [*command, "--visdom-server", f"localhost:{port}"], cwd=tmp_path, env=environment, stdout=-1,
-            stderr=-1, text=True,
-        ) as process:  # fmt: skip
+            command, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True
+        ) as process:
             while not (tmp_path / "run" / "metrics.jsonl").exists():
                 assert process.poll() is None
                 time.sleep(0.05)
