@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -363,6 +364,16 @@ def test_a_foreign_checkpoint_names_no_files_to_write(
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "victim.pt").read_text() == "precious"
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_figures_that_fail_do_not_cost_the_evaluations(
+    tmp_path: Path, environment: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with mock.patch.object(viz, "draw_run", side_effect=RuntimeError("no such font")):
+        done = run(f"{SMALL} --refine --output-dir run", tmp_path, environment)
+    assert done.returncode == 0
+    assert (tmp_path / "run" / "refined.json").exists()
+    assert "could not be drawn: no such font; try: python viz.py run" in caplog.text
 
 
 def test_viz_without_a_server_ends_before_training(
