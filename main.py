@@ -49,6 +49,7 @@ from air.process.signals import Signals, exit_code, interrupt_on_signals
 from air.process.streams import steady_streams
 from air.settings import as_arguments, from_config
 from air.storage.checkpoint import check_image_size, load_weights_strict, read_weights
+from air.storage.files import quoted
 from air.storage.run_folder import RunFolder, versions
 from air.training import Trainer, TrainingSettings
 from air.training.compiled_svi import Compiler, inductor
@@ -195,8 +196,7 @@ def prepare_run(cli_args: Config, context: Context, exit_stack: ExitStack) -> Se
         raise ValueError(f"--num-steps must be at least the {taken} already taken, got {given}")
     if not context.group.is_main:
         return Session(config, trainer, None)
-    server = config["visdom_server"] if config["viz"] else None
-    client = connect(server, config["visdom_port"], config["viz_log"])
+    client = connect(config["visdom_server"] if config["viz"] else None)
     return open_run(config, trainer, data_sha256, run, client, exit_stack)
 
 
@@ -226,12 +226,11 @@ def check_flags(config: Config, cli_args: Config, before: Config) -> None:
             raise ValueError(f"--{key.replace('_', '-')} is about {about}")
     if config["refine"] and config["background_model"] != "none":
         raise ValueError("--refine: expected no --background-model, which it cannot refine")
-    for key, flag in (("save", "--save"), ("viz_log", "--viz-log")):
-        path = config[key] and Path(config[key])
-        if path and path.exists() and config[key] != before.get(key):
-            raise ValueError(f"{flag} never overwrites, and {path} exists; name another file")
-        if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-            raise ValueError(f"{flag}: there is no folder {path.parent} to write {path.name} into")
+    path = config["save"] and Path(config["save"])
+    if path and path.exists() and config["save"] != before.get("save"):
+        raise ValueError(f"--save never overwrites, and {path} exists; name another file")
+    if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise ValueError(f"--save: there is no folder {path.parent} to write {path.name} into")
 
 
 def build_trainer(config: Config, context: Context) -> tuple[Trainer, Config, str]:
@@ -361,9 +360,20 @@ def leave_collapsed(session: Session) -> None:
     """Saves and draws a collapsed run, which is then left as it is."""
     if session.recorder is not None:
         session.recorder.save()
-        viz.draw_run(session.recorder.run)
+        draw_figures(session.recorder.run)
         seed, path = session.config["seed"] + 1, session.recorder.run.path
         print(f"Starting over with --seed {seed}; {path} is left as it is.", flush=True)
+
+
+def draw_figures(run: RunFolder) -> None:
+    """Draws the run; a figure that fails must not cost the evaluations that follow."""
+    try:
+        viz.draw_run(run)
+    except OSError:  # such as a full disk, which nothing that follows could be written to
+        raise
+    except Exception as error:
+        text = "the figures of %s could not be drawn: %s; try: python viz.py %s"
+        logging.getLogger("air").warning(text, run.path, error, quoted(run.path))
 
 
 def finish(session: Session, signaled: int | None) -> int:
@@ -373,7 +383,7 @@ def finish(session: Session, signaled: int | None) -> int:
         session.recorder.handle(CheckpointDue(trainer.step))
         session.recorder.handle(SnapshotDue(trainer.step))
     if run is not None:
-        viz.draw_run(run)
+        draw_figures(run)
     if signaled is not None:
         if run is not None:
             print(

@@ -15,7 +15,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ from air.data.arrays import Array
 from air.process.streams import steady_streams
 from air.storage.files import write_atomically
 from air.storage.run_folder import RunFolder
-from air.visualization.curves import PANELS, History, Panel
+from air.visualization.curves import BLUE, PANELS, History, Panel
 from air.visualization.drawing import (
     LABEL_COLOURS,
     STEP_COLOURS,
@@ -45,17 +45,17 @@ from air.visualization.snapshots import (
 
 DPI = 300  # for printing
 FRAMES = 40  # of an animation, at most
-FRAME_MS, LAST_MS = 250, 3000  # how long a frame and the last frame are shown
+FRAME_MS, LAST_MS = 250, 3000  # duration of a frame, and of the last frame
 
 
 def draw_run(run: RunFolder, gif: bool = False) -> None:
-    """Draws all figures of a run; each file is replaced as a whole or not at all.
+    """Draws all figures of a run; a figure that cannot be written leaves its old file as it was.
 
     `inputs`, `inferred`, `reconstructions` and `prior_samples` show up to 64 scenes, `errors` the
-    scenes counted wrongly, `objects` what each step sees and paints, `scenes` eight scenes with
-    their reconstructions, and `curves` the metrics; `backgrounds`, with a model of them, what is
-    behind the objects. Where true counts are known, `reliability`
-    compares the accuracy of the inferred counts with their confidence.
+    scenes counted wrongly, `objects` the window and the object of each step, `scenes` eight scenes
+    with their reconstructions, and `curves` the metrics. With a model of the background,
+    `backgrounds` shows the inferred backgrounds. Figures have matplotlib's default style, whatever
+    the user's matplotlibrc says: its fonts or its LaTeX may be missing.
 
     Args:
         run: The folder of the run.
@@ -66,21 +66,17 @@ def draw_run(run: RunFolder, gif: bool = False) -> None:
     """
     files = snapshot_files(run.snapshots)
     if not files:
-        raise SnapshotError(f"{run.path} holds no snapshots; is it the folder of a run?")
+        raise SnapshotError(f"{run.path} contains no snapshots; is it a run folder?")
     paths = list(files.values())
     snapshot = load_snapshot(paths[-1])
     run.figures.mkdir(exist_ok=True)
     zoom = max(1, 200 // snapshot.scenes.images.shape[-1])
     for name, sheet in sheets(snapshot, 8, zoom).items():
         save_picture(run.figures / f"{name}.png", sheet)
-    save_figure(run.figures / "scenes.png", overview(snapshot.scenes.pick(slice(8))), dpi=100)
-    history = History(run.read_metrics())
-    with rc_context({"font.size": 6.5}):
-        save_figure(run.figures / "curves.png", curves(history), dpi=DPI)
-        if "reliability" in history.latest:
-            error = history.latest.get("calibration_error", math.nan)
-            figure = reliability(history.latest["reliability"], error)
-            save_figure(run.figures / "reliability.png", figure, dpi=DPI)
+    with style.context("default"):
+        save_figure(run.figures / "scenes.png", overview(snapshot.scenes.pick(slice(8))), dpi=100)
+    with style.context(["default", {"font.size": 6.5}]):
+        save_figure(run.figures / "curves.png", curves(History(run.read_metrics())), dpi=DPI)
     if gif:
         chosen = np.unique(np.linspace(0, len(paths) - 1, FRAMES).round().astype(int))
         save_animation(run.figures / "learning.gif", [load_snapshot(paths[i]) for i in chosen])
@@ -93,7 +89,7 @@ def save_picture(path: Path, picture: Pictures) -> None:
 
 
 def save_figure(path: Path, figure: Figure, dpi: int) -> None:
-    """Writes a figure as PNG; the settings of matplotlibrc for saving have no effect."""
+    """Writes a figure as PNG."""
     figure.set_dpi(dpi)
     write_atomically(path, FigureCanvasAgg(figure).print_png)
 
@@ -123,16 +119,19 @@ def overview(scenes: InferredScenes) -> Figure:
 
 
 def curves(history: History) -> Figure:
-    """Draws all curves that have points, the counts and the confusion matrix; 180 mm wide."""
-    panels = [panel for panel in PANELS if history.has_points(panel)]
+    """Draws all curves that have points, and the measures of the inferred counts; 180 mm wide."""
     latest = history.latest
     plots: list[Callable[[Axes], None]] = [
-        partial(_draw_panel, panel=panel, history=history) for panel in panels
+        partial(_draw_panel, panel=panel, history=history)
+        for panel in PANELS
+        if history.shown(panel)
     ]
     if "confusion" in latest:
         plots.append(partial(_draw_confusion, matrix=latest["confusion"]))
     if "count_histogram" in latest:
         plots.append(partial(_draw_histogram, histogram=latest["count_histogram"]))
+    if "reliability" in latest:
+        plots.append(partial(_draw_reliability, bins=latest["reliability"]))
     columns = 3
     rows = max(1, math.ceil(len(plots) / columns))
     figure = Figure((7.1, 2 * rows))
@@ -147,27 +146,21 @@ def curves(history: History) -> Figure:
 
 def _draw_panel(axes: Axes, panel: Panel, history: History) -> None:
     shown = []
-    for curve in panel.curves:
+    for curve in history.shown(panel):
         steps, values = history.points(curve.key)
-        finite = [value for value in values if value is not None]
-        if not finite:
-            continue
         shown.append(values)
         line = ":" if curve.style == "dotted" else "-"
         if curve.style == "points" or len(values) == 1:
             line += "o"
-        label = f"{curve.label}: {finite[-1]:.4g}"
-        axes.plot(
-            steps, np.array(values, float), line, color=curve.colour, label=label, ms=1.8, lw=0.7
-        )
-    axes.set(xlabel="step", ylabel=panel.unit, xlim=(0, None))
+        last = next((value for value in reversed(values) if value is not None), math.nan)
+        label, colour = f"{curve.label}: {last:.4g}", np.divide(curve.colour, 255)
+        axes.plot(steps, np.array(values, float), line, color=colour, label=label, ms=1.8, lw=0.7)
+    scale, limits = panel.y_axis(shown)
+    axes.set(yscale=scale, ylim=limits, xlim=(0, None), xlabel="step", ylabel=panel.unit)
     axes.set_title(panel.title, size="medium")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.93")
-    scale, limits = panel.y_axis(shown)
-    axes.set(yscale=scale, ylim=limits)
-    if shown:
-        axes.legend(title="last value", fontsize="x-small", title_fontsize="x-small")
+    axes.legend(title="last value", fontsize="x-small", title_fontsize="x-small")
 
 
 def _draw_confusion(axes: Axes, matrix: Sequence[Sequence[int]]) -> None:
@@ -184,48 +177,30 @@ def _draw_confusion(axes: Axes, matrix: Sequence[Sequence[int]]) -> None:
 
 
 def _draw_histogram(axes: Axes, histogram: Sequence[int]) -> None:
-    axes.bar(range(len(histogram)), histogram, color="#0072B2", width=0.6)
+    axes.bar(range(len(histogram)), histogram, color=np.divide(BLUE, 255), width=0.6)
     axes.set(xticks=range(len(histogram)), xlabel="inferred count", ylabel="held-out scenes")
     axes.set_title("Scenes by inferred count", size="medium")
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def reliability(bins: Sequence[Sequence[float]], error: float) -> Figure:
-    """Draws accuracy against confidence, and the number of scenes in each bin; 85 mm wide.
-
-    Args:
-        bins: Scenes, mean confidence and accuracy of each bin; see `counting.reliability`.
-        error: The calibration error.
-    """
-    table = np.array(bins, float)
-    scenes, confidence, accuracy = table[table[:, 0] > 0].T
-    figure = Figure((3.35, 4))
-    figure.subplots_adjust(0.14, 0.1, 0.97, 0.94, hspace=0.12)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.plot([0, 1], [0, 1], "--", color="0.6", lw=0.8, label="calibrated")
-    bars = np.abs(_wilson(accuracy, scenes) - accuracy)
-    upper.errorbar(
-        confidence, accuracy, bars, fmt="o", color="#0072B2", ms=3, lw=0.8, capsize=1.5,
-        label="held-out scenes, with 95 % interval",
+def _draw_reliability(axes: Axes, bins: Sequence[Sequence[float]]) -> None:
+    """Draws accuracy against confidence, with 95 % intervals: see `counting.reliability`."""
+    scenes, confidence, accuracy = np.array([each for each in bins if each[0]], float).T
+    axes.plot([0, 1], [0, 1], "--", color="0.6", lw=0.8, label="calibrated")
+    errors = np.abs(_wilson(accuracy, scenes) - accuracy)
+    axes.errorbar(
+        confidence, accuracy, errors, fmt="o", color=np.divide(BLUE, 255), ms=2, lw=0.7,
+        label="scenes, 95 % interval",
     )  # fmt: skip
-    upper.set(ylabel="fraction counted right", xlim=(0, 1.02), ylim=(0, 1.02))
-    title = f"Reliability of the count (calibration error {100 * error:.1f} %)"
-    upper.set_title(title, size="medium")
-    upper.legend(loc="lower right")
-    width = 1 / len(table)
-    drawn = lower.bar(width * (np.arange(len(table)) + 0.5), table[:, 0], 0.9 * width, color="0.7")
-    lower.bar_label(drawn, [f"{n:,.0f}" if n else "" for n in table[:, 0]], size="x-small")
-    lower.set(xlabel="confidence: greatest q(n)", ylabel="scenes", yscale="log")
-    lower.set_ylim(0.5, 5 * scenes.max())
-    for axes in (upper, lower):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.93")
-        axes.set_axisbelow(True)
-    return figure
+    axes.set(xlabel="confidence: greatest q(n)", ylabel="fraction counted right")
+    axes.set_title("Reliability of the count", size="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.93")
+    axes.legend(fontsize="x-small")
 
 
 def _wilson(fraction: Array, number: Array) -> Array:
-    """The ends of Wilson's 95 % interval of a fraction of so many: [N], [N] to [2, N]."""
+    """The ends of Wilson's 95 % interval of fractions, [N], of numbers of scenes, [N]: [2, N]."""
     z = 1.96
     middle = (fraction + z**2 / (2 * number)) / (1 + z**2 / number)
     half = np.sqrt(fraction * (1 - fraction) / number + (z / (2 * number)) ** 2)
@@ -269,10 +244,10 @@ def _frame(snapshot: Snapshot) -> Pictures:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draws the run that the command line names; returns the exit code."""
+    """Draws the run named on the command line; returns the exit code."""
     with steady_streams():
-        parser = argparse.ArgumentParser(description="Draws the figures of a run again.")
-        parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
+        parser = argparse.ArgumentParser(description="Draw the figures of a run again.")
+        parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
         parser.add_argument("--gif", action="store_true", help="also draw learning.gif")
         arguments = parser.parse_args(argv)
         run = RunFolder(arguments.run)
@@ -280,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             draw_run(run, arguments.gif)
         except (ValueError, OSError) as error:
             parser.exit(2, f"{parser.prog}: error: {error}\n")
-        print(f"Pictures and curves are in {run.figures}.")
+        print(f"Figures are in {run.figures}.")
         return 0
 
 

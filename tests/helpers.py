@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from air import AIR
 from air.data.arrays import Array
 from air.data.digits import MNIST_FILES
+from air.evaluation.counting import CountScores
 from air.evaluation.metrics import Evaluation, HeldOut
 from air.storage.checkpoint import load_weights_strict, read_weights
 from air.training.events import Progress
@@ -183,7 +184,7 @@ def visdom_server(
 
 
 def panes(port: int, env: str) -> dict[str, Any]:
-    """What the server holds in an environment, by name; nothing if there is none."""
+    """The panes of an environment on the server, by name; empty if there is no environment."""
     query = json.dumps({"win": None, "eid": env}).encode()
     try:
         return dict(json.loads(ask(f"{port}/win_data", query)))
@@ -192,7 +193,7 @@ def panes(port: int, env: str) -> dict[str, Any]:
 
 
 def ask(url: str, body: bytes | None = None) -> str:
-    """What a server on this machine answers, at port/path."""
+    """The answer of a server on this machine, at port/path."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(f"http://127.0.0.1:{url}", body, timeout=20) as answer:
         return str(answer.read().decode())
@@ -200,13 +201,13 @@ def ask(url: str, body: bytes | None = None) -> str:
 
 EVALUATION = Evaluation(
     elbo=630.12, elbo_se=0.5, log_likelihood=660.0, kl_pres=1.0, kl_where=9.0, kl_what=20.0,
-    kl_background=2.0,
-    count_histogram=[2, 0, 1], accuracy_mode=0.5, accuracy_sample=0.25, accuracy_apart=None,
-    accuracy_within_one=0.75,
-    accuracy_by_distance=[0.5, 0.75, 1.0], accuracy_by_overlap=[1.0, 0.5, None],
-    calibration_error=0.125, reliability=[*[[0.0] * 3] * 9, [3.0, 0.96, 0.5]],
-    confusion=[[1, 0, 0], [1, 0, 1]], bound=None, bound_se=None,
-    box_iou=None, box_f1=None, box_ap=None, miscounted=[1], baseline_error=7.5,
+    kl_background=2.0, count_histogram=[2, 0, 1], baseline_error=7.5,
+    counts=CountScores(
+        accuracy_mode=0.5, accuracy_sample=0.25, accuracy_within_one=0.75,
+        accuracy_by_distance=[0.5, 0.75, 1.0], accuracy_by_overlap=[1.0, 0.5, None],
+        calibration_error=0.125, reliability=[*[[0.0] * 3] * 9, [3.0, 0.96, 0.5]],
+        confusion=[[1, 0, 0], [1, 0, 1]], miscounted=[1],
+    ),
 )  # fmt: skip
 
 
@@ -263,7 +264,13 @@ def gradients(air: AIR) -> dict[str, Tensor]:
 SECOND_OF_TWO = ProcessGroup(rank=1, world_size=2, local_rank=1)  # without the first
 
 
-NAMES = {
+PANES = {  # of the live page, without a model of the background
+    "elbo", "kl", "accuracy", "inferred", "reconstructions", "objects", "prior_samples", "counts",
+    "confusion", "errors", "grad_norm", "rates", "speed", "settings",
+}  # fmt: skip
+
+
+NAMES = {  # of the figures of a run
     "inputs", "inferred", "reconstructions", "objects", "prior_samples", "errors", "scenes",
-    "curves", "reliability",
+    "curves",
 }  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from air import AIR, image_to_window, window_boxes, window_to_image
 from air.evaluation import HeldOut, evaluate, importance_weighted_bound, sample_elbo
-from air.evaluation.collapse import empty_canvas_elbo
+from air.evaluation.alarms import empty_canvas_elbo
 from air.inference import infer, mean_count_probs, sample_prior
 from air.likelihoods import make_likelihood
 from air.marginal import MarginalAIR

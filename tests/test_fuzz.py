@@ -106,7 +106,7 @@ def options() -> list[str]:
     """Every flag but those that write elsewhere, ask servers, or ask for more memory than is."""
     found = []
     for action in main.build_parser()._actions:
-        names = {"help", "output_dir", "viz", "viz_log", "save", "mnist_dir", "cache_dir", "resume"}
+        names = {"help", "output_dir", "viz", "save", "mnist_dir", "cache_dir", "resume"}
         sizes = {"num_scenes", "num_test_scenes"}
         if action.dest not in names | sizes:
             found += [name for name in action.option_strings if name.startswith("--")]

@@ -19,13 +19,12 @@ COMPILE_MIN_STEPS = 5000  # some 2,500 steps save the time that compiling takes 
 _MAY_CHANGE_ON_RESUME = {
     "num_steps", "progress_every", "eval_every", "eval_scenes", "save_every", "save", "restarts",
     "alarm_after", "evaluate", "refine", "iwae_samples", "iwae_scenes", "device", "threads", "viz",
-    "viz_every", "viz_log", "visdom_env", "visdom_server", "visdom_port", "verbose", "resume",
+    "viz_every", "visdom_env", "visdom_server", "verbose", "resume",
     "data", "mnist_dir", "cache_dir", "suggest",
 }  # fmt: skip
 # Files to write and servers to reach: no file may name them.
 _NEVER_FROM_FILE = {
-    "save", "output_dir", "cache_dir", "viz", "viz_log", "visdom_env", "visdom_server",
-    "visdom_port",
+    "save", "output_dir", "cache_dir", "viz", "visdom_env", "visdom_server",
 }  # fmt: skip
 # A model that is loaded brings these along: its nets, likelihood and priors.
 _IMAGE_SIZE = {"x_size", "channels"}

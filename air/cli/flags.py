@@ -70,20 +70,16 @@ class ProgramSettings:
     viz_every: int | None = setting(
         None, "steps between drawings, rounded up to --progress-every (default: 100)", low=1
     )
-    viz_log: str | None = setting(
-        None, "record the drawings in a new file, to replay in visdom", metavar="FILE"
-    )
     visdom_env: str | None = setting(
         None,
         "visdom environment to draw in (default: air_ and the name of the run's folder)",
         metavar="NAME",
     )
     visdom_server: str = setting(
-        "http://localhost",
+        "http://localhost:8097",
         "address of the visdom server; a login is taken from VISDOM_USERNAME and VISDOM_PASSWORD",
         metavar="URL",
     )
-    visdom_port: int = setting(8097, "port of the visdom server", low=1, high=65535)
     verbose: bool = setting(False, "print the nets and every setting", short="-v")
 
     def __post_init__(self) -> None:

@@ -111,6 +111,6 @@ def final_evaluations(trainer: Trainer, run: RunFolder, config: Mapping[str, Any
         run.write_json("refined.json", {**evaluated.record(), "seconds_per_scene": seconds})
         result = evaluated.result
         found = f"scenes by inferred count {result.count_histogram}"
-        if result.accuracy_mode is not None:
-            found = f"count accuracy {result.accuracy_mode:.1%} by mode"
+        if result.counts is not None:
+            found = f"count accuracy {result.counts.accuracy_mode:.1%} by mode"
         yield f"With refined latents, in {1e3 * seconds:.1f} ms a scene: {found}."

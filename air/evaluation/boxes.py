@@ -8,18 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IOU_THRESHOLD = 0.5  # least IoU of an inferred box and the true box that it finds
+IOU_THRESHOLD = 0.5  # least IoU at which an inferred box finds a true box
 VISIBLE_FRACTION = 0.1  # of the greatest change of a pixel, below which a pixel is invisible
 
 
 def tight_boxes(changes: Tensor) -> Tensor:
     """The box around the visible pixels of each object, [..., H, H] to [..., 4].
 
-    A window has a margin around its object, so the window is no fair match for a digit's tight
-    box. An object that changes no pixel has an empty box.
+    A window has a margin around its object, so these boxes and not the windows are compared with
+    the true boxes. An object that changes no pixel has an empty box.
 
     Args:
-        changes: How far an object changes each pixel; on black, its intensity.
+        changes: The change of each pixel by an object, [..., H, H]; on black, its intensity.
     """
     peak = changes.amax((-2, -1), keepdim=True)
     visible = (changes > VISIBLE_FRACTION * peak) & (peak > 0)
@@ -69,7 +69,7 @@ def score_boxes(
     from scipy.optimize import linear_sum_assignment  # takes a second to import
 
     matched: list[float] = []
-    ranked: list[tuple[float, bool]] = []  # probability, and whether the box finds an object
+    ranked: list[tuple[float, bool]] = []  # probability of a box; whether it finds an object
     for scene in range(len(boxes)):
         truth = true_boxes[scene, : int(true_counts[scene])]
         ious = pairwise_iou(boxes[scene], truth)

@@ -13,8 +13,8 @@ from torch import Tensor
 MAX_MISCOUNTED = 16  # wrongly counted scenes that an evaluation lists
 # The bounds of the band in the middle, both included. DISTANCES: pixels between two centres.
 # SHARED_PIXELS: pixels that belong to several objects. In the default scenes, where digits are
-# some 16 pixels long, 61 % of the pairs below 11, 27 % of those up to 17 and 1 % of the others
-# share a pixel.
+# some 16 pixels long, 61 % of the pairs below 11, 27 % of the pairs from 11 to 17 and 1 % of the
+# pairs above 17 share a pixel.
 DISTANCES = 11, 17
 DISTANCE_BANDS = (
     f"below {DISTANCES[0]} px",
@@ -32,10 +32,9 @@ class CountScores(NamedTuple):
     each band of `DISTANCES` and `SHARED_PIXELS`, None for a band without scenes.
     """
 
-    accuracy_mode: float
+    accuracy_mode: float  # the inferred count is the mode of q(n), as in all measures but one
     accuracy_sample: float  # the inferred count is one sample of q(n)
     accuracy_within_one: float  # the inferred count is off by one at most
-    accuracy_apart: float | None  # over scenes of several objects without overlap
     accuracy_by_distance: list[float | None] | None  # several objects, by the closest two centres
     accuracy_by_overlap: list[float | None] | None  # several objects, by the pixels they share
     calibration_error: float  # mean of |accuracy - confidence| over bins, weighted by their scenes
@@ -74,7 +73,6 @@ def score_counts(
         float(right.double().mean()),
         float((sampled_counts == true_counts).double().mean()),
         float(((mode - true_counts).abs() <= 1).double().mean()),
-        by_overlap[0] if by_overlap else None,
         by_distance,
         by_overlap,
         calibration_error(bins),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from air.air import AIR
 from air.arguments import check_whole
-from air.evaluation.boxes import score_boxes, tight_boxes
-from air.evaluation.counting import score_counts
+from air.evaluation.boxes import BoxScores, score_boxes, tight_boxes
+from air.evaluation.counting import CountScores, score_counts
 from air.evaluation.elbo import ElboTerms, importance_weighted_bound, sample_elbo
 from air.images import to_tensor
 from air.inference import forked_rng, infer
@@ -61,12 +61,7 @@ class HeldOut(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Measures of one model on a set of scenes; None if the scenes lack what a measure needs.
-
-    Nats are per image; an accuracy is the fraction of scenes whose count is right. "By mode" means
-    that the inferred count is the mode of q(n). The measures of counts are those of
-    `counting.CountScores`.
-    """
+    """Measures of one model on a set of scenes, in nats per image."""
 
     elbo: float
     elbo_se: float  # standard error over images
@@ -74,26 +69,24 @@ class Evaluation(NamedTuple):
     kl_pres: float
     kl_where: float
     kl_what: float
-    count_histogram: list[int]  # images by inferred count (mode), 0..T
-    bound: float | None = None  # importance-weighted bound of log p(x)
+    kl_background: float | None  # None without a model of the background
+    count_histogram: list[int]  # images by inferred count (mode of q(n)), 0..T
+    counts: CountScores | None = None  # None if the true counts are unknown
+    boxes: BoxScores | None = None  # of the boxes around the painted objects; None as for counts
+    baseline_error: float | None = None  # root mean square error of the baseline, if there is one
+    bound: float | None = None  # importance-weighted bound of log p(x), if it was asked for
     bound_se: float | None = None
-    accuracy_mode: float | None = None
-    accuracy_sample: float | None = None  # the inferred count is one sample of q(n)
-    accuracy_within_one: float | None = None  # by mode, off by one at most
-    accuracy_apart: float | None = None  # by mode, over scenes of several objects without overlap
-    # By mode, over scenes of several objects: in bands of the distance of the closest two centres,
-    # and in bands of the number of pixels that objects share.
-    accuracy_by_distance: list[float | None] | None = None
-    accuracy_by_overlap: list[float | None] | None = None
-    calibration_error: float | None = None  # expected calibration error of q(n), in [0, 1]
-    reliability: list[list[float]] | None = None  # scenes, mean confidence, accuracy of each bin
-    confusion: list[list[int]] | None = None  # images by true count (rows) and inferred (mode)
-    box_iou: float | None = None  # of the boxes around the painted objects; see `boxes.BoxScores`
-    box_f1: float | None = None
-    box_ap: float | None = None
-    kl_background: float | None = None
-    miscounted: list[int] | None = None  # indices of the first scenes whose count (mode) is wrong
-    baseline_error: float | None = None  # root mean square error of the baseline, in nats
+
+    def measures(self) -> dict[str, Any]:
+        """All measures by name, for a file: also those of `CountScores`, and ``box_f1`` etc.
+
+        Every name is always there; a measure that the scenes do not allow is None.
+        """
+        terms = self._asdict()
+        counts, boxes = terms.pop("counts"), terms.pop("boxes")
+        counted = counts._asdict() if counts else dict.fromkeys(CountScores._fields)
+        matched = boxes._asdict() if boxes else dict.fromkeys(BoxScores._fields)
+        return {**terms, **counted, **{f"box_{name}": each for name, each in matched.items()}}
 
 
 def evaluate(
@@ -116,11 +109,12 @@ def evaluate(
         seed: Seed of the samples; the global generators are restored afterwards.
         iwae_samples: Samples in the importance-weighted bound; 0 for no bound.
         iwae_scenes: The bound is taken over the first `iwae_scenes` scenes.
-        refine: Whether q(n), counts by mode and boxes are of refined latents (see `infer`). All
-            else is of the guide.
+        refine: Whether to take q(n), counts by mode and boxes from refined latents (see `infer`).
+            Everything else comes from the guide.
 
     Raises:
-        ValueError: If there are no scenes, or scenes or numbers that cannot be used.
+        ValueError: If there are no scenes, if `air` cannot take the images, if the numbers of
+            images, counts, boxes and overlaps differ, or if another argument is out of range.
     """
     check_whole("batch_size", batch_size, 1)
     check_whole("iwae_samples", iwae_samples, 0)
@@ -129,7 +123,14 @@ def evaluate(
     device, batches = air.h_init.device, torch.split(scenes.images, batch_size)
     with forked_rng(seed, device):
         parts = [_measure(air, batch.to(device), z_pres_prior_p, refine) for batch in batches]
-        bound = _bound(air, scenes.images[:iwae_scenes], z_pres_prior_p, batch_size, iwae_samples)
+        bound, bound_se = None, None
+        if iwae_samples:
+            some = torch.split(scenes.images[:iwae_scenes], batch_size)
+            bounds = [
+                importance_weighted_bound(air, batch, iwae_samples, z_pres_prior_p).cpu()
+                for batch in some
+            ]
+            bound, bound_se = mean_and_se(torch.cat(bounds))
     count_probs, boxes, *terms = map(torch.cat, zip(*parts, strict=True))
     sampled = ElboTerms(*terms)
     elbo, elbo_se = mean_and_se(sampled.elbo)
@@ -140,19 +141,21 @@ def evaluate(
         float(sampled.kl_pres.mean()),
         float(sampled.kl_where.mean()),
         float(sampled.kl_what.mean()),
+        float(sampled.kl_background.mean()) if air.background else None,
         torch.bincount(count_probs.argmax(1), minlength=air.num_steps + 1).tolist(),
-        kl_background=float(sampled.kl_background.mean()) if air.background else None,
-        **bound,
-        **_baseline_error(sampled, air),
-        **_compare_with_truth(scenes, count_probs, sampled.counts, boxes),
+        *_compare_with_truth(scenes, count_probs, sampled.counts, boxes),
+        _baseline_error(sampled, air.num_steps) if air.use_baselines else None,
+        bound,
+        bound_se,
     )
 
 
 def check_scenes(air: AIR, scenes: HeldOut) -> HeldOut:
-    """The scenes as tensors, whose images `air` can take.
+    """Converts scenes to tensors and checks that `air` can take their images.
 
     Raises:
-        ValueError: If it cannot, if there are no scenes, or not as many counts, boxes or overlaps.
+        ValueError: If it cannot, if there are no scenes, or if the numbers of images, counts, boxes
+            and overlaps differ.
     """
     scenes = HeldOut._make(part if part is None else to_tensor(part) for part in scenes)
     if not scenes.images.dim() or not len(scenes.images):
@@ -176,40 +179,25 @@ def _measure(
     return tuple(part.cpu() for part in (inference.count_probs, boxes, *terms))
 
 
-def _bound(
-    air: AIR, images: Tensor, prior: PresencePrior | None, batch_size: int, samples: int
-) -> dict[str, Any]:
-    """The mean of the importance-weighted bound and its standard error, if there are samples."""
-    if not samples:
-        return {}
-    batches = torch.split(images, batch_size)
-    bounds = [importance_weighted_bound(air, batch, samples, prior).cpu() for batch in batches]
-    return dict(zip(("bound", "bound_se"), mean_and_se(torch.cat(bounds)), strict=True))
-
-
-def _baseline_error(sampled: ElboTerms, air: AIR) -> dict[str, Any]:
+def _baseline_error(sampled: ElboTerms, num_steps: int) -> float:
     """The baseline's root mean square error over the sampled z_pres up to the first zero."""
-    if not air.use_baselines:
-        return {}
-    decisions = (sampled.counts + 1).clamp(max=air.num_steps).sum()
-    return {"baseline_error": math.sqrt(sampled.baseline_squares.double().sum() / decisions)}
+    decisions = (sampled.counts + 1).clamp(max=num_steps).sum()
+    return math.sqrt(sampled.baseline_squares.double().sum() / decisions)
 
 
 def _compare_with_truth(
     scenes: HeldOut, count_probs: Tensor, sampled_counts: Tensor, boxes: Tensor
-) -> dict[str, Any]:
-    """The measures that need true counts, and the measures that need true boxes or overlaps too."""
+) -> tuple[CountScores | None, BoxScores | None]:
+    """Scores counts if the true counts are known, and boxes if the true boxes are known too."""
     if scenes.counts is None:
-        return {}
+        return None, None
     true = scenes.counts.cpu().long()
     true_boxes, overlaps = (None if p is None else p.cpu() for p in (scenes.boxes, scenes.overlaps))
     counting = score_counts(count_probs, sampled_counts, true, true_boxes, overlaps)
-    measures: dict[str, Any] = counting._asdict()
-    if true_boxes is not None:
-        reached, mode = at_least_probs(count_probs), count_probs.argmax(1)
-        scores = score_boxes(boxes, reached, mode, true_boxes, true)
-        measures |= {f"box_{name}": score for name, score in scores._asdict().items()}
-    return measures
+    if true_boxes is None:
+        return counting, None
+    mode, reached = count_probs.argmax(1), at_least_probs(count_probs)
+    return counting, score_boxes(boxes, reached, mode, true_boxes, true)
 
 
 def mean_and_se(values: Tensor) -> tuple[float, float]:

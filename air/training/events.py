@@ -19,14 +19,14 @@ class Progress:
     z_pres_prior_p: list[float]  # the prior's probability of a further object, for each model step
     images_per_second: float
     steps_per_second: float
-    seconds: float  # of training, without evaluations
+    seconds: float  # of training so far, without evaluations
 
     def record(self) -> dict[str, Any]:
         """The line for metrics.jsonl."""
         return vars(self)
 
     def __str__(self) -> str:
-        """The figures next to a progress bar."""
+        """The text next to a progress bar."""
         text = f"ELBO {self.elbo:.1f} nats, {self.images_per_second:.0f} images/s"
         return f"{text}, {self.skipped} steps skipped" if self.skipped else text
 
@@ -38,12 +38,12 @@ class Evaluated:
     step: int
     scenes: int
     result: Evaluation
-    empty_elbo: float  # the ELBO if every canvas were empty
-    alarm: str | None  # a sign of collapse, from step `alarm_after` on
+    empty_elbo: float  # see `empty_canvas_elbo`
+    alarm: str | None  # from `collapse_alarm`; always None before step `alarm_after`
 
     def record(self) -> dict[str, Any]:
         """The line for metrics.jsonl."""
-        measures = self.result._asdict()
+        measures = self.result.measures()
         elbo, elbo_se = measures.pop("elbo"), measures.pop("elbo_se")
         return {
             "step": self.step,
@@ -56,27 +56,26 @@ class Evaluated:
         }
 
     def __str__(self) -> str:
-        """The evaluation for reading, with confusion matrix and accuracy by distance if known."""
-        result = self.result
+        """The evaluation as text, with confusion matrix and accuracy by distance if known."""
+        result, counts = self.result, self.result.counts
         text = (
             f"step {self.step:,}, {self.scenes:,} held-out scenes: "
             f"ELBO {result.elbo:.1f} ± {result.elbo_se:.1f} nats"
         )
-        if result.confusion is None:
+        if counts is None:
             return f"{text}, scenes by inferred count {result.count_histogram}"
         lines = [
-            f"{text}, count accuracy {result.accuracy_mode:.1%} by mode, "
-            f"{result.accuracy_sample:.1%} by sample",
-            "  true \\ inferred" + "".join(f"{n:7}" for n in range(len(result.confusion[0]))),
+            f"{text}, count accuracy {counts.accuracy_mode:.1%} by mode, "
+            f"{counts.accuracy_sample:.1%} by sample",
+            "  true \\ inferred" + "".join(f"{n:7}" for n in range(len(counts.confusion[0]))),
         ]
-        for true, row in enumerate(result.confusion):
+        for true, row in enumerate(counts.confusion):
             lines.append(f"{true:17}" + "".join(f"{n:7}" for n in row))
             if true < len(row) and any(row):
                 lines[-1] += f"  {row[true] / sum(row):6.1%} right"
-        if len(result.confusion) > 3 and result.accuracy_within_one is not None:
-            lines.append(f"  count off by at most one: {result.accuracy_within_one:.1%}")
-        accuracies = result.accuracy_by_distance or [None] * len(DISTANCE_BANDS)
-        bands = zip(DISTANCE_BANDS, accuracies, strict=True)
+        if len(counts.confusion) > 3:
+            lines.append(f"  count off by at most one: {counts.accuracy_within_one:.1%}")
+        bands = zip(DISTANCE_BANDS, counts.accuracy_by_distance or (), strict=False)
         known = [f"{band} {found:.1%}" for band, found in bands if found is not None]
         if known:
             lines.append(f"  count accuracy by distance of centres: {', '.join(known)}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from air.air import AIR
 from air.data.streaming import StreamedImages
-from air.evaluation.collapse import (
+from air.evaluation.alarms import (
     MAX_CHECKED_IMAGES,
     collapse_alarm,
     empty_canvas_elbo,
@@ -241,7 +241,7 @@ class Trainer:
         scenes, seed = self.held_out.first(num_scenes), self.settings.seed
         result = evaluate(self.air, scenes, self.prior, seed=seed, **options)
         empty = empty_canvas_elbo(self.air, scenes.images)
-        self.miscounted = result.miscounted or []
+        self.miscounted = result.counts.miscounted if result.counts else []
         late = self.step >= self.settings.alarm_after
         alarm = collapse_alarm(result, empty) if late else None
         return Evaluated(self.step, len(scenes.images), result, empty, alarm)

@@ -4,25 +4,28 @@ Each drawing sends every pane again, so that a resumed run continues its page, a
 server shows all panes.
 """
 
+import contextlib
 import logging
 import os
+import queue
 import re
 import threading
+import urllib.parse
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from air.visualization.curves import History, Record
+from air.visualization.curves import Record
 from air.visualization.snapshots import Snapshot
-from air.visualization.visdom_panes import Page
+from air.visualization.visdom_panes import draw_page
 
-RETRY_SECONDS = 10.0  # seconds from a failure to the next attempt
+DEFAULT_PORT = 8097  # of a visdom server
 
 
 class Dashboard:
     """Draws a run in one visdom environment.
 
     A thread of its own sends the drawings, so that training never waits for the server. If the
-    server goes down, the thread logs one warning and tries again until the server is back.
+    server goes down, the thread logs one warning, and the next drawing tries again.
 
     Args:
         client: From `connect`.
@@ -43,41 +46,38 @@ class Dashboard:
         self.client = client
         self.env = re.sub(r"[^\w.-]", "_", env)  # visdom would split a name at a slash
         self.every = every or 100
-        self.history = History(records)
         self._settings = dict(settings)
+        self._records = list(records)
         self._drawn_at = -1
-        self._pending: tuple[History, Snapshot] | None = None
-        self._closing = False
-        self._wake = threading.Condition()  # guards _pending and _closing
-        self._thread = threading.Thread(target=self._work, name="visdom", daemon=True)
+        # At most one drawing waits here; None ends the thread.
+        self._drawings: queue.SimpleQueue[tuple[list[Record], Snapshot] | None]
+        self._drawings = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._send, name="visdom", daemon=True)
         self._thread.start()
 
     def __str__(self) -> str:
         """Tells the user where the page is."""
-        if self.client.offline:
-            return f"Plots are recorded in {self.client.log_to_filename}."
-        return f"Live plots: {self.client.server}:{self.client.port}/env/{self.env}"
+        address = f"{self.client.server}:{self.client.port}{self.client.base_url}"
+        return f"Live plots: {address}/env/{self.env}"
 
     def record(self, record: Record) -> None:
         """Adds a line of metrics.jsonl, for the next drawing."""
-        self.history.add(record)
+        self._records.append(record)
 
     def due(self, step: int) -> bool:
         """Whether to draw at this step: the first one at or past a multiple of `every`."""
         return step // self.every != self._drawn_at // self.every
 
     def draw(self, snapshot: Snapshot) -> None:
-        """Draws the snapshot and the records so far, in place of a drawing not yet sent."""
+        """Draws the snapshot and the records so far, in place of a drawing that still waits."""
         self._drawn_at = snapshot.step
-        with self._wake:
-            self._pending = self.history.copy(), snapshot
-            self._wake.notify()
+        with contextlib.suppress(queue.Empty):
+            self._drawings.get_nowait()
+        self._drawings.put((self._records.copy(), snapshot))
 
     def close(self, patience: float = 10.0) -> None:
         """Waits until the last drawing is sent, at most `patience` seconds."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
+        self._drawings.put(None)
         self._thread.join(patience)
 
     def __enter__(self) -> "Dashboard":
@@ -87,68 +87,56 @@ class Dashboard:
         """Closes; does not wait after a keyboard interrupt."""
         self.close(0.0 if kind is KeyboardInterrupt else 10.0)
 
-    def _work(self) -> None:
-        """Sends drawings until `close`; after `close`, a failure is retried once."""
-        page = Page(self.client, self.env)
-        failures = 0  # in a row
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._pending or self._closing)
-                drawing = self._pending
+    def _send(self) -> None:
+        """Sends drawings until `close`."""
+        is_down = False
+        for records, snapshot in iter(self._drawings.get, None):
             try:
-                if drawing is None:
-                    self.client.save([self.env])  # a restarted server will load the page
-                    return
-                page.draw(*drawing, self._settings)
+                draw_page(self.client, self.env, records, snapshot, self._settings)
+                self.client.save([self.env])  # a restarted server will load the page
             except Exception as error:  # training must go on whatever visdom does
-                failures += 1
-                if failures == 1:
+                if not is_down:
                     text = "no live plots for now, training continues: %s"
                     logging.getLogger("air").warning(text, error)
-                with self._wake:
-                    if self._closing and failures > 1:
-                        return
-                    self._wake.wait_for(lambda: self._closing, RETRY_SECONDS)
+                is_down = True
             else:
-                failures = 0
-                with self._wake:
-                    if self._pending is drawing:  # no newer one came meanwhile
-                        self._pending = None
+                is_down = False
 
 
-def connect(server: str | None, port: int, log: str | None = None) -> Any:  # noqa: ANN401
-    """Makes a visdom client; None if there is neither a server nor a log.
+def connect(address: str | None) -> Any:  # noqa: ANN401
+    """Makes a visdom client; None without an address.
 
     Args:
-        server: Address of the server, or None. The environment variables VISDOM_USERNAME and
-            VISDOM_PASSWORD are the login, if the server needs one.
-        port: Port of the server.
-        log: A file that records the session for visdom's ``replay_log``, or None.
+        address: Of the server, such as ``http://localhost:8097``; the scheme and the port may be
+            left out. The environment variables VISDOM_USERNAME and VISDOM_PASSWORD are the login,
+            if the server needs one.
 
     Raises:
         ConnectionError: If no server answers, or the server refuses; the message is one line for
             the user.
         ModuleNotFoundError: If visdom is not installed.
-        ValueError: If the log cannot be written.
+        ValueError: If the address has no host, or its port is not a number up to 65535.
     """
-    if server is None and log is None:
+    if address is None:
         return None
+    try:
+        parts = urllib.parse.urlsplit(address if "://" in address else f"http://{address}")
+        port = parts.port or DEFAULT_PORT
+        if not parts.hostname:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"--visdom-server: expected an address such as http://localhost:{DEFAULT_PORT}, "
+            f"got {address}"
+        ) from None
     from air.visualization.visdom_client import Client
 
-    if log is not None:
-        try:
-            with open(log, "a"):
-                pass
-        except OSError as error:
-            raise ValueError(f"--viz-log: cannot write {log}: {error.strerror}") from error
-    if server is None:
-        return Client(offline=True, log_to_filename=log)
-    address = (server if "://" in server else f"http://{server}").rstrip("/")
+    server = f"{parts.scheme}://{parts.netloc.removesuffix(f':{parts.port}')}"
     try:
         return Client(
-            server=address,
+            server=server,
             port=port,
-            log_to_filename=log,
+            base_url=parts.path.rstrip("/"),
             username=os.environ.get("VISDOM_USERNAME"),
             password=os.environ.get("VISDOM_PASSWORD"),
             raise_exceptions=True,
@@ -156,11 +144,11 @@ def connect(server: str | None, port: int, log: str | None = None) -> Any:  # no
         )
     except (PermissionError, AssertionError) as error:  # visdom asserts that there is a password
         raise ConnectionError(
-            f"the visdom server at {address}:{port} refuses: {error}; a login is taken from "
+            f"the visdom server at {server}:{port} refuses: {error}; a login is taken from "
             "VISDOM_USERNAME and VISDOM_PASSWORD"
         ) from None
     except (OSError, ValueError):
         raise ConnectionError(
-            f"no visdom server answers at {address}:{port}; start one with: "
+            f"no visdom server answers at {server}:{port}; start one with: "
             f"python -m visdom.server -port {port}"
         ) from None

@@ -28,7 +28,7 @@ MAIN = Path(__file__).parents[2] / "main.py"
 ESTIMATORS = ("marginal", "score")
 
 
-MEASURES = ("accuracy_mode", "accuracy_apart", "eval_elbo", "bound", "box_f1")  # as in Result
+MEASURES = ("accuracy_mode", "digits_apart", "eval_elbo", "bound", "box_f1")  # as in Result
 COLUMNS = (
     *("estimator", "seeds", "count accuracy", "worst seed", "seeds ≥ 98 %", "digits apart"),
     *("to 95 %", "to 98 %", "ELBO", "bound of log p(x)", "box F1"),
@@ -103,6 +103,7 @@ def train(folder: Path, arguments: Sequence[str]) -> int:
 def read_result(folder: Path) -> Result:
     """What a run that is done reached; NaN where the scenes do not tell."""
     lines, final = read_lines(folder), json.loads((folder / "evaluation.json").read_text())
+    final["digits_apart"] = (final["accuracy_by_overlap"] or [None])[0]
     evaluations = [line for line in lines if "eval_elbo" in line]
 
     def seconds(step: int) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, panes, visdom_server
+from helpers import PANES, ROOT, SMALL, panes, visdom_server
 from helpers import run as run_main
 
 from air.cli.errors import explain
@@ -22,7 +22,6 @@ from air.cli.flags import build_parser
 from air.storage.checkpoint import CheckpointError
 from air.storage.run_folder import RunFolder
 from air.training.compiled_svi import RecordingError
-from air.visualization.visdom_panes import ORDER
 
 pytestmark = pytest.mark.slow
 
@@ -230,7 +229,9 @@ def test_two_at_once(tmp_path: Path, environment: dict[str, str]) -> None:
     """The same new cache and the same page serve both; the same folder serves one."""
     own = {**environment, "AIR_CACHE": str(tmp_path / "cache")}
     with visdom_server(tmp_path / "server") as (port, _):
-        flags = f"{SMALL} -n 20 --viz --visdom-port {port} --visdom-env same --output-dir"
+        flags = (
+            f"{SMALL} -n 20 --viz --visdom-server localhost:{port} --visdom-env same --output-dir"
+        )
         runs = [
             subprocess.Popen(
                 [sys.executable, str(ROOT / "main.py"), *flags.split(), name],
@@ -243,7 +244,7 @@ def test_two_at_once(tmp_path: Path, environment: dict[str, str]) -> None:
         assert sorted([runs[0].returncode, runs[2].returncode]) == [0, 2]
         assert sorted([said[0].count("\n"), said[2].count("\n")]) == [0, 1]
         assert "one is " in said[0] + said[2]  # in use, or no longer empty
-        assert set(panes(port, "same")) == set(ORDER) - {"baseline", "backgrounds"}
+        assert set(panes(port, "same")) == PANES
     sums = [
         json.loads((tmp_path / name / "config.json").read_text())["data_sha256"]
         for name in ("one", "two")

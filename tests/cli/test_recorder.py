@@ -1,4 +1,4 @@
-"""What a run leaves of what training tells."""
+"""Every event of training is kept in the run folder, and shown on the live page."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from air.visualization.visdom_panes import ON_PAGE
 
 
 class Page:
-    """Stands in for a dashboard, and remembers."""
+    """Stands in for a dashboard; remembers the calls."""
 
     def __init__(self, every: int) -> None:
         self.every = every

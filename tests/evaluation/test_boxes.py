@@ -34,9 +34,11 @@ def test_tight_boxes_surround_the_bright_pixels() -> None:
     assert (boxes[1, :, :2] == boxes[1, :, 2:]).all(), "black objects have empty boxes"
 
 
-def test_perfect_boxes_score_one_in_any_order() -> None:
+def test_perfect_boxes_score_one_in_any_order_and_nothing_scores_nan() -> None:
     scores = score_boxes(*tensors([[B, A]], [[0.9, 0.8]], [2], [[A, B]], [2]))
     assert scores == (1.0, 1.0, 1.0)
+    scores = score_boxes(*tensors([[A]], [[0.1]], [0], [[[NAN] * 4]], [0]))
+    assert all(math.isnan(score) for score in scores)
 
 
 def test_a_missed_an_extra_and_a_poor_box_lower_the_scores() -> None:
@@ -61,8 +63,3 @@ def test_boxes_are_matched_by_the_largest_sum_of_ious() -> None:
     truth = [[0.0, 0.0, 10.0, 9.0], [0.0, 0.0, 10.0, 20.0]]
     scores = score_boxes(*tensors([[second, first]], [[0.9, 0.8]], [2], [truth], [2]))
     assert scores.iou == pytest.approx((8 / 9 + 10 / 20) / 2)
-
-
-def test_scores_are_nan_without_boxes_and_objects() -> None:
-    scores = score_boxes(*tensors([[A]], [[0.1]], [0], [[[NAN] * 4]], [0]))
-    assert all(math.isnan(score) for score in scores)

@@ -80,7 +80,6 @@ def test_accuracies_by_distance_and_overlap_equal_loops_over_scenes() -> None:
     )  # fmt: skip
     assert found.accuracy_by_distance == [pytest.approx(accuracy_in(band)) for band in near]
     assert found.accuracy_by_overlap == [pytest.approx(accuracy_in(band)) for band in shared]
-    assert found.accuracy_apart == found.accuracy_by_overlap[0]
     near_by = [abs(int(a) - int(b)) <= 1 for a, b in zip(true, inferred, strict=True)]
     assert found.accuracy_within_one == pytest.approx(sum(near_by) / 400)
 
@@ -103,13 +102,11 @@ def test_bands_without_scenes_have_no_accuracy() -> None:
         THREE.repeat(2, 1), torch.zeros(2), torch.tensor([1, 0]), boxes[:2], torch.zeros(2)
     )
     assert one.accuracy_by_distance == one.accuracy_by_overlap == [None] * 3
-    assert one.accuracy_apart is None
     three = score_counts(THREE, torch.zeros(1), torch.tensor([3]), boxes[2:], torch.tensor([4]))
     assert three.accuracy_by_distance == [None, None, 1.0]
     assert three.accuracy_by_overlap == [None, 1.0, None]
     without = score_counts(THREE, torch.zeros(1), torch.tensor([3]))
     assert without.accuracy_by_distance is without.accuracy_by_overlap is None
-    assert without.accuracy_apart is None
     assert (without.accuracy_mode, without.calibration_error) == (1.0, 0.0)
 
 
@@ -151,29 +148,35 @@ def test_confidences_of_zero_and_one_are_in_the_first_and_the_last_bin() -> None
 def test_an_evaluation_has_the_measures_that_its_scenes_allow(images: Tensor) -> None:
     air = small_air()
     count_on(air, 0, 9.0)  # it infers three objects in every scene
-    counts = torch.tensor([0, 1, 2, 2, 3, 3, 3, 1, 3, 2])
+    true = torch.tensor([0, 1, 2, 2, 3, 3, 3, 1, 3, 2])
     overlaps = torch.tensor([0, 0, 0, 3, 0, 0, 30, 0, 0, 1])
     boxes = torch.stack([boxes_at((5, 5), (5 + n, 5), (30, 5)) for n in range(10)])
-    found = evaluate(air, HeldOut(images, counts, boxes, overlaps), batch_size=4)
-    assert found.accuracy_apart == pytest.approx(3 / 4)  # over the counts 2, 3, 3, 3
-    assert found.accuracy_by_overlap == [pytest.approx(3 / 4), 0.0, 1.0]
-    assert found.accuracy_by_distance == [pytest.approx(4 / 7), None, None]
+    found = evaluate(air, HeldOut(images, true, boxes, overlaps), batch_size=4)
+    counts = found.counts
+    assert counts is not None
+    assert found.boxes is not None
+    assert counts.accuracy_by_overlap == [pytest.approx(3 / 4), 0.0, 1.0]
+    assert counts.accuracy_by_distance == [pytest.approx(4 / 7), None, None]
+    assert counts.miscounted == [0, 1, 2, 3, 7, 9]
     confidence = infer(air, images).count_probs.amax(1).double().mean().item()
-    assert found.calibration_error == pytest.approx(confidence - 0.4)
-    assert found.reliability[9] == pytest.approx([10, confidence, 0.4])
-    counted = evaluate(air, HeldOut(images, counts))
-    assert counted.accuracy_by_distance is counted.accuracy_by_overlap is None
-    assert counted.accuracy_apart is None
-    assert counted.reliability == found.reliability
+    assert counts.calibration_error == pytest.approx(confidence - 0.4)
+    assert counts.reliability[9] == pytest.approx([10, confidence, 0.4])
+    without_places = evaluate(air, HeldOut(images, true))
+    assert without_places.boxes is None
+    assert without_places.counts is not None
+    unknown = {"accuracy_by_distance": None, "accuracy_by_overlap": None}
+    assert without_places.counts == counts._replace(**unknown)
     blind = evaluate(air, HeldOut(images, None, boxes, overlaps))
-    assert blind.accuracy_by_distance is blind.accuracy_by_overlap is blind.reliability is None
-    assert blind.calibration_error is None
+    assert blind.counts is blind.boxes is None
+    many = evaluate(air, HeldOut(images.repeat(5, 1, 1), torch.zeros(50)))
+    assert many.counts is not None
+    assert many.counts.miscounted == list(range(MAX_MISCOUNTED))
 
 
 def test_with_refinement_q_is_that_of_the_refined_latents(
     images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    air, counts = small_air(), torch.full((10,), 2)
+    air, true = small_air(), torch.full((10,), 2)
     refined = torch.tensor([0.0, 0.0, 1.0, 0.0]).repeat(10, 1)
 
     def infer_two(air: AIR, images: Tensor, refine: bool) -> object:
@@ -181,16 +184,8 @@ def test_with_refinement_q_is_that_of_the_refined_latents(
         return found._replace(count_probs=refined) if refine else found
 
     monkeypatch.setattr("air.evaluation.metrics.infer", infer_two)
-    guide, best = (evaluate(air, HeldOut(images, counts), refine=refine) for refine in (0, 1))
+    guide, best = (evaluate(air, HeldOut(images, true), refine=r).counts for r in (False, True))
+    assert guide is not None
+    assert best is not None
     assert (best.calibration_error, best.reliability[9]) == (0.0, [10.0, 1.0, 1.0])
     assert guide.reliability != best.reliability
-
-
-def test_scenes_with_a_wrong_count_are_listed(images: Tensor) -> None:
-    air = small_air()
-    count_on(air, 0, 9.0)
-    counts = torch.tensor([3, 1, 3, 3, 0, 3, 2, 3, 3, 3])
-    assert evaluate(air, HeldOut(images, counts)).miscounted == [1, 4, 6]
-    assert evaluate(air, HeldOut(images)).miscounted is None
-    many = HeldOut(images.repeat(5, 1, 1), torch.zeros(50))
-    assert evaluate(air, many).miscounted == list(range(MAX_MISCOUNTED))

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from air import AIR
 from air.data.streaming import StreamedImages
-from air.evaluation.collapse import first_not_finite
+from air.evaluation.alarms import first_not_finite
 from air.evaluation.elbo import importance_weighted_bound, sample_elbo
 from air.evaluation.metrics import HeldOut
 from air.inference import infer, sample_prior

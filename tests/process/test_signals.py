@@ -162,7 +162,7 @@ def test_another_signal_while_the_run_is_saved_loses_nothing(
 def test_the_program_runs_in_a_thread(tmp_path: Path, environment: dict[str, str]) -> None:
     lines = [
         LINE,
-        f"{LINE}2 --viz-log pages.log",
+        f"{LINE}2",
         f"{LINE}3 --no-compile --likelihood-sd 1e-30 -n 40",
     ]
     codes: list[int | str] = []

@@ -4,14 +4,14 @@ import math
 
 import numpy as np
 import pytest
-from helpers import EVALUATION, PROGRESS, RECORDS
+from helpers import EVALUATION, PROGRESS
 
 from air.training.events import Evaluated
 from air.visualization import curves
 from air.visualization.curves import MAX_POINTS, PANELS, History
 
 
-def test_every_curve_finds_its_value_in_what_training_tells() -> None:
+def test_every_curve_finds_its_value_in_the_events_of_training() -> None:
     history = History([PROGRESS.record(), Evaluated(20, 3, EVALUATION, 480.0, None).record()])
     values = {c.key: history.points(c.key) for panel in PANELS for c in panel.curves}
     assert all(steps == [20] for steps, _ in values.values()), values
@@ -24,38 +24,24 @@ def test_every_curve_finds_its_value_in_what_training_tells() -> None:
     }  # fmt: skip
     for key, value in expected.items():
         assert values[key][1] == [pytest.approx(value)], key
-    assert history.latest["confusion"] == EVALUATION.confusion
+    assert history.latest["confusion"] == [[1, 0, 0], [1, 0, 1]]
 
 
-def test_many_points_are_thinned_evenly_and_the_last_one_is_there() -> None:
-    history = History()
-    for step in range(1, 12_346):
-        history.add({"step": step, "elbo": 2.0 * step})
-        if step in (5, 999, 1000, 1001, 5000):
-            steps, values = history.points("elbo")
-            assert len(steps) == min(step, MAX_POINTS)
-            assert steps[-1] == step
-            assert values == [2.0 * s for s in steps]
-    steps, _ = history.points("elbo")
-    assert len(steps) == MAX_POINTS
+@pytest.mark.parametrize("number", [5, MAX_POINTS - 1, MAX_POINTS, MAX_POINTS + 1, 12_345])
+def test_many_points_are_thinned_evenly_and_both_ends_stay(number: int) -> None:
+    history = History({"step": step, "elbo": 2.0 * step} for step in range(1, number + 1))
+    steps, values = history.points("elbo")
+    assert len(steps) == min(number, MAX_POINTS)
+    assert (steps[0], steps[-1]) == (1, number)
+    assert values == [2.0 * step for step in steps]
     assert np.ptp(np.diff(steps)) <= 1
-    assert (steps[0], steps[-1]) == (1, 12_345)
 
 
-def test_a_copy_does_not_change_with_its_original() -> None:
-    history = History(RECORDS)
-    copied = history.copy()
-    history.add({"step": 20, "elbo": 1.0, "confusion": [[1]]})
-    history.add({"step": 21, "elbo": 2.0})
-    assert copied.points("elbo") == History(RECORDS).points("elbo")
-    assert copied.latest == History(RECORDS).latest
-
-
-def test_a_step_that_comes_again_takes_the_place_of_the_first() -> None:
-    history = History([{"step": 3, "eval_elbo": 1.0}, {"step": 3, "eval_elbo": 2.0}])
+def test_the_later_of_two_records_of_a_step_counts() -> None:
+    values = [(3, 1.0), (3, 2.0), (4, None)]
+    history = History({"step": step, "eval_elbo": value} for step, value in values)
     assert history.points("eval_elbo") == ([3], [2.0])
-    history.add({"step": 4, "eval_elbo": None})
-    assert history.points("eval_elbo") == ([3], [2.0])
+    assert history.latest["eval_elbo"] == 2.0
 
 
 def test_a_value_that_is_not_finite_is_a_gap() -> None:
@@ -63,13 +49,14 @@ def test_a_value_that_is_not_finite_is_a_gap() -> None:
     assert History(records).points("elbo") == ([0, 1, 2, 3], [1.0, None, None, 2.0])
 
 
-def test_an_element_of_a_list_that_is_not_there_is_no_point() -> None:
+def test_a_missing_element_of_a_list_is_no_point() -> None:
     lists = [[0.5, None, 1.0], None, [], [0.25]]
     history = History({"step": i, "accuracy_by_distance": each} for i, each in enumerate(lists))
     assert history.points("accuracy_by_distance.0") == ([0, 3], [50.0, 25.0])
     assert history.points("accuracy_by_distance.1") == ([], [])
-    assert history.points("accuracy_by_distance.2") == ([0], [100.0])
-    assert [p.name for p in PANELS if history.has_points(p)] == ["distance"]
+    shown = {panel.name: [c.key for c in history.shown(panel)] for panel in PANELS}
+    assert shown.pop("distance") == ["accuracy_by_distance.0", "accuracy_by_distance.2"]
+    assert not any(shown.values())
 
 
 def panel(name: str) -> curves.Panel:

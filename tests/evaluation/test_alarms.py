@@ -1,4 +1,7 @@
-"""The signs of collapse: each kind of failure raises its own alarm, and nothing else does."""
+"""Each kind of failure raises its own alarm, and nothing else does."""
+
+from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -7,12 +10,12 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from air import AIR
-from air.evaluation.collapse import collapse_alarm, empty_canvas_elbo
+from air.evaluation.alarms import collapse_alarm, empty_canvas_elbo, first_not_finite
 from air.evaluation.metrics import Evaluation, HeldOut, evaluate
 
 
 def evaluation(elbo: float, histogram: list[int]) -> Evaluation:
-    return Evaluation(elbo, 0.0, elbo, 0.0, 0.0, 0.0, histogram)
+    return Evaluation(elbo, 0.0, elbo, 0.0, 0.0, 0.0, None, histogram)
 
 
 def test_the_elbo_of_empty_canvases_equals_a_computation_by_hand() -> None:
@@ -21,9 +24,6 @@ def test_the_elbo_of_empty_canvases_equals_a_computation_by_hand() -> None:
     assert empty_canvas_elbo(air, images) == pytest.approx(by_hand.item())
     data = torch.randint(256, (2500, 12, 12), dtype=torch.uint8)
     assert empty_canvas_elbo(air, data) == pytest.approx(empty_canvas_elbo(air, data / 255), 1e-5)
-
-
-def test_an_empty_scene_of_the_papers_size_has_a_known_elbo() -> None:
     assert empty_canvas_elbo(AIR(), torch.zeros(1, 50, 50)) == pytest.approx(712.59, abs=0.01)
 
 
@@ -57,6 +57,36 @@ def test_a_model_that_infers_no_object_raises_the_alarm(images: Tensor) -> None:
     message = collapse_alarm(evaluate(air, HeldOut(images)), empty_canvas_elbo(air, images))
     assert message is not None
     assert "canvases without objects" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("the images", lambda air, images: images[3].fill_(torch.nan)),
+        ("the weight h_init", lambda air, images: air.h_init.data.fill_(torch.inf)),
+        ("the gradient of c_init", lambda air, images: air.c_init.grad.fill_(torch.nan)),
+        ("a sample", lambda air, images: None),
+    ],
+)
+def test_the_first_place_that_is_not_finite_is_named(
+    images: Tensor, name: str, damage: Callable[[AIR, Tensor], object]
+) -> None:
+    air = small_air()
+    air.c_init.grad = torch.zeros_like(air.c_init)
+    damage(air, images)
+    assert first_not_finite(air, images, None) == name
+
+
+def test_images_of_bytes_are_not_searched() -> None:
+    images, searched = torch.randint(256, (700, 12, 12), dtype=torch.uint8), []
+
+    def isfinite(tensor: Tensor) -> Tensor:
+        searched.append(len(tensor) if tensor.dim() == 3 else 0)
+        return torch.isfinite(tensor)
+
+    with mock.patch.object(Tensor, "isfinite", isfinite):
+        assert first_not_finite(small_air(), images, None) == "a sample"
+    assert max(searched) == 0
 
 
 def test_without_objects_a_background_has_the_mean_level() -> None:

@@ -1,7 +1,7 @@
-"""Signs of a failed training run that need no labels: collapse, and values that are not finite.
+"""Alarms of a failed training run that need no labels: collapse, and values that are not finite.
 
-AIR collapses in two ways. It infers no object in any scene, which a low ELBO shows; or it uses
-every step on every scene that is not empty, which only the inferred counts show.
+AIR collapses in two ways. Either it infers no object in any scene, and the ELBO is low; or it uses
+every step in every scene that is not empty, and only the inferred counts show it.
 """
 
 import torch
@@ -13,9 +13,9 @@ from air.evaluation.metrics import Evaluation
 from air.inference import forked_rng
 from air.priors import PresencePrior
 
-EMPTY_MARGIN = 2.0  # an ELBO less than this many nats above the empty canvas shows collapse
-COLLAPSE_FRACTION = 0.98  # fraction of the scenes with the same count that shows collapse
-MAX_CHECKED_IMAGES = 500  # number of images in the search for values that are not finite
+EMPTY_MARGIN = 2.0  # nats above the empty canvas; an ELBO below this margin is a collapse
+COLLAPSE_FRACTION = 0.98  # of the scenes; so many scenes with the same count are a collapse
+MAX_CHECKED_IMAGES = 500  # images whose ELBO terms are checked for values that are not finite
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def empty_canvas_elbo(air: AIR, images: Tensor) -> float:
 
 
 def collapse_alarm(result: Evaluation, empty_elbo: float) -> str | None:
-    """One line that says how a model has collapsed and what to try; None without collapse.
+    """Describes in one line how a model has collapsed and what to try; None without collapse.
 
     Args:
         result: The evaluation of the model.
@@ -75,12 +75,15 @@ def collapse_alarm(result: Evaluation, empty_elbo: float) -> str | None:
 def first_not_finite(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None) -> str:
     """Names the first of images, weights, ELBO terms and gradients that is not finite.
 
+    Bytes are always finite, so images of bytes are not searched: a copy of them all might not fit
+    into memory.
+
     Args:
         air: The model, with the gradients of its last step.
         images: The images of the last step, [N, (C,) H, H].
         z_pres_prior_p: As for `AIR.model`.
     """
-    if not images.isfinite().all():
+    if images.is_floating_point() and not images.isfinite().all():
         return "the images"
     for name, parameter in air.named_parameters():
         if not parameter.isfinite().all():
