@@ -22,11 +22,11 @@ from air.glimpse import Glimpse
 from air.images import as_batch, check_range, to_intensities
 from air.likelihoods import Likelihood, make_likelihood
 from air.model_settings import BackgroundModel, GuideInput, ModelSettings, NetFactory
-from air.param_store import register_parameters
 from air.priors import DEFAULT_COUNT_RATIO, PresencePrior, geometric_count_prior, probs_of_steps
 from air.settings import as_arguments
 from air.spatial_transformer import image_to_window, window_to_image
 from air.subsampling import subsample_indices
+from air.support_handlers import register_parameters
 from modules import MLP, Decoder, Encoder, ImageLSTMCell, Predict, Projection, make_embed
 
 Latents = tuple[list[Tensor], list[Tensor]]  # z_where, T times [B, 3]; z_pres, T times [B, 1]

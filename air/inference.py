@@ -16,6 +16,7 @@ from air.marginal import AllStepsActive
 from air.priors import continue_probs_from_counts, count_probs_from_continue
 from air.refinement import SceneLatents, refine_scenes
 from air.spatial_transformer import window_boxes
+from air.support_handlers import closed
 
 # The least probability of a count in a learnt prior. A count of probability zero could not recover.
 MIN_LEARNT_PROB = 1e-6
@@ -47,7 +48,6 @@ class Inference(NamedTuple):
     changes: Tensor  # how far an object changes each pixel, in its strongest channel, [B, T, H, H]
 
 
-@torch.no_grad()
 def infer(air: AIR, images: Tensor | NDArray[Any], refine: bool = False) -> Inference:
     """Infers counts, windows and reconstructions for images, [B, (C,) H, H], on any device.
 
@@ -74,24 +74,25 @@ def infer(air: AIR, images: Tensor | NDArray[Any], refine: bool = False) -> Infe
     if not len(images):
         blank = images.new_zeros(1, *images.shape[1:])
         return Inference._make(part[:0] for part in infer(air, blank))
-    steps = AllStepsActive(use_means=True)
-    trace: Any = poutine.trace(steps(air.guide)).get_trace(images)
-    where, what = (
-        torch.stack([trace.nodes[f"{site}_{t}"]["value"] for t in range(air.num_steps)], 1)
-        for site in ("z_where", "z_what")
-    )
-    count_probs = count_probs_from_continue(torch.cat(steps.continue_probs, 1))
-    if refine:
-        q_where = [trace.nodes[f"z_where_{t}"]["fn"] for t in range(air.num_steps)]
-        sds = torch.stack([q.variance.sqrt() for q in q_where], 1)
-        found = SceneLatents(count_probs, where, what, sds)
-        with forked_rng(0, images.device):
-            found = refine_scenes(air, air.to_images(images), found)
-        count_probs, where, what, _ = found
-    backgrounds = torch.zeros_like(air.to_images(images))
-    if air.background is not None:
-        backgrounds = air.background.paint(trace.nodes["z_background"]["value"])
-    return _paint(air, count_probs, where, what, backgrounds)
+    with closed(air):
+        steps = AllStepsActive(use_means=True)
+        trace: Any = poutine.trace(steps(air.guide)).get_trace(images)
+        where, what = (
+            torch.stack([trace.nodes[f"{site}_{t}"]["value"] for t in range(air.num_steps)], 1)
+            for site in ("z_where", "z_what")
+        )
+        count_probs = count_probs_from_continue(torch.cat(steps.continue_probs, 1))
+        if refine:
+            q_where = [trace.nodes[f"z_where_{t}"]["fn"] for t in range(air.num_steps)]
+            sds = torch.stack([q.variance.sqrt() for q in q_where], 1)
+            found = SceneLatents(count_probs, where, what, sds)
+            with forked_rng(0, images.device):
+                found = refine_scenes(air, air.to_images(images), found)
+            count_probs, where, what, _ = found
+        backgrounds = torch.zeros_like(air.to_images(images))
+        if air.background is not None:
+            backgrounds = air.background.paint(trace.nodes["z_background"]["value"])
+        return _paint(air, count_probs, where, what, backgrounds)
 
 
 def _paint(
@@ -124,7 +125,6 @@ def mean_count_probs(air: AIR, images: Tensor | NDArray[Any]) -> list[float]:
     return [float(p) for p in mean / mean.sum()]
 
 
-@torch.no_grad()
 def sample_prior(
     air: AIR, num_scenes: int, seed: int, count_prior: Sequence[float] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,7 +151,7 @@ def sample_prior(
             f"count_prior: expected {size} numbers, p(0) to p({air.num_steps}), got {len(weights)}"
         )
     presence = continue_probs_from_counts(weights)
-    with forked_rng(seed, air.h_init.device):
+    with closed(air), forked_rng(seed, air.h_init.device):
         (z_where, z_pres), canvas = air.prior(num_scenes, presence.__getitem__)
     boxes = window_boxes(torch.stack(z_where, 1), air.x_size)
     return canvas, boxes, torch.cat(z_pres, 1).sum(1).long()

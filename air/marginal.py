@@ -24,8 +24,8 @@ from torch import Tensor
 
 from air.air import AIR, Latents
 from air.arguments import check_call
-from air.param_store import register_parameters
 from air.priors import PresencePrior, check_presence_prior, count_log_probs
+from air.support_handlers import register_parameters
 
 CountTerm = Callable[[Tensor, Tensor, int], None]  # of images, log q(n), and the size of the data
 

@@ -11,6 +11,7 @@ from air.air import AIR
 from air.arguments import check_whole
 from air.images import to_tensor
 from air.priors import PresencePrior
+from air.support_handlers import closed
 
 
 class ElboTerms(NamedTuple):
@@ -31,7 +32,6 @@ class ElboTerms(NamedTuple):
         return self.log_likelihood - kl_objects - self.kl_background
 
 
-@torch.no_grad()
 def sample_elbo(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None = None) -> ElboTerms:
     """Samples z from the guide once for each image, [B, (C,) H, H].
 
@@ -44,10 +44,11 @@ def sample_elbo(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None =
         blank = images.new_zeros(1, *images.shape[1:])
         return ElboTerms._make(part[:0] for part in sample_elbo(air, blank, z_pres_prior_p))
     arguments: Any = {"data": images, "z_pres_prior_p": z_pres_prior_p}
-    guide: Any = poutine.trace(air.guide).get_trace(**arguments)
-    model: Any = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(**arguments)
-    guide.compute_log_prob()
-    model.compute_log_prob()
+    with closed(air):
+        guide: Any = poutine.trace(air.guide).get_trace(**arguments)
+        model: Any = poutine.trace(poutine.replay(air.model, trace=guide)).get_trace(**arguments)
+        guide.compute_log_prob()
+        model.compute_log_prob()
     presence = [guide.nodes[f"z_pres_{t}"] for t in range(air.num_steps)]
 
     def cost(name: str) -> Tensor:

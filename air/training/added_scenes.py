@@ -27,10 +27,10 @@ from torch import Tensor
 from air.air import AIR
 from air.marginal import AllStepsActive
 from air.merging import closest_windows, merge, paint_scenes, relative_residual
-from air.param_store import unregistered
 from air.priors import count_log_probs
 from air.refinement import BADLY_EXPLAINED
 from air.settings import SettingError
+from air.support_handlers import LocalParameters
 from air.training.settings import TrainingSettings
 
 PARTNERS = 6  # scenes to which each scene is added, to see whether the sum can be used
@@ -145,7 +145,7 @@ def infer_counts(air: AIR, images: Tensor) -> tuple[Tensor, Tensor]:
     Counts are the modes of q(n), as in `air.inference.infer`, and one fewer where two objects are
     one, see `air.merging` and `BATCH_PER_MERGED`. Nothing here waits for the device.
     """
-    with unregistered(), poutine.block(), AllStepsActive(use_means=True) as steps:
+    with poutine.block(), LocalParameters(), AllStepsActive(use_means=True) as steps:
         trace: Any = poutine.trace(air.guide).get_trace(images)
     counts = count_log_probs(torch.cat(steps.continue_probs, 1)).argmax(1)
     where, what = (

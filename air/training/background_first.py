@@ -10,10 +10,10 @@ from torch import Tensor
 
 from air.air import AIR
 from air.arguments import check_call
-from air.param_store import register_parameters
 from air.priors import PresencePrior
 from air.settings import SettingError
 from air.subsampling import subsample_indices
+from air.support_handlers import register_parameters
 from air.training.settings import TrainingSettings
 from air.training.svi import SVI
 
@@ -89,6 +89,6 @@ def background_svi(air: AIR, svi: SVI, settings: TrainingSettings) -> SVI:
         fewer = f"expected fewer than the {settings.num_steps} steps of training, got {given}"
         raise SettingError("background_steps", fewer)
     alone = BackgroundAlone(air)
-    first = SVI(alone.model, alone.guide, svi.optim, TraceGraph_ELBO(), svi.all_reduce)
+    first = SVI(alone.model, alone.guide, svi.optim, TraceGraph_ELBO())
     first.stats = svi.stats
     return first
