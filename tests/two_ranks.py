@@ -22,6 +22,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, this is not a package
+from air.training.parallel import ProcessGroup, process_group
+
 import main as program
 from air import AIR
 from air.cli.flags import build_parser
@@ -29,7 +31,6 @@ from air.evaluation.metrics import HeldOut
 from air.marginal import MarginalAIR
 from air.training import trainer as trainer_module
 from air.training.compiled_svi import CompiledSVI, inductor
-from air.training.parallel import ProcessGroup, process_group
 from air.training.settings import TrainingSettings
 from air.training.svi import SVI, make_optimizer
 from air.training.trainer import Trainer

@@ -28,11 +28,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
 
+from air.training.parallel import process_group
+
 from air import AIR
 from air.cli.device import pick_device
 from air.evaluation.metrics import HeldOut
 from air.training.events import Progress
-from air.training.parallel import process_group
 from air.training.settings import TrainingSettings
 from air.training.trainer import Trainer
 

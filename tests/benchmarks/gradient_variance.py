@@ -21,6 +21,8 @@ from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
+from air.training.parallel import SINGLE_PROCESS
+
 import main as program
 from air import AIR
 from air.cli.config import resolve_config, to_json_types
@@ -28,7 +30,6 @@ from air.cli.flags import build_parser
 from air.marginal import MarginalAIR
 from air.storage.checkpoint import load_weights_strict, read_weights
 from air.training.compiled_svi import inductor
-from air.training.parallel import SINGLE_PROCESS
 
 
 class Moments:

@@ -15,13 +15,13 @@ from unittest import mock
 import pyro
 import pytest
 import torch
+from air.training.parallel import SINGLE_PROCESS, WAIT_FOR_SUMS, process_group
 from helpers import ROOT, SECOND_OF_TWO, SMALL
 from helpers import run as run_main
 from two_ranks import CASES, STEPS, make_trainer, one_step, train
 
 from air.storage.checkpoint import read_state
 from air.subsampling import draw_indices
-from air.training.parallel import SINGLE_PROCESS, WAIT_FOR_SUMS, process_group
 
 pytestmark = pytest.mark.slow
 
