@@ -310,12 +310,12 @@ def test_the_path_of_a_gpu_takes_the_same_steps(captured: bool, images: Tensor) 
             assert None not in svi._compiled.values()
         return list(air.parameters())
 
-    fork_rng = torch.random.fork_rng
+    without_devices = lambda _, fork=torch.random.fork_rng: fork([])  # noqa: E731
     with pyro.validation_enabled(False):
         expected = weights()
         with (
             mock.patch.object(Tensor, "is_cuda", True),
-            mock.patch("torch.random.fork_rng", lambda _: fork_rng([])),
+            mock.patch("torch.random.fork_rng", without_devices),
             mock.patch("torch.compiler.cudagraph_mark_step_begin", overwrite),
         ):
             found = weights()
