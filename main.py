@@ -10,6 +10,7 @@ torchrun every rank runs this program; rank 0 alone writes, draws and prints.
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ from air.storage.run_folder import RunFolder, versions
 from air.training import Trainer, TrainingSettings
 from air.training.compiled_svi import Compiler, inductor
 from air.training.events import CheckpointDue, Evaluated, Progress, SnapshotDue
-from air.training.parallel import ProcessGroup, RankLostError, process_group
+from air.training.ranks import is_main, joined_ranks, local_rank, rank, world_size
 from air.visualization.dashboard import Dashboard, connect
 
 
@@ -69,7 +70,6 @@ class Outcome(Enum):
 class Context(NamedTuple):
     """The parts of a run that its configuration does not name."""
 
-    group: ProcessGroup
     nets: NetFactory | None
     compiler: Compiler
 
@@ -100,10 +100,10 @@ def main(
         compiler: Compiles the captured step.
     """
     warnings.filterwarnings("ignore", "Encountered NaN")  # Pyro's; such steps are skipped
-    with steady_streams(), process_group() as group, interrupt_on_signals() as signals:
+    with steady_streams(), joined_ranks(), interrupt_on_signals() as signals:
         logging.basicConfig(format="%(levelname)s: %(message)s")
-        context = Context(group, nets, compiler)
-        parser = build_parser(__doc__ or "", quiet=not group.is_main)
+        context = Context(nets, compiler)
+        parser = build_parser(__doc__ or "", quiet=not is_main())
         cli_args = to_json_types(vars(parser.parse_args(argv)))
         if cli_args.get("suggest"):
             from air.cli.suggestion import print_suggestion  # SciPy would make every start slower
@@ -126,15 +126,15 @@ def main(
             line = explain(error, session.run if session else None)
             if line is None:
                 raise
-            if group.world_size > 1:  # torchrun sends SIGTERM when a rank ends: too early
+            if world_size() > 1:  # torchrun sends SIGTERM when a rank ends: too early
                 signals.ignore()
-            end_by_error(parser, group, error, line)
+            end_by_error(parser, error, line)
 
 
-def end_by_error(parser: Parser, group: ProcessGroup, error: Exception, line: str) -> NoReturn:
+def end_by_error(parser: Parser, error: Exception, line: str) -> NoReturn:
     """Prints the line and exits. Other ranks are silent about errors that rank 0 reports."""
-    if not group.is_main and not isinstance(error, RankLostError | FloatingPointError):
-        print(f"{parser.prog}: rank {group.rank}: {line}", file=sys.stderr)
+    if not is_main() and not isinstance(error, ConnectionError | FloatingPointError):
+        print(f"{parser.prog}: rank {rank()}: {line}", file=sys.stderr)
     parser.exit(1, f"{parser.prog}: error: {line}\n")
 
 
@@ -150,31 +150,22 @@ def prepare(
 ) -> Session:
     """Prepares the run of the command line or, after a collapse, the run that starts over.
 
-    Nothing is written before all ranks are ready. Input that one of them cannot use ends the
-    program with exit code 2.
+    Input that cannot be used ends the program with exit code 2.
     """
-    session, problem = None, None
     try:
         if collapsed is None:
-            session = prepare_run(cli_args, context, exit_stack)
-        else:
-            session = start_over(collapsed, context, exit_stack)
+            return prepare_run(cli_args, context, exit_stack)
+        return start_over(collapsed, context, exit_stack)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        problem = str(error)
-    problems = context.group.all_gather(problem)
-    failed = [rank for rank, its_problem in enumerate(problems) if its_problem is not None]
-    if failed:  # the first rank that failed reports it
-        parser.quiet = context.group.rank != failed[0]
-        parser.error(f"{problem}" if failed[0] == 0 else f"rank {failed[0]}: {problem}")
-    assert session is not None
-    return session
+        parser.quiet = False
+        parser.error(str(error) if is_main() else f"rank {rank()}: {error}")
 
 
 def prepare_run(cli_args: Config, context: Context, exit_stack: ExitStack) -> Session:
     """A new run, or the run that --resume names, restored from its checkpoint."""
     run, state, weights, model = None, None, None, None
     if "resume" in cli_args:
-        run = RunFolder.open(Path(cli_args["resume"]), lock=context.group.is_main)
+        run = RunFolder.open(Path(cli_args["resume"]), lock=is_main())
         exit_stack.callback(run.close)
         state = run.load()
         check_config(state["config"], run.source)
@@ -194,7 +185,7 @@ def prepare_run(cli_args: Config, context: Context, exit_stack: ExitStack) -> Se
     if trainer.step > config["num_steps"]:
         taken, given = trainer.step, config["num_steps"]
         raise ValueError(f"--num-steps must be at least the {taken} already taken, got {given}")
-    if not context.group.is_main:
+    if not is_main():
         return Session(config, trainer, None)
     client = connect(config["visdom_server"] if config["viz"] else None)
     return open_run(config, trainer, data_sha256, run, client, exit_stack)
@@ -238,14 +229,12 @@ def build_trainer(config: Config, context: Context) -> tuple[Trainer, Config, st
 
     The configuration returned has the size of the images.
     """
-    group = context.group
-    device = pick_device(config["device"], group.local_rank)
-    with group.main_first():  # which makes the scenes, where they are not cached yet
-        scenes = load_scenes(config)
+    device = pick_device(config["device"], local_rank())
+    scenes = load_scenes(config)
     on_black = config["background_model"] == "none"
-    for hint in data_hints(scenes, config["model_steps"], on_black) if group.is_main else ():
+    for hint in data_hints(scenes, config["model_steps"], on_black) if is_main() else ():
         logging.getLogger("air").warning(hint)
-    x, test = group.shard(scenes.train.x), scenes.test
+    x, test = scenes.train.x, scenes.test
     channels = x.shape[1] if x.ndim == 4 else 1
     config = with_image_size(config, x.shape[-1], channels)
     torch.set_num_threads(config["threads"])
@@ -262,7 +251,7 @@ def build_trainer(config: Config, context: Context) -> tuple[Trainer, Config, st
     )
     with settings_named_by_flag(TrainingSettings):
         training = from_config(TrainingSettings, config)
-        trainer = Trainer(air.to(device), images, held_out, training, group, context.compiler)
+        trainer = Trainer(air.to(device), images, held_out, training, context.compiler)
     return trainer, config, scenes.sha256
 
 
@@ -315,11 +304,11 @@ def train(session: Session, signals: Signals) -> tuple[Outcome, int | None]:
     Returns:
         How training ended, and the number of the signal that interrupted it.
     """
-    config, trainer, group = session.config, session.trainer, session.trainer.group
+    config, trainer = session.config, session.trainer
     announce(session)
     collapsed = False
-    bar = ProgressBar(config["num_steps"], trainer.step, silent=not group.is_main)
-    signals.ask_by(trainer.request_stop, ignore_repeated=group.local_rank is not None)
+    bar = ProgressBar(config["num_steps"], trainer.step, silent=not is_main())
+    signals.ask_by(trainer.request_stop, ignore_repeated=local_rank() is not None)
     with closing(bar):
         try:
             for event in trainer.train():
@@ -338,10 +327,12 @@ def train(session: Session, signals: Signals) -> tuple[Outcome, int | None]:
             if session.recorder:
                 session.recorder.save()
             raise
-    signaled = signals.first(group.all_gather)
+    signaled = signals.first(lambda own: [own])
+    if signaled is None and trainer.stopped and not collapsed:  # a signal to another rank
+        signaled = signal.SIGTERM
     if signaled is not None:
         return Outcome.INTERRUPTED, signaled
-    return (Outcome.COLLAPSED if group.any(collapsed) else Outcome.FINISHED), None
+    return (Outcome.COLLAPSED if collapsed else Outcome.FINISHED), None
 
 
 def announce(session: Session) -> None:

@@ -1,10 +1,16 @@
-"""Who sees a model's parameters and sites: Pyro's parameter store, outer handlers, or nobody."""
+"""Who sees a model's parameters and sites: Pyro's parameter store, outer handlers, or nobody.
+
+``pyro.infer.SVI`` trains the parameters that a model and its guide name by ``pyro.param``. AIR
+names its parameters as they are named in the module, where Pyro's example has
+``pyro.module("decode", net)`` and so "decode$$$mlp.seq.0.weight".
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pyro
+import pyro.poutine as poutine
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped
@@ -13,14 +19,14 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 
 def register_parameters(module: nn.Module) -> None:
-    """Registers a module's parameters in Pyro's parameter store, for ``pyro.infer.SVI``.
+    """Names a module's parameters by ``pyro.param``, as they are named in the module.
 
-    Their names are those in the module. Frozen parameters (``requires_grad=False``) are left out,
-    as ``pyro.module`` leaves them out. A call without any handler of Pyro around it trains nothing,
-    so nothing is registered.
+    Frozen parameters (``requires_grad=False``) are left out, as ``pyro.module`` leaves them out. A
+    call without any of Pyro's handlers around it trains nothing, so it names nothing.
 
     Raises:
-        ValueError: If the store holds other tensors under these names.
+        ValueError: If the store has another tensor under one of the names. Pyro would train that
+            tensor, and the module would keep its weights without a warning.
     """
     if not am_i_wrapped():
         return
@@ -32,45 +38,41 @@ def register_parameters(module: nn.Module) -> None:
                 parameter.data = parameter.data.contiguous()
         if pyro.param(name, parameter) is not parameter:
             raise ValueError(
-                f"Pyro's parameter store holds another tensor under the name {name}, which Pyro "
-                "would train in place of this model's; call pyro.clear_param_store() before you "
-                "use a new model, and load saved weights by load_state_dict"
+                f"Pyro's parameter store holds another tensor under the name {name}, of another "
+                "AIR or of a file; call pyro.clear_param_store() before training a new model, and "
+                "load weights by load_state_dict"
             )
 
 
 class LocalParameters(Messenger):
-    """Keeps the parameters of the models that run inside out of Pyro's parameter store."""
+    """Answers `register_parameters` with the module's own parameters, without Pyro's store.
+
+    So several models can be used side by side in one process.
+    """
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
-        msg["value"], msg["done"] = msg["args"][1], True
-
-
-class _Hidden(LocalParameters):
-    """Hides all sites from the handlers outside, too."""
-
-    def _process_message(self, msg: Any) -> None:  # noqa: ANN401
-        super()._process_message(msg)
-        msg["stop"] = True
+        if isinstance(msg["args"][-1], nn.Parameter):
+            msg["value"], msg["done"] = msg["args"][-1], True
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Sets all nets to evaluation mode; each has its former mode afterwards."""
-    modes = [(net, net.training) for net in module.modules()]
+    """For the block, sets all nets to evaluation mode; afterwards each has its former mode."""
+    training = [each for each in module.modules() if each.training]
     module.eval()
     try:
         yield
     finally:
-        for net, training in modes:
-            net.training = training
+        for each in training:
+            each.training = True
 
 
 @contextmanager
 def closed(module: nn.Module) -> Iterator[None]:
-    """For a function of images: it gives the same result whatever surrounds it, and adds nothing.
+    """For the block, model and guide are plain functions of their arguments.
 
-    Inside, nets are in evaluation mode, no gradient is recorded, parameters stay out of Pyro's
-    parameter store, and Pyro's handlers outside do not see any site.
+    Outer handlers see no site, Pyro's store stays as it is, no gradients are recorded, and the nets
+    are in evaluation mode, so that batch normalisation keeps its statistics.
     """
-    with evaluating(module), torch.no_grad(), _Hidden():
+    with evaluating(module), torch.no_grad(), poutine.block(), LocalParameters():
         yield

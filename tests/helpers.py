@@ -29,7 +29,6 @@ from air.evaluation.counting import CountScores
 from air.evaluation.metrics import Evaluation, HeldOut
 from air.storage.checkpoint import load_weights_strict, read_weights
 from air.training.events import Progress
-from air.training.parallel import ProcessGroup
 from air.training.settings import TrainingSettings
 from air.training.trainer import Trainer
 from air.visualization.snapshots import InferredScenes, Snapshot
@@ -261,7 +260,17 @@ def gradients(air: AIR) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in found.items()}
 
 
-SECOND_OF_TWO = ProcessGroup(rank=1, world_size=2, local_rank=1)  # without the first
+@contextlib.contextmanager
+def as_rank(rank: int, world_size: int = 2) -> Iterator[None]:
+    """This process is one of several ranks, of which the others add nothing."""
+    stand_ins = {
+        "is_initialized": lambda: True,
+        "get_rank": lambda: rank,
+        "get_world_size": lambda: world_size,
+        "all_reduce": lambda tensor: None,
+    }
+    with mock.patch.multiple("torch.distributed", **stand_ins):
+        yield
 
 
 PANES = {  # of the live page, without a model of the background

@@ -1,19 +1,14 @@
-"""What tests of training by two processes run under torchrun; each rank saves what it found.
+"""The program of tests of training by two ranks; each rank saves its results.
 
 torchrun --nproc-per-node 2 tests/two_ranks.py FOLDER
 """
 
-import io
 import sys
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, redirect_stderr
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -22,17 +17,16 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, this is not a package
-import main as program
 from air import AIR
-from air.cli.flags import build_parser
 from air.evaluation.metrics import HeldOut
 from air.marginal import MarginalAIR
 from air.training import trainer as trainer_module
-from air.training.compiled_svi import CompiledSVI, inductor
-from air.training.parallel import ProcessGroup, process_group
+from air.training.compiled_svi import CompiledSVI, Compiler
+from air.training.ranks import any_rank, is_main, joined_ranks, rank, shard
 from air.training.settings import TrainingSettings
 from air.training.svi import SVI, make_optimizer
 from air.training.trainer import Trainer
+from tests.helpers import capture_only
 
 CASES = list(product(("marginal", "score"), (False, True)))  # estimator, captured
 STEPS = 50
@@ -72,26 +66,29 @@ def data(size: int) -> tuple[Tensor, dict[str, Tensor]]:
     return torch.rand(size, 12, 12, generator=drawn), noise
 
 
-def one_step(estimator: str, captured: bool, group: ProcessGroup) -> dict[str, Tensor]:
+def one_step(
+    estimator: str, captured: bool, device: str = "cpu", compiler: Compiler = capture_only
+) -> dict[str, Tensor]:
     """The gradients and the rest of a step on the part of 8 images that is this rank's."""
     images, noise = data(8)
-    air = small_air()
+    air = small_air().to(device)
     program: Any = MarginalAIR(air) if estimator == "marginal" else air
-    guide = GivenNoise({name: group.shard(values) for name, values in noise.items()})(program.guide)
-    kind: Any = partial(CompiledSVI, compiler=lambda graph: graph) if captured else SVI
+    own_noise = {name: shard(values).to(device) for name, values in noise.items()}
+    guide = GivenNoise(own_noise)(program.guide)
     optimizer = make_optimizer(air, 1e-3, 1e-2, clip_grad_norm=50.0)
-    svi = kind(program.model, guide, optimizer, TraceGraph_ELBO(), all_reduce=group.all_reduce)
-    part = group.shard(images)
+    arguments = program.model, guide, optimizer, TraceGraph_ELBO()
+    svi = CompiledSVI(*arguments, compiler) if captured else SVI(*arguments)
+    part = shard(images).to(device)
     loss = svi.step_async(part, num_images=3 * len(part))  # as if drawn from three times as many
     gradients = {name: p.grad for name, p in air.named_parameters() if p.grad is not None}
     others = {"loss": loss, "number": torch.as_tensor(svi.num_images), "norm": svi.grad_norm}
     return {**gradients, **others, **air.state_dict(prefix="after ")}
 
 
-def make_trainer(num_steps: int, group: ProcessGroup, **settings: Any) -> Trainer:  # noqa: ANN401
+def make_trainer(num_steps: int, **settings: Any) -> Trainer:  # noqa: ANN401
     given = TrainingSettings(num_steps=num_steps, batch_size=4, eval_every=0, **settings)
     images = data(25)[0]
-    return Trainer(small_air(), group.shard(images), HeldOut(images[:3]), given, group)
+    return Trainer(small_air(), images, HeldOut(images[:3]), given)
 
 
 def train(trainer: Trainer) -> Iterator[float]:
@@ -100,48 +97,35 @@ def train(trainer: Trainer) -> Iterator[float]:
         yield from [event.elbo] if hasattr(event, "elbo") else []
 
 
-def refuse(group: ProcessGroup, folder: Path) -> tuple[Any, str]:
-    """The exit code and the words of main.py on data that rank 1 alone lacks."""
-    path = folder / f"scenes-{group.rank}.npz"
-    if group.is_main:
-        np.savez(path, x=np.eye(12, dtype=np.uint8)[None].repeat(30, 0) * 255)
-    parser, said = build_parser(quiet=not group.is_main), io.StringIO()
-    context = program.Context(group, nets=None, compiler=inductor)
-    with ExitStack() as exit_stack, redirect_stderr(said):
-        try:
-            program.prepare(parser, {"data": str(path)}, context, None, exit_stack)
-        except SystemExit as ended:
-            return ended.code, said.getvalue()
-    return 0, said.getvalue()
-
-
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     pyro.enable_validation(False)  # a captured step has no values to look at
     trainer_module.LEARN_PRIOR_EVERY = 10
-    with process_group() as group:
-        found: dict[str, Any] = {str(case): one_step(*case, group) for case in CASES}
+    with joined_ranks():
+        found: dict[str, Any] = {str(case): one_step(*case) for case in CASES}
         for estimator in ("marginal", "score"):
-            trainer = make_trainer(STEPS, group, estimator=estimator, learn_count_prior_from=20)
+            trainer = make_trainer(STEPS, estimator=estimator, learn_count_prior_from=20)
             found[f"elbos {estimator}"] = list(train(trainer))
             found[f"weights {estimator}"] = trainer.air.state_dict()
             found[f"prior {estimator}"] = trainer.learnt_prior
-        whole, first, second = (make_trainer(n, group) for n in (10, 5, 10))
-        list(train(whole))
+        found["drawn"] = torch.rand(4)
+        uninterrupted, first, second = (make_trainer(n) for n in (10, 5, 10))
+        list(train(uninterrupted))
         list(train(first))
-        saved = group.all_gather(first.state_dict())[0]  # the checkpoint that rank 0 writes
-        second.load_state_dict(saved)  # and all ranks read
+        if is_main():  # writes the checkpoint, which all ranks read
+            torch.save(first.state_dict(), folder / "state.pt")
+        any_rank(False)  # waits for it
+        second.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
         list(train(second))
-        found |= {"whole": whole.air.state_dict(), "second": second.air.state_dict()}
-        found |= {"state": saved, "drawn": torch.rand(4)}
-        with group.main_first():
-            if group.is_main:
-                time.sleep(0.2)
-            found["ran first"] = time.monotonic()
-        found["gathered"] = group.all_gather({"rank": group.rank})
-        found["refused"] = refuse(group, folder)
-        torch.save(found, folder / f"{group.rank}.pt")
+        found |= {"uninterrupted": uninterrupted.air.state_dict()}
+        found |= {"resumed": second.air.state_dict()}
+        stopped = make_trainer(STEPS, progress_every=7)
+        if rank() == 1:
+            stopped.request_stop()
+        list(train(stopped))
+        found["stopped"] = stopped.step, stopped.stopped
+        torch.save(found, folder / f"{rank()}.pt")
 
 
 if __name__ == "__main__":

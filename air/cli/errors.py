@@ -5,8 +5,6 @@ import torch
 from air.data.arrays import DataError
 from air.storage.files import quoted
 from air.storage.run_folder import RunFolder
-from air.training.compiled_svi import RecordingError
-from air.training.parallel import RankLostError
 
 
 def explain(error: Exception, run: RunFolder | None) -> str | None:
@@ -22,7 +20,7 @@ def explain(error: Exception, run: RunFolder | None) -> str | None:
             f"{error}. The run is saved as it is; begin a new run with a lower --learning-rate"
             f"{weights}"
         )
-    if isinstance(error, DataError | RecordingError | RankLostError):
+    if isinstance(error, DataError | ConnectionError):
         cause = str(error)
     elif isinstance(error, OSError):
         cause = f"cannot write: {error}"

@@ -114,17 +114,3 @@ class TrainingSettings:
                 "learn_count_prior_from",
                 f"expected at least {annealed_at}, where --anneal-prior ends, got {begin}",
             )
-
-
-def local_batch_size(batch_size: int, world_size: int) -> int:
-    """The part of a batch that each process draws.
-
-    Raises:
-        SettingError: If the batch cannot be divided evenly.
-    """
-    if batch_size % world_size:
-        raise SettingError(
-            "batch_size",
-            f"expected a multiple of the number of processes, {world_size}, got {batch_size}",
-        )
-    return batch_size // world_size

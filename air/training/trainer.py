@@ -23,22 +23,17 @@ from air.priors import CountPrior, geometric_presence, presence_from_counts
 from air.settings import SettingError
 from air.training.compiled_svi import CompiledSVI, Compiler, inductor
 from air.training.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
-from air.training.parallel import SINGLE_PROCESS, ProcessGroup
 from air.training.phases import Phase, make_phases, phase_at
+from air.training.ranks import any_rank, seed_of_step, shard, sum_over_ranks, world_size
 from air.training.schedules import is_due, is_early, learning_rate_factor
-from air.training.settings import (
-    LEARN_PRIOR_EVERY,
-    LEARN_PRIOR_SCENES,
-    TrainingSettings,
-    local_batch_size,
-)
+from air.training.settings import LEARN_PRIOR_EVERY, LEARN_PRIOR_SCENES, TrainingSettings
 from air.training.step_stats import StepStats
 from air.training.svi import SVI, make_optimizer
 from air.training.teacher import Teacher
 
 MAX_SKIPPED = 20  # skipped steps in a row that end training
-# Steps, at most, between looks at the device and at the other ranks. Under NCCL only such a look
-# finds out that a rank has ended, and until then steps are queued for the device.
+# Steps, at most, between two checks whether steps were skipped and whether a rank is to stop. Each
+# check waits for the device.
 SYNC_EVERY = 25
 
 
@@ -46,17 +41,16 @@ class Trainer:
     """Trains an AIR by SVI.
 
     Args:
-        air: The model, on the device to train on.
-        images: Training scenes, [N, (C,) H, H], on the same device, or in files; with several
-            processes, the shard of this process.
+        air: The model, on the device to train on. Parameters that are frozen now stay frozen.
+        images: Training scenes, [N, (C,) H, H], on the same device, or in files. With several
+            processes each one trains on its shard of them.
         held_out: Scenes to evaluate on.
         settings: How to train; the batch size is that of all processes together.
-        group: The processes that train together.
         compiler: For a compiled step; see `CompiledSVI`.
 
     Raises:
-        ValueError: If the settings do not fit each other, the model or the processes, if there are
-            images that `AIR.to_images` cannot take, or if every parameter is frozen.
+        ValueError: If the settings do not fit each other, the model or the processes, or if there
+            are images that `AIR.to_images` cannot take.
     """
 
     def __init__(
@@ -65,22 +59,32 @@ class Trainer:
         images: Tensor | StreamedImages,
         held_out: HeldOut,
         settings: TrainingSettings,
-        group: ProcessGroup = SINGLE_PROCESS,
         compiler: Compiler = inductor,
     ) -> None:
-        if settings.num_steps > 0 and not len(images):
-            raise ValueError(f"there are fewer scenes than processes, {group.world_size}")
+        if settings.batch_size % world_size():
+            raise SettingError(
+                "batch_size",
+                f"expected a multiple of the number of processes, {world_size()}, got "
+                f"{settings.batch_size}",
+            )
+        if len(images) < world_size() and settings.num_steps > 0:
+            raise ValueError(
+                f"expected at least {world_size()} training scenes, one per process, got "
+                f"{len(images)}"
+            )
         # Here and not at each step, because to read the values waits for the device.
         air.check_images(images if isinstance(images, Tensor) else images[:1])
         held_out = check_scenes(air, held_out)
-        if settings.num_steps > 0:
-            check_trainable(air, settings)
         self.air = air
-        self.images = images
+        if isinstance(images, StreamedImages):
+            self.images: Tensor | StreamedImages = StreamedImages(
+                shard(images.files), images.device
+            )
+        else:
+            self.images = shard(images)
         self.held_out = held_out
         self.settings = settings
-        self.group = group
-        self.batch_size = local_batch_size(settings.batch_size, group.world_size)
+        self.batch_size = settings.batch_size // world_size()  # of this process
         self.optimizer = make_optimizer(
             air, settings.learning_rate, settings.baseline_learning_rate, settings.clip_grad_norm
         )
@@ -88,12 +92,7 @@ class Trainer:
 
         def make_svi(model: Any, guide: Any, compile: bool | None = settings.compile) -> SVI:  # noqa: ANN401
             arguments = model, guide, self.optimizer, TraceGraph_ELBO()
-            reduce = group.all_reduce
-            svi = (
-                CompiledSVI(*arguments, compiler=compiler, all_reduce=reduce)
-                if compile
-                else SVI(*arguments, all_reduce=reduce)
-            )
+            svi = CompiledSVI(*arguments, compiler) if compile else SVI(*arguments)
             svi.stats = self.stats
             return svi
 
@@ -102,28 +101,24 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0  # of training, without evaluations and pictures
         self.stop_requested = False  # in this process
-        self.stopped = False  # in all processes, by request
+        self.stopped = False  # by a request, in all processes at the same step
         self.miscounted: list[int] = []  # some scenes of the last evaluation
         self._rate_factor = 1.0  # of the learning rates that the optimiser has now
-        self._random_states: list[dict[str, Any]] = []  # of the other ranks
-        self._has_random_state = group.world_size == 1  # whether this rank's own is restored
 
     def train(self) -> Iterator[Event]:
-        """Takes the remaining steps, or those until `stop_requested`, and yields events.
+        """Takes the remaining steps, or those until `request_stop`, and yields events.
 
-        At every event, and after an error, the state is whole and can be saved. Only rank 0
-        evaluates; the other ranks wait for it.
+        At every event, and after an error, the state is complete and can be saved. All ranks yield
+        the same events.
 
         Raises:
             FloatingPointError: If too many steps in a row had to be skipped.
         """
-        settings, is_main = self.settings, self.group.is_main
+        settings = self.settings
         if self.step == 0 < settings.num_steps:
             yield SnapshotDue(0)
-        if not self._has_random_state:
-            torch.manual_seed(self.group.seed(settings.seed, self.step))
         start, since, since_step = time.perf_counter(), self.seconds, self.step
-        self.stopped = self.group.any(self.stop_requested)
+        self.stopped = any_rank(self.stop_requested)
         while not (self.finished or self.stopped):
             self._take_step()
             last = self.finished
@@ -132,35 +127,32 @@ class Trainer:
             checkpoint = not last and is_due(self.step, settings.save_every)
             snapshot = evaluation or checkpoint or (not last and is_early(self.step))
             sync = progress or snapshot or is_due(self.step, SYNC_EVERY)
-            if sync or self.group.world_size == 1:  # all ranks stop at the same step
-                self.stopped = self.group.any(self.stop_requested)
+            if sync or world_size() == 1:
+                self.stopped = any_rank(self.stop_requested)
             if not (sync or self.stopped):
                 continue
             stuck = self.stats.skipped_in_a_row >= MAX_SKIPPED  # waits for the device
             self.seconds += time.perf_counter() - start
-            if snapshot or last or stuck or self.stopped:  # the state may be saved
-                self._random_states = self.group.all_gather(self._random_state())[1:]
             if progress or stuck:
                 yield self._progress(self.step - since_step, self.seconds - since)
                 since, since_step = self.seconds, self.step
             if stuck:
                 raise self._not_finite_error()
-            if evaluation and is_main:
+            if evaluation:
                 yield self.evaluate(settings.eval_scenes)
             if snapshot:
                 yield SnapshotDue(self.step)
             if checkpoint:
                 yield CheckpointDue(self.step)
-            self.stopped = self.stopped or self.group.any(self.stop_requested)
+            self.stopped = self.stopped or any_rank(self.stop_requested)
             start = time.perf_counter()
         if self.finished:
             yield CheckpointDue(self.step)  # before an evaluation that may take minutes
-            if is_main:
-                yield self.evaluate(len(self.held_out.images))
+            yield self.evaluate(len(self.held_out.images))
             yield SnapshotDue(self.step)
 
     def request_stop(self) -> None:
-        """Ends training after the present step, or with several ranks after some more."""
+        """Ends training after the present step; with several ranks, at most `SYNC_EVERY` later."""
         self.stop_requested = True
 
     @property
@@ -169,6 +161,8 @@ class Trainer:
         return self.step >= self.settings.num_steps
 
     def _take_step(self) -> None:
+        if world_size() > 1:  # so that a resumed run is exact without the state of every rank
+            torch.manual_seed(seed_of_step(self.settings.seed, self.step))
         self.prior.set_step(self.step + 1)
         self._set_learning_rates()
         if isinstance(self.images, StreamedImages):
@@ -202,10 +196,11 @@ class Trainer:
 
         The mean is over scenes spread evenly over the data, which may be sorted.
         """
-        num_scenes = LEARN_PRIOR_SCENES // self.group.world_size
+        num_scenes = LEARN_PRIOR_SCENES // world_size()
         scenes = self.images[:: -(-len(self.images) // num_scenes)]
-        of_ranks = self.group.all_gather(mean_count_probs(self.air, scenes))
-        self.prior.learn([sum(probs) / len(probs) for probs in zip(*of_ranks, strict=True)])
+        probs = torch.tensor(mean_count_probs(self.air, scenes), dtype=torch.float64)
+        sum_over_ranks(probs)
+        self.prior.learn((probs / world_size()).tolist())
 
     def _progress(self, steps: int, seconds: float) -> Progress:
         elbo, grad_norm, skipped = self.stats.read()
@@ -217,7 +212,7 @@ class Trainer:
             grad_norm=grad_norm,
             learning_rate=self.settings.learning_rate * self._rate_factor,
             z_pres_prior_p=list(self.prior.now),
-            images_per_second=rate * min(self.batch_size, len(self.images)) * self.group.world_size,
+            images_per_second=rate * min(self.batch_size, len(self.images)) * world_size(),
             steps_per_second=rate,
             seconds=self.seconds,
         )
@@ -255,13 +250,11 @@ class Trainer:
             "presence": list(self.prior.now),
             "learnt_prior": self.prior.learnt,
             "tally": self.stats.state_dict(),
-            "frozen": frozen_names(self.air),
-            "optimized": self._optimized_names(),
+            "frozen": self._frozen_names(),
             "model": self.air.state_dict(),
             "teacher": self._teacher and self._teacher.air.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             **self._random_state(),
-            "streams": self._random_states,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -270,11 +263,10 @@ class Trainer:
         Raises:
             ValueError: If it is the state of another model, or other parameters were frozen.
         """
-        frozen = state.get("frozen", [])  # an earlier program wrote no such entry
-        if frozen != (now := frozen_names(self.air)):
+        if (expected := state["frozen"]) != (given := self._frozen_names()):
             raise ValueError(
-                "the same parameters must be frozen (requires_grad) as when the state was saved: "
-                f"expected {_first(frozen)}, got {_first(now)}"
+                "expected the same frozen parameters (requires_grad=False) as in the saved run, "
+                f"{', '.join(expected) or 'none'}, got {', '.join(given) or 'none'}"
             )
         if not all(index < len(self.held_out.images) for index in state["miscounted"]):
             raise ValueError("miscounted scenes are not among the held-out scenes")
@@ -285,21 +277,14 @@ class Trainer:
         self.air.load_state_dict(state["model"])
         if self._teacher:
             self._teacher.air.load_state_dict(state["teacher"])
-        # A parameter that was frozen on the way keeps its moments.
-        held = {*state.get("optimized", ())}
-        held_ids = {id(p) for name, p in self.air.named_parameters() if name in held}
-        self.optimizer.add(lambda parameter: id(parameter) in held_ids)
         # The parameter groups follow from the settings and the device.
-        groups, names = self.optimizer.state_dict()["param_groups"], self._optimized_names()
-        saved, saved_names = state["optimizer"]["state"], state.get("optimized", names)
-        if len(saved_names) != sum(len(g["params"]) for g in state["optimizer"]["param_groups"]):
-            raise ValueError("the optimiser's state is of another number of parameters")
-        moments_of = {name: saved[i] for i, name in enumerate(saved_names) if i in saved}
-        kept = {i: moments_of[name] for i, name in enumerate(names) if name in moments_of}
-        self.optimizer.load_state_dict({"state": kept, "param_groups": groups})
-        for parameter, moments in self.optimizer.state.items():
+        groups = self.optimizer.state_dict()["param_groups"]
+        moments = state["optimizer"]["state"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        for parameter, its_moments in self.optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):  # a fused Adam reads memory without a check
-                if moments[name].shape != parameter.shape or not moments[name].is_contiguous():
+                moment = its_moments[name]
+                if moment.shape != parameter.shape or not moment.is_contiguous():
                     raise ValueError(f"the optimiser's {name} is not of the shape of its weight")
         self._rate_factor = math.nan
         self.prior.set_step(self.step)
@@ -311,13 +296,13 @@ class Trainer:
     def _teacher(self) -> Teacher | None:
         return self.phases[-1].teacher
 
-    def _optimized_names(self) -> list[str]:
-        """The names of the optimiser's parameters, in its order."""
-        names = {id(parameter): name for name, parameter in self.air.named_parameters()}
-        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+    def _frozen_names(self) -> list[str]:
+        """The names of the parameters that the optimiser does not hold."""
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return [name for name, p in self.air.named_parameters() if id(p) not in held]
 
     def _random_state(self) -> dict[str, Any]:
-        """The state of this rank's random number generators."""
+        """The state of the random number generators of the CPU and of the model's device."""
         device = self.images.device
         state: dict[str, Any] = {"rng": torch.get_rng_state(), "cuda_rng": None}
         if device.type == "cuda":
@@ -327,48 +312,13 @@ class Trainer:
         return state
 
     def _restore_random_state(self, state: dict[str, Any]) -> None:
-        """Restores this rank's random state, if as many ranks saved theirs on such a device.
-
-        Otherwise a single process continues with the state of rank 0, and several with new seeds.
-        """
-        states = [state, *state.get("streams", [])]
+        """Restores the generator of the CPU, and that of the device if it was saved."""
+        torch.set_rng_state(state["rng"])
         device = self.images.device
-        name = {"cuda": "cuda_rng", "mps": "mps_rng"}.get(device.type)
-        is_whole = name is None or all(each.get(name) is not None for each in states)
-        world_size = self.group.world_size
-        self._has_random_state = len(states) == world_size and (is_whole or world_size == 1)
-        self._random_states = states[1:] if self._has_random_state else []
-        own = states[self.group.rank] if self._has_random_state else state
-        torch.set_rng_state(own["rng"])
-        if name == "cuda_rng" and own["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(own["cuda_rng"], device)
-        elif name == "mps_rng" and own.get("mps_rng") is not None:
-            torch.mps.set_rng_state(own["mps_rng"])
-
-
-def frozen_names(air: AIR) -> list[str]:
-    """The names of the parameters that are frozen."""
-    return [name for name, parameter in air.named_parameters() if not parameter.requires_grad]
-
-
-def check_trainable(air: AIR, settings: TrainingSettings) -> None:
-    """Checks that there is a parameter to train.
-
-    Raises:
-        ValueError: If all that the estimator trains are frozen.
-    """
-    exact = settings.estimator == "marginal"  # it never uses the baseline
-    unused = {id(parameter) for parameter in air.baseline_parameters()} if exact else set()
-    if not any(p.requires_grad and id(p) not in unused for p in air.parameters()):
-        raise ValueError(
-            f"there is nothing to train: every parameter that --estimator {settings.estimator} "
-            "trains is frozen; unfreeze some by requires_grad_(True)"
-        )
-
-
-def _first(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}" if names else "none"
+        if device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        elif device.type == "mps" and state.get("mps_rng") is not None:
+            torch.mps.set_rng_state(state["mps_rng"])
 
 
 def make_count_prior(settings: TrainingSettings, air: AIR) -> CountPrior:

@@ -3,13 +3,13 @@
     python tests/benchmarks/bench_scaling.py
     python tests/benchmarks/bench_scaling.py --device cuda --ranks 2 4 8 --batch-sizes 512
 
-Each number of ranks trains the default model under torchrun on scenes of noise, every batch size
-being that of all ranks together, and times steps and, alone, the message that adds up gradients.
+Each number of ranks trains the default model under torchrun on scenes of noise. A batch size is
+that of all ranks together. The script times the steps, and separately the all_reduce of a step.
 
 The second table is a model, not a measurement: a step by K GPUs takes the time of a step on one
-K-th of the batch, as measured by one process, plus the message's bytes times 2 (K - 1) / K (a ring
-passes each byte on that often) over the bandwidth of the slowest link, and ``--latency`` for each
-of the ring's 2 (K - 1) hops. Nothing overlaps. Bandwidths and latency are yours to give.
+K-th of the batch, as measured by one process, plus the bytes of the all_reduce times 2 (K - 1) / K
+(a ring passes each byte on that often) over the bandwidth of the slowest link, and ``--latency``
+for each of the ring's 2 (K - 1) hops. Nothing overlaps. Bandwidths and latency are flags.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from air import AIR
 from air.cli.device import pick_device
 from air.evaluation.metrics import HeldOut
 from air.training.events import Progress
-from air.training.parallel import process_group
+from air.training.ranks import any_rank, is_main, joined_ranks, local_rank, sum_over_ranks
 from air.training.settings import TrainingSettings
 from air.training.trainer import Trainer
 
@@ -52,30 +52,28 @@ class Timing(NamedTuple):
 def work(out: Path, batch_size: int, steps: int, device_name: str, compiled: bool) -> None:
     """Trains on every rank; rank 0 writes the `Timing`."""
     torch.set_num_threads(1)
-    with process_group() as group:
-        device = pick_device(device_name, group.local_rank)
+    with joined_ranks():
+        device = pick_device(device_name, local_rank())
         torch.manual_seed(0)
         air = AIR(use_baselines=False).to(device)
-        size = SCENES // group.world_size, 50, 50
-        images = torch.randint(256, size, dtype=torch.uint8).to(device)
+        images = torch.randint(256, (SCENES, 50, 50), dtype=torch.uint8).to(device)
         settings = TrainingSettings(
             num_steps=WARM_UP + steps, batch_size=batch_size, compile=compiled, eval_every=0,
             progress_every=WARM_UP,
         )  # fmt: skip
-        trainer = Trainer(air, images, HeldOut(images[:10]), settings, group)
+        trainer = Trainer(air, images, HeldOut(images[:10]), settings)
         told = [event for event in trainer.train() if isinstance(event, Progress)]
         step_seconds = (told[-1].seconds - told[0].seconds) / (told[-1].step - told[0].step)
         used = [p for p in air.parameters() if p.grad is not None]
         message = torch.zeros(sum(p.numel() for p in used) + 2, device=device)
         taken = []
         for _ in range(20):
-            group.any(False)  # all begin together
+            any_rank(False)  # all begin together
             begin = time.perf_counter()
-            if group.all_reduce is not None:
-                group.all_reduce(message)
+            sum_over_ranks(message)
             float(message[0])  # waits for the device
             taken.append(time.perf_counter() - begin)
-        if group.is_main:
+        if is_main():
             size = message.numel() * message.element_size()
             timing = Timing(1e3 * step_seconds, 1e3 * statistics.median(taken), size)
             out.write_text(json.dumps(timing))

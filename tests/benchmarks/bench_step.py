@@ -10,11 +10,11 @@
     floor     the same arithmetic in plain torch: ELBO and estimator written out, ``torch.compile``
               (on a GPU without the optimiser and the drawing of the batch)
 
-Every form runs in a process of its own. They take turns, a few steps each, so that what else the
-machine does hits all alike; the median over all turns counts. Prints a Markdown table: milliseconds
-a step, how many times as fast as plain Pyro and as slow as the floor, seconds that the first step
-takes, compiling included, and peak memory with 150 MB of scenes (of a GPU: what torch reserves; on
-a CPU: that of the whole process).
+Every form runs in its own process. They take turns of a few steps, so that other work of the
+machine slows all forms equally; the median over all turns counts. Prints a Markdown table:
+milliseconds a step, how many times as fast as plain Pyro and as slow as the floor, seconds of the
+first step with compilation, and peak memory with 150 MB of scenes (on a GPU, the memory that torch
+reserves; on a CPU, that of the process).
 """
 
 import argparse
@@ -52,7 +52,7 @@ FORMS = ("plain", "eager", "compiled", "floor")
 
 
 class Case(NamedTuple):
-    """What is timed."""
+    """A form of the step, and its sizes."""
 
     form: str
     estimator: str
@@ -62,7 +62,7 @@ class Case(NamedTuple):
     threads: int
 
 
-# Plain Pyro: what of ours makes it fast is undone.
+# Plain Pyro: the changes that make this implementation fast are undone.
 
 
 class StockCell(nn.LSTMCell):
@@ -152,7 +152,7 @@ def build(case: Case) -> Callable[[], Any]:
 
 
 def serve(case: Case, connection: Connection) -> None:
-    """A process of one form: takes so many steps as it is told, and tells how long they took."""
+    """The process of one form: receives a number of steps, takes them, and sends their time."""
     synchronize = torch.cuda.synchronize if case.device == "cuda" else lambda: None
     step = build(case)
     while steps := connection.recv():
@@ -170,7 +170,7 @@ def serve(case: Case, connection: Connection) -> None:
 
 
 class Timing(NamedTuple):
-    """What one form took."""
+    """The times and the memory of one form."""
 
     first: float  # seconds until the first step was done, compiling included
     step: float  # seconds, the median of turns
@@ -188,7 +188,7 @@ def measure(cases: list[Case], turns: int, steps: int) -> list[Timing]:
         theirs.close()  # so that a process that dies ends the pipe
         ours.send(1)
         firsts.append(ours.recv())
-        ours.send(max(steps, 5))  # to warm up, and on a GPU to record
+        ours.send(max(steps, 5))  # to warm up, and on a GPU to record a CUDA graph
         ours.recv()
         pipes.append(ours)
         processes.append(process)

@@ -21,6 +21,7 @@ from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
+
 import main as program
 from air import AIR
 from air.cli.config import resolve_config, to_json_types
@@ -28,7 +29,6 @@ from air.cli.flags import build_parser
 from air.marginal import MarginalAIR
 from air.storage.checkpoint import load_weights_strict, read_weights
 from air.training.compiled_svi import inductor
-from air.training.parallel import SINGLE_PROCESS
 
 
 class Moments:
@@ -83,7 +83,7 @@ def main() -> None:
     cli_args = to_json_types(vars(build_parser().parse_args(args.flags)))
     weights, saved = read_weights(Path(args.load)) if args.load else ({}, {})
     config = {**resolve_config(cli_args, model=saved), "estimator": "score"}
-    context = program.Context(SINGLE_PROCESS, nets=None, compiler=inductor)
+    context = program.Context(nets=None, compiler=inductor)
     trainer, _, _ = program.build_trainer(config, context)
     if weights:
         load_weights_strict(trainer.air, weights, Path(args.load))

@@ -1,15 +1,18 @@
 """The captured and compiled step: the numbers of the eager one, on its device."""
 
 import gc
+import math
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pyro
 import pytest
 import torch
-from helpers import gradients, small_air
+from helpers import SETTINGS, as_rank, gradients, small_air
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -17,12 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from air import AIR
+from air.evaluation.elbo import sample_elbo
+from air.evaluation.metrics import HeldOut
+from air.inference import infer
 from air.marginal import MarginalAIR
 from air.priors import AnnealedPresencePrior
 from air.subsampling import draw_indices
 from air.training.added_scenes import AddedScenes
 from air.training.compiled_svi import CompiledSVI, inductor
 from air.training.svi import SVI, make_optimizer
+from air.training.trainer import Trainer
 
 
 def as_it_is(graph: fx.GraphModule) -> Callable[..., Any]:
@@ -54,7 +61,7 @@ def compare_with_eager(
             pyro.set_rng_seed(step)
             optimizer.zero_grad()
             arguments = {"z_pres_prior_p": prior, **keywords}
-            losses.append(float(svi._before_reduce(data, (), arguments).loss))
+            losses.append(float(svi._before_sum(data, (), arguments).loss))
             grads.append(gradients(air))
         assert losses[1] == pytest.approx(losses[0], rel=rtol)
         assert grads[0].keys() == grads[1].keys()
@@ -68,41 +75,43 @@ def compare_with_eager(
     assert None not in compiled._compiled.values()
 
 
-@pytest.mark.parametrize("estimator", ["score", "marginal"])
+CASES: list[tuple[int, int | None, dict[str, Any]]] = [  # number of steps, batch size, options
+    (1, 3, {}),
+    (3, None, {"likelihood": "bernoulli"}),
+    (5, 7, {"embed_channels": [3, 2], "embed_net": [5]}),
+    (2, 3, {"guide_input": "difference"}),
+    (2, 3, {"guide_input": "glimpse"}),
+    (2, 3, {"background_model": "vae", "likelihood_sd": "learn"}),
+]
+
+
 @pytest.mark.parametrize(
-    ("num_steps", "batch_size", "options"),
+    ("estimator", "num_steps", "batch_size", "options"),
     [
-        (1, 3, {}), (3, None, {}), (5, 7, {}), (2, 3, {"guide_input": "difference"}),
-        (2, 3, {"likelihood": "bernoulli"}), (2, 3, {"embed_channels": [3, 2], "embed_net": [5]}),
-        (2, 3, {"background_model": "vae", "likelihood_sd": "learn"}),
-        (2, 3, {"guide_input": "glimpse"}),
+        *((estimator, *case) for estimator in ("score", "marginal") for case in CASES),
+        ("added scenes", 3, 9, {"use_baselines": False}),
+        ("added scenes", 2, 9, {"guide_input": "difference", "embed_channels": [3]}),
     ],
-)  # fmt: skip
+)
 def test_captured_gradients_equal_eager_ones(
     estimator: str, num_steps: int, batch_size: int | None, options: dict[str, Any]
 ) -> None:
     air = small_air(num_steps=num_steps, **options).double()
-    program = MarginalAIR(air) if estimator == "marginal" else air
+    program: AIR | MarginalAIR = air
+    if estimator != "score":
+        program = MarginalAIR(air, AddedScenes(air) if estimator == "added scenes" else None)
     data = torch.randint(256, (10, 12, 12), dtype=torch.uint8)
     with pyro.validation_enabled(False):
         compare_with_eager(air, program, data, as_it_is, 1e-10, batch_size=batch_size)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # in Inductor itself
-def test_a_compiled_step_reads_the_weight_of_added_scenes_anew() -> None:
+def test_a_compiled_step_reads_the_present_weight_of_added_scenes() -> None:
     term = AddedScenes(small_air())
     compiled = inductor(make_fx(lambda x: x * term.weight)(torch.ones(3)))
     for weight in (0.0, 2.0, 3.0):
         term.set_weight(weight)
         assert compiled(torch.ones(3)).tolist() == [weight] * 3
-
-
-@pytest.mark.parametrize("options", [{}, {"guide_input": "difference", "embed_channels": [3]}])
-def test_captured_gradients_of_added_scenes_equal_eager_ones(options: dict[str, Any]) -> None:
-    air = small_air(use_baselines=False, **options).double()
-    program = MarginalAIR(air, AddedScenes(air))
-    with pyro.validation_enabled(False):
-        compare_with_eager(air, program, torch.rand(30, 12, 12), as_it_is, 1e-10, batch_size=9)
 
 
 @pytest.mark.slow
@@ -129,17 +138,18 @@ def test_capturing_draws_no_random_numbers_and_random_numbers_advance(images: Te
     assert len(set(runs[1])) == 4
 
 
-@pytest.mark.parametrize("all_reduce", [None, lambda message: None])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_the_captured_step_holds_operations_on_tensors_alone(
-    all_reduce: Callable[[Tensor], None] | None, air: AIR, images: Tensor
+    ranks: int, air: AIR, images: Tensor
 ) -> None:
     """With another one, such as a mark for a profiler, Inductor makes two functions of it."""
     graphs: list[fx.GraphModule] = []
     optimizer = make_optimizer(air, 0.01, 0.1, clip_grad_norm=1.0)
     elbo = TraceGraph_ELBO()
     compiler = lambda graph: graphs.append(graph) or graph  # noqa: E731
-    svi = CompiledSVI(air.model, air.guide, optimizer, elbo, compiler, all_reduce)
-    with pyro.validation_enabled(False):
+    svi = CompiledSVI(air.model, air.guide, optimizer, elbo, compiler)
+    ranks_joined = as_rank(0) if ranks == 2 else nullcontext()
+    with pyro.validation_enabled(False), ranks_joined:
         svi.step(images, batch_size=4)
     called = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
     others = {str(target) for target in called if not str(target).startswith("aten.")}
@@ -160,7 +170,7 @@ def test_what_cannot_be_compiled_runs_uncompiled(
 
 
 def test_a_model_that_is_gone_is_freed_at_once(images: Tensor) -> None:
-    """A cycle would keep its CUDA graphs, and their memory, while the next model needs it."""
+    """A cycle would keep its CUDA graphs and their memory while the next model needs it."""
     air = small_air(num_steps=1)
     optimizer = make_optimizer(air, 0.01, 0.1)
     svi = CompiledSVI(air.model, air.guide, optimizer, TraceGraph_ELBO(), as_it_is)
@@ -173,7 +183,6 @@ def test_a_model_that_is_gone_is_freed_at_once(images: Tensor) -> None:
         assert gone() is None
     finally:
         gc.enable()
-    optimizer.load_state_dict(optimizer.state_dict())  # its hook has nothing to forget
 
 
 @pytest.mark.parametrize("known", [["fallback_random", "deterministic"], ["fallback_random"]])
@@ -212,6 +221,9 @@ def test_learning_curves_of_captured_and_eager_steps_agree(estimator: str) -> No
     assert eager[-20:].mean() < eager[:20].mean()
 
 
+# The path of a GPU, without one.
+
+
 class OffTheHost(TorchDispatchMode):
     """Refuses operations that read or make a tensor on the CPU; a GPU would wait for them."""
 
@@ -228,22 +240,91 @@ class OffTheHost(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("estimator", ["score", "marginal"])
-def test_the_program_stays_on_its_device(estimator: str) -> None:
-    """Without a GPU: on torch's device without memory, where nothing can be read either."""
-    air = small_air(use_baselines=estimator == "score").to("meta")
-    program = MarginalAIR(air) if estimator == "marginal" else air
-    data = torch.zeros(100, 12, 12, dtype=torch.uint8, device="meta")
-    prior = AnnealedPresencePrior([0.5] * 3, "lin", 1e-3, 0, 10, device="meta")
-    for presence in (None, prior):
-        arguments = {"batch_size": 7, "z_pres_prior_p": presence}
-        with pyro.validation_enabled(False), OffTheHost():
-            prior.set_step(5)
-            loss, surrogate_loss = TraceGraph_ELBO()._loss_and_surrogate_loss(
-                program.model, program.guide, (data,), arguments
-            )
-            torch.autograd.grad(surrogate_loss, list(air.parameters()), allow_unused=True)
-        assert loss.device.type == "meta"
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ({}, {"added_scenes": 5.0, "added_scenes_from": 1, "clip_grad_norm": 10.0}),
+        ({"guide_input": "glimpse", "embed_channels": [2, 3]}, {}),
+        ({"background_model": "vae", "likelihood_sd": "learn"}, {"background_steps": 1}),
+        ({"channels": 3, "likelihood": "bernoulli", "guide_input": "difference"}, {}),
+        ({}, {"estimator": "score", "clip_grad_norm": 10.0}),
+        ({"use_masking": False, "guide_input": "difference"}, {"estimator": "score"}),
+    ],
+)
+def test_a_step_and_inference_stay_on_their_device(
+    options: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """On torch's device without memory, where no value can be read; `is_cuda` picks the path."""
+    air = small_air(num_steps=2, **options).to("meta")
+    pixels = [12, 12] if air.channels == 1 else [air.channels, 12, 12]
+    images = torch.zeros(100, *pixels, dtype=torch.uint8, device="meta")
+    held_out = HeldOut(torch.zeros(3, *pixels, dtype=torch.uint8))
+    training = replace(SETTINGS, lr_schedule="cosine", **{"background_steps": 0, **settings})
+    trainer = Trainer(air, images, held_out, training)
+    with (
+        pyro.validation_enabled(False),
+        mock.patch.object(Tensor, "is_cuda", True),
+        mock.patch.object(trainer.optimizer, "step") as update,  # torch has none for meta
+        OffTheHost(),
+    ):
+        for _ in range(2):
+            trainer._take_step()
+        infer(air, images[:5])
+        air.prior(5, trainer.prior)
+        sample_elbo(air, images[:5], trainer.prior)
+    assert update.call_count == 2
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_path_of_a_gpu_takes_the_same_steps(captured: bool, images: Tensor) -> None:
+    """A skipped step too, although a CUDA graph overwrites the results of its last run."""
+    results: list[Tensor] = []
+
+    def like_cuda_graphs(graph: fx.GraphModule) -> Callable[[Tensor], Any]:
+        def run(data: Tensor) -> Any:  # noqa: ANN401
+            found = graph(data)
+            results[:] = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+            return found
+
+        return run
+
+    def overwrite() -> None:
+        for result in results:
+            result.fill_(result.dtype == torch.bool or math.nan)
+
+    def weights() -> list[Tensor]:
+        pyro.set_rng_seed(0)
+        air = small_air(num_steps=1, use_baselines=False)
+        program, optimizer = MarginalAIR(air), make_optimizer(air, 0.01, 0.01, 10.0)
+        arguments = program.model, program.guide, optimizer, TraceGraph_ELBO()
+        svi = CompiledSVI(*arguments, like_cuda_graphs) if captured else SVI(*arguments)
+        data = images.clone()
+        for step in range(4):
+            data.copy_(images * (math.nan if step == 2 else 1))
+            svi.step(data, batch_size=8)
+            assert bool(svi.skipped) == (step == 2)
+        assert svi.stats.read()[2] == 1
+        assert not hasattr(optimizer, "found_inf")
+        if captured:
+            assert len(svi._compiled) == 1
+            assert None not in svi._compiled.values()
+        return list(air.parameters())
+
+    without_devices = lambda _, fork=torch.random.fork_rng: fork([])  # noqa: E731
+    with pyro.validation_enabled(False):
+        expected = weights()
+        with (
+            mock.patch.object(Tensor, "is_cuda", True),
+            mock.patch("torch.random.fork_rng", without_devices),
+            mock.patch("torch.compiler.cudagraph_mark_step_begin", overwrite),
+        ):
+            found = weights()
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+        assert one.isfinite().all()
+
+
+# Arithmetic of indices.
 
 
 class IndexArithmetic(fx.Interpreter):
@@ -294,10 +375,10 @@ def test_index_arithmetic_of_a_step_needs_no_more_than_31_bits(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("estimator", ["score", "marginal"])
 @pytest.mark.parametrize("compiler", [as_it_is, inductor])
-def test_a_cuda_graph_takes_the_steps_that_uncompiled_ones_take(
+def test_on_a_gpu_compiled_steps_are_those_of_uncompiled_ones(
     estimator: str, compiler: Callable[..., Any]
 ) -> None:
-    """Rates and prior change in place between replays, and random numbers advance."""
+    """Rates and prior change in place between steps, and random numbers advance."""
     losses, finals = [], []
     data = torch.randint(256, (40, 12, 12), dtype=torch.uint8, device="cuda")
     for kind, options in ((SVI, {}), (CompiledSVI, {"compiler": compiler})):
@@ -317,8 +398,8 @@ def test_a_cuda_graph_takes_the_steps_that_uncompiled_ones_take(
                 assert not svi.skipped
         losses.append(taken)
         finals.append([p.detach().clone() for p in air.parameters()])
-    assert len(svi._recorded) == 1, "no CUDA graph was recorded"
+    assert None not in svi._compiled.values(), "the step ran uncompiled"
     assert len(set(losses[1])) == 10
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    for eager, replayed in zip(*finals, strict=True):
-        torch.testing.assert_close(replayed, eager, rtol=1e-6, atol=1e-6)
+    for eager, compiled in zip(*finals, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)

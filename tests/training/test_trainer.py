@@ -1,8 +1,7 @@
-"""The loop: its events, and that a run taken up again ends as one that never stopped."""
+"""The loop: its events, and that a resumed run ends as one that never stopped."""
 
 import io
 import math
-import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,6 @@ import pyro
 import pytest
 import torch
 from helpers import SETTINGS, capture_only, trainer, weights
-from pyro.infer import JitTraceGraph_ELBO
 
 from air.inference import infer
 from air.priors import continue_probs_from_counts, geometric_count_prior
@@ -64,8 +62,10 @@ def test_progress_tells_of_rates_prior_and_gradients() -> None:
         if isinstance(event, Progress):
             norms.append(float(running.svi.grad_norm))
             told.append(event)
-    rates = [0.5 * learning_rate_factor("cosine", step, 3) for step in range(3)]
-    assert [event.learning_rate for event in told] == pytest.approx(rates)
+    factors = [learning_rate_factor("cosine", step, 3) for step in range(3)]
+    assert [event.learning_rate for event in told] == pytest.approx([0.5 * f for f in factors])
+    rates = [group["lr"].item() for group in running.optimizer.param_groups]
+    assert rates == pytest.approx([0.5 * factors[-1], 1e-2 * factors[-1]])
     assert [event.grad_norm for event in told] == pytest.approx(norms)
     assert told[-1].z_pres_prior_p == pytest.approx(running.prior.probs.tolist())
     assert told[0].z_pres_prior_p[0] > told[-1].z_pres_prior_p[0]
@@ -180,20 +180,6 @@ def test_a_prior_is_learnt_after_it_was_annealed(monkeypatch: pytest.MonkeyPatch
     assert told[11] != told[10]
 
 
-def test_a_run_that_tells_nothing_ends_too() -> None:
-    rarely = replace(SETTINGS, num_steps=400, progress_every=0, eval_every=0, save_every=0)
-    running = trainer(rarely)
-    with torch.no_grad():
-        running.air.likelihood.fixed_sd = 1e-30
-    with (
-        pyro.validation_enabled(False),
-        pytest.raises(FloatingPointError),
-        warnings.catch_warnings(action="ignore"),
-    ):
-        list(running.train())
-    assert running.step <= MAX_SKIPPED + SYNC_EVERY
-
-
 def test_a_state_of_something_else_is_refused() -> None:
     done = trainer()
     list(done.train())
@@ -216,35 +202,24 @@ def test_a_state_of_something_else_is_refused() -> None:
         trainer().load_state_dict(state)
 
 
-def test_a_state_of_a_gpu_is_taken_up_on_a_cpu() -> None:
-    done, other = trainer(), trainer(seed=3)
-    list(done.train())
-    other.load_state_dict({**done.state_dict(), "cuda_rng": torch.zeros(16, dtype=torch.uint8)})
-    assert all(torch.equal(x, y) for x, y in zip(weights(done), weights(other), strict=True))
-
-
-def test_on_mps_the_random_state_is_saved_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for the device: none is at hand."""
+@pytest.mark.parametrize("kind", ["mps", "cuda"])
+def test_the_random_state_of_a_device_is_saved_and_restored(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the device. A run can also resume on another kind of device."""
     restored: list[torch.Tensor] = []
-    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([7]))
-    monkeypatch.setattr(torch.mps, "set_rng_state", restored.append)
-    saving, resuming = trainer(), trainer()
-    for running in (saving, resuming):
-        running.images = SimpleNamespace(device=torch.device("mps"))  # type: ignore[assignment]
-    state = saving._random_state()
-    resuming._restore_random_state(state)
+    monkeypatch.setattr(f"torch.{kind}.get_rng_state", lambda *_: torch.tensor([7]))
+    monkeypatch.setattr(f"torch.{kind}.set_rng_state", lambda value, *_: restored.append(value))
+    running = trainer()
+    of_a_cpu = running._random_state()
+    on_cpu, running.images = running.images, SimpleNamespace(device=torch.device(kind))  # type: ignore[assignment]
+    state = running._random_state()
+    running._restore_random_state(state)
     assert [int(each) for each in restored] == [7]
-    del state["mps_rng"]  # of a run on a CPU
-    resuming._restore_random_state(state)
+    running._restore_random_state(of_a_cpu)
+    running.images = on_cpu
+    running._restore_random_state(state)
     assert len(restored) == 1
-
-
-def test_a_resumed_run_knows_which_scenes_it_miscounted() -> None:
-    first, second = trainer(), trainer()
-    list(first.train())
-    assert first.miscounted
-    second.load_state_dict(first.state_dict())
-    assert second.miscounted == first.miscounted
 
 
 def trainer_events_until(running: Trainer, stop: int) -> list[Any]:
@@ -263,21 +238,9 @@ def test_a_run_that_is_done_only_evaluates_again() -> None:
     done = trainer()
     list(done.train())
     before = weights(done)
-    assert [type(e) for e in done.train()] == [CheckpointDue, Evaluated, SnapshotDue]
+    for each in (done, trainer(replace(SETTINGS, num_steps=0))):
+        assert [type(e) for e in each.train()] == [CheckpointDue, Evaluated, SnapshotDue]
     assert all(torch.equal(x, y) for x, y in zip(before, weights(done), strict=True))
-
-
-def test_zero_steps_evaluate() -> None:
-    events = list(trainer(replace(SETTINGS, num_steps=0)).train())
-    assert [type(e) for e in events] == [CheckpointDue, Evaluated, SnapshotDue]
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_jit_is_asked_for_and_not_traced_again_under_annealing() -> None:
-    jitted = trainer(replace(SETTINGS, jit=True, num_steps=5))
-    list(jitted.train())
-    assert isinstance(jitted.svi.loss, JitTraceGraph_ELBO)
-    assert len(jitted.svi.loss._jit_loss_and_surrogate_loss.compiled) == 1
 
 
 def test_a_collapse_is_an_alarm_from_the_given_step_on() -> None:
@@ -290,30 +253,20 @@ def test_a_collapse_is_an_alarm_from_the_given_step_on() -> None:
     assert "canvases without objects" in str(alarms[12])
 
 
-def test_schedule_moves_both_rates() -> None:
-    settings = replace(SETTINGS, lr_schedule="cosine", learning_rate=0.5, num_steps=2)
-    running = trainer(settings)
-    list(running.train())
-    factor = learning_rate_factor("cosine", 1, 2)
-    rates = [group["lr"].item() for group in running.optimizer.param_groups]
-    assert rates == pytest.approx([0.5 * factor, 1e-2 * factor])
-
-
 @pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
-def test_training_that_does_not_move_any_more_ends() -> None:
-    running = trainer(replace(SETTINGS, num_steps=100, progress_every=1))
+@pytest.mark.parametrize("every", [0, 1])
+def test_training_ends_where_all_steps_are_skipped(every: int) -> None:
+    """A run that reports nothing ends too."""
+    settings = replace(SETTINGS, num_steps=400, progress_every=every, eval_every=0, save_every=0)
+    running = trainer(settings)
     running.air.likelihood.fixed_sd = 1e-30
     events: list[Any] = []
-
-    def collect() -> None:
-        for event in running.train():
-            events.append(event)
-
-    with (
-        pyro.validation_enabled(False),
-        pytest.raises(FloatingPointError, match=r"log_likelihood and .* for 20 steps in a row"),
-    ):
-        collect()
+    message = r"log_likelihood and .* for \d+ steps in a row"
+    with pyro.validation_enabled(False), pytest.raises(FloatingPointError, match=message):
+        events.extend(running.train())
     progress = [event for event in events if isinstance(event, Progress)]
+    if every == 0:
+        assert running.step <= MAX_SKIPPED + SYNC_EVERY
+        return
     assert [event.step for event in progress] == list(range(1, MAX_SKIPPED + 1))
     assert all(event.skipped == 1 and math.isnan(event.elbo) for event in progress)

@@ -1,0 +1,229 @@
+"""Several ranks: what is each rank's own, what they compute together, and how they end."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from helpers import ROOT, SETTINGS, SMALL, as_rank, trainer
+from helpers import run as run_main
+from two_ranks import CASES, STEPS, make_trainer, one_step, train
+
+from air.settings import SettingError
+from air.storage.checkpoint import read_state
+from air.subsampling import draw_indices
+from air.training import ranks
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+def start(*words: str, environment: dict[str, str] = os.environ) -> "subprocess.Popen[str]":  # type: ignore[assignment]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**environment, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*TORCHRUN, *words], env=environment, cwd=ROOT, **pipes)
+
+
+@pytest.mark.parametrize("size", [7, 60])
+def test_shards_are_drawn_from_as_all_rows_are(size: int) -> None:
+    rows = torch.arange(size)
+    assert torch.equal(ranks.shard(rows), rows)
+    shards = []
+    for rank in range(3):
+        with as_rank(rank, 3):
+            shards.append(ranks.shard(rows))
+    assert torch.equal(torch.cat(shards), rows)
+    assert {len(each) for each in shards} <= {size // 3, -(-size // 3)}
+    if size % 3 == 0:  # a batch's indices fall into the same strata
+        drawn = torch.stack([draw_indices(size // 3, 2, rows.device) for _ in range(500)])
+        assert [int(drawn[:, k].min()) for k in (0, 1)] == [0, size // 6]
+        assert [int(drawn[:, k].max()) + 1 for k in (0, 1)] == [size // 6, size // 3]
+
+
+def test_each_rank_and_step_has_random_numbers_of_its_own() -> None:
+    seeds = set()
+    for rank in (0, 1):
+        with as_rank(rank):
+            seeds |= {ranks.seed_of_step(seed, step) for seed in range(20) for step in range(20)}
+    assert len(seeds) == 800
+
+
+def test_without_torchrun_there_is_one_rank() -> None:
+    with ranks.joined_ranks():
+        assert not torch.distributed.is_initialized()
+        assert (ranks.rank(), ranks.world_size(), ranks.local_rank()) == (0, 1, None)
+        assert ranks.is_main()
+        assert ranks.any_rank(True)
+        assert not ranks.any_rank(False)
+
+
+def test_scenes_and_batches_that_cannot_be_divided_are_refused() -> None:
+    with as_rank(0, 3), pytest.raises(SettingError, match="number of processes, 3, got 4"):
+        trainer(SETTINGS)
+    with as_rank(0, 4):
+        made = trainer(SETTINGS)
+        assert (made.batch_size, len(made.images)) == (1, 5)
+        with pytest.raises(ValueError, match="at least 4 training scenes, one per process, got 3"):
+            type(made)(made.air, made.images[:3], made.held_out, SETTINGS)
+
+
+def test_a_rank_that_is_lost_is_named_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(tensor: torch.Tensor) -> None:
+        raise RuntimeError("Connection closed by peer\nand a long story")
+
+    with as_rank(0):
+        monkeypatch.setattr("torch.distributed.all_reduce", fails)
+        with pytest.raises(ConnectionError) as raised:
+            ranks.any_rank(False)
+    expected = "another rank has exited or cannot be reached (Connection closed by peer)"
+    assert str(raised.value) == expected
+
+
+# Two ranks under torchrun.
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """The folder with their checkpoint, and the results of each of two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    process = start("tests/two_ranks.py", str(folder))
+    _, complained = process.communicate(timeout=300)
+    assert process.returncode == 0, complained
+    first, second = (torch.load(folder / f"{k}.pt", weights_only=True) for k in (0, 1))
+    return folder, first, second
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("estimator", "captured"), CASES)
+def test_a_step_of_two_ranks_is_that_of_one_process_on_the_joined_batch(
+    found: tuple[Path, Any, Any], estimator: str, captured: bool
+) -> None:
+    pyro.enable_validation(False)
+    _, first, second = found
+    alone, case = one_step(estimator, captured), str((estimator, captured))
+    assert same(first[case], second[case])
+    assert len([name for name in alone if name.startswith("bl_")]) == (
+        10 if estimator == "score" else 0
+    )
+    for name, value in alone.items():
+        torch.testing.assert_close(
+            first[case][name].to(value), value, rtol=1e-4, atol=1e-5 * float(value.abs().max())
+        )
+
+
+@pytest.mark.slow
+def test_ranks_have_the_same_weights_and_draw_their_own(found: tuple[Path, Any, Any]) -> None:
+    _, first, second = found
+    for estimator in ("marginal", "score"):
+        assert same(first[f"weights {estimator}"], second[f"weights {estimator}"])
+        assert first[f"prior {estimator}"] == second[f"prior {estimator}"]
+        elbos = first[f"elbos {estimator}"]
+        assert elbos == second[f"elbos {estimator}"]
+        assert elbos[-1] > elbos[0] + 4
+        assert len(elbos) == STEPS // 10
+    assert (first["drawn"] != second["drawn"]).all()
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_exactly_and_one_process_resumes_from_two(
+    found: tuple[Path, Any, Any],
+) -> None:
+    folder, *of_ranks = found
+    for results in of_ranks:
+        assert same(results["uninterrupted"], results["resumed"])
+    alone = [make_trainer(10) for _ in range(2)]
+    for each in alone:
+        each.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
+        list(train(each))
+    assert same(*(each.air.state_dict() for each in alone))
+
+
+@pytest.mark.slow
+def test_ranks_stop_at_the_same_step(found: tuple[Path, Any, Any]) -> None:
+    """Rank 1 alone was asked to, before the first step."""
+    assert [results["stopped"] for results in found[1:]] == [(0, True)] * 2
+
+
+def wait_for(process: "subprocess.Popen[str]", condition: Any) -> None:  # noqa: ANN401
+    until = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.3)
+
+
+def process_of(rank: int, agent: int) -> int:
+    """The process of that rank, by the environment that torchrun has set."""
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    mark = f"\0RANK={rank}\0".encode()
+    (found,) = [k for k in children if mark in Path(f"/proc/{k}/environ").read_bytes()]
+    return int(found)
+
+
+def own_lines(complained: str) -> list[str]:
+    """The lines of the program, not of torchrun."""
+    return [line for line in complained.splitlines() if line.startswith("main.py: ")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_ranks_that_end_lose_no_run(tmp_path: Path, environment: dict[str, str]) -> None:
+    folder = tmp_path / "run"
+    checkpoint = folder / "checkpoint.pt"
+    steps = SMALL.replace("-n 4", "-n 100000")
+    flags = f"{steps} --no-compile --save-every 20 --eval-every 0 --output-dir {folder}".split()
+    process = start("main.py", *flags, environment=environment)
+    wait_for(process, checkpoint.exists)
+    for number in (process.pid, *(process_of(rank, process.pid) for rank in (0, 1))):
+        os.kill(number, signal.SIGTERM)  # as a cluster's scheduler does; torchrun sends more
+    said, complained = process.communicate(timeout=60)
+    assert said.count("Interrupted, and saved at step") == 1
+    assert own_lines(complained) == []
+    stopped_at = read_state(checkpoint)["step"]
+    assert f"step {stopped_at:,} of" in said
+
+    process = start("main.py", "--resume", str(folder), environment=environment)
+    wait_for(process, lambda: read_state(checkpoint)["step"] > stopped_at)
+    os.kill(process_of(1, process.pid), signal.SIGKILL)
+    said, complained = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (line,) = own_lines(complained)
+    assert "another rank has exited" in line
+    assert f"--resume {folder}" in line
+    assert complained.count("Traceback") == 1  # torchrun's
+
+    end = read_state(checkpoint)["step"] + 5
+    shutil.copytree(folder, tmp_path / "copy")
+    done = run_main(f"--resume {tmp_path / 'copy'} -n {end}", tmp_path, environment)  # alone
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "problem", "code"),
+    [
+        ("--counts 0 99", "expected a whole number of at least 0, at most 50", 2),
+        ("--likelihood-sd 1e-30 -n 40 --output-dir {}", "not finite for 20 steps in a row", 1),
+    ],
+)
+def test_an_error_ends_all_ranks_with_its_line(
+    tmp_path: Path, environment: dict[str, str], flags: str, problem: str, code: int
+) -> None:
+    words = f"{SMALL} {flags.format(tmp_path / 'run')}".split()
+    process = start("main.py", *words, environment=environment)
+    _, complained = process.communicate(timeout=200)
+    lines = own_lines(complained)
+    assert 1 <= len(lines) <= 2
+    assert all(problem in line for line in lines)
+    assert f"exitcode  : {code}" in complained
+    assert complained.count("Traceback") == 1  # torchrun's
