@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pyro.infer import JitTraceGraph_ELBO, TraceGraph_ELBO
+from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
 
 from air.air import AIR
@@ -32,12 +32,7 @@ from air.training.compiled_svi import CompiledSVI, Compiler, inductor
 from air.training.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
 from air.training.parallel import SINGLE_PROCESS, ProcessGroup
 from air.training.schedules import is_due, is_early, learning_rate_factor
-from air.training.settings import (
-    LEARN_PRIOR_EVERY,
-    LEARN_PRIOR_SCENES,
-    TrainingSettings,
-    local_batch_size,
-)
+from air.training.settings import LEARN_PRIOR_EVERY, LEARN_PRIOR_SCENES, TrainingSettings
 from air.training.svi import SVI, make_optimizer
 
 MAX_SKIPPED = 20  # skipped steps in a row that end training
@@ -84,11 +79,11 @@ class Trainer:
         self.held_out = held_out
         self.settings = settings
         self.group = group
-        self.batch_size = local_batch_size(settings.batch_size, group.world_size)
+        self.batch_size = settings.batch_size // group.world_size
         self.optimizer = make_optimizer(
             air, settings.learning_rate, settings.baseline_learning_rate, settings.clip_grad_norm
         )
-        elbo = JitTraceGraph_ELBO(ignore_jit_warnings=True) if settings.jit else TraceGraph_ELBO()
+        elbo = TraceGraph_ELBO()
         self.added_scenes = AddedScenes(air) if settings.added_scenes > 0 else None
         program = MarginalAIR(air, self.added_scenes) if settings.estimator == "marginal" else air
         arguments = program.model, program.guide, self.optimizer, elbo

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import threading
+import urllib.parse
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -116,39 +117,28 @@ class Dashboard:
                         self._pending = None
 
 
-def connect(server: str | None, port: int, log: str | None = None) -> Any:  # noqa: ANN401
-    """Makes a visdom client; None if there is neither a server nor a log.
+def connect(address: str | None) -> Any:  # noqa: ANN401
+    """Makes a visdom client; None without an address.
 
     Args:
-        server: Address of the server, or None. The environment variables VISDOM_USERNAME and
-            VISDOM_PASSWORD are the login, if the server needs one.
-        port: Port of the server.
-        log: A file that records the session for visdom's ``replay_log``, or None.
+        address: Of the server, such as ``http://localhost:8097``. The environment variables
+            VISDOM_USERNAME and VISDOM_PASSWORD are the login, if the server needs one.
 
     Raises:
         ConnectionError: If no server answers, or the server refuses; the message is one line for
             the user.
         ModuleNotFoundError: If visdom is not installed.
-        ValueError: If the log cannot be written.
     """
-    if server is None and log is None:
+    if address is None:
         return None
     from air.visualization.visdom_client import Client
 
-    if log is not None:
-        try:
-            with open(log, "a"):
-                pass
-        except OSError as error:
-            raise ValueError(f"--viz-log: cannot write {log}: {error.strerror}") from error
-    if server is None:
-        return Client(offline=True, log_to_filename=log)
-    address = (server if "://" in server else f"http://{server}").rstrip("/")
+    parts = urllib.parse.urlsplit(address if "://" in address else f"http://{address}")
+    address, port = f"{parts.scheme}://{parts.hostname}", parts.port or 8097
     try:
         return Client(
             server=address,
             port=port,
-            log_to_filename=log,
             username=os.environ.get("VISDOM_USERNAME"),
             password=os.environ.get("VISDOM_PASSWORD"),
             raise_exceptions=True,

@@ -6,7 +6,7 @@ import pytest
 from helpers import SETTINGS, trainer
 
 from air.settings import SettingError
-from air.training.settings import TrainingSettings, local_batch_size
+from air.training.settings import TrainingSettings
 
 
 def test_raw_prior_is_the_probability_at_each_step() -> None:
@@ -31,10 +31,5 @@ def test_a_prior_is_learnt_only_after_it_was_annealed() -> None:
 def test_python_is_checked_as_the_command_line_is() -> None:
     with pytest.raises(SettingError, match="batch_size: expected a whole number of at least 1"):
         TrainingSettings(batch_size=0)
-
-
-def test_a_batch_is_divided_evenly() -> None:
-    assert local_batch_size(8, 1) == 8
-    assert local_batch_size(8, 2) == 4
-    with pytest.raises(SettingError, match="multiple of the number of processes, 2, got 5"):
-        local_batch_size(5, 2)
+    with pytest.raises(SettingError, match="added_scenes: expected 0 with --estimator score"):
+        TrainingSettings(added_scenes=1.0, estimator="score")
