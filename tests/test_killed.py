@@ -61,7 +61,8 @@ def test_a_killed_run_ends_as_one_that_never_was(
     done = run(f"{flags} --output-dir whole", tmp_path, environment, compiler=capture_only)
     assert done.returncode == 0, done.stderr
     with visdom_server(tmp_path / "server") as (port, _):
-        flags = f"{'--captured' * captured} -- {flags} --viz --visdom-port {port} --viz-every 20"
+        flags = f"{'--captured' * captured} -- {flags} --viz --viz-every 20"
+        flags += f" --visdom-server localhost:{port}"
         killed, writing = train(tmp_path / "killed", kills, flags, environment)
         page = panes(port, "air_killed")
     assert killed == kills

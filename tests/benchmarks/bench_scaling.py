@@ -53,7 +53,7 @@ def work(out: Path, batch_size: int, steps: int, device_name: str, compiled: boo
     """Trains on every rank; rank 0 writes the `Timing`."""
     torch.set_num_threads(1)
     with process_group() as group:
-        device = pick_device(device_name, group.local_rank)
+        device = pick_device(device_name)
         torch.manual_seed(0)
         air = AIR(use_baselines=False).to(device)
         size = SCENES // group.world_size, 50, 50

@@ -19,7 +19,7 @@ def test_a_device_that_is_not_there(name: str) -> None:
 
 def test_each_process_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "local_rank", lambda: 1)
-    with pytest.raises(ValueError, match="--device: expected cuda, .* got cuda:1"):
+    with pytest.raises(ValueError, match=r"--device: expected cuda, .* got cuda:1"):
         pick_device("cuda:1")
     assert pick_device("cpu").type == "cpu"
     with mock.patch("torch.zeros"), mock.patch("torch.cuda.set_device"):
