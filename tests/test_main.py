@@ -21,6 +21,7 @@ from helpers import (
     ROOT,
     SCENES,
     SMALL,
+    capture_only,
     panes,
     run,
     visdom_server,
@@ -33,6 +34,7 @@ from air.evaluation.metrics import evaluate
 from air.priors import continue_probs_from_counts
 from air.storage.checkpoint import load_air
 from air.storage.run_folder import RunFolder
+from air.training.compiled_svi import inductor
 from air.visualization.visdom_panes import ORDER
 from main import build_parser, main
 
@@ -84,7 +86,6 @@ def test_every_flag_is_run() -> None:
     assert on_off <= given
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("line", LINES)
 def test_lines_end_well(line: str, tmp_path: Path, environment: dict[str, str]) -> None:
     if "--data" in line.split():
@@ -93,7 +94,8 @@ def test_lines_end_well(line: str, tmp_path: Path, environment: dict[str, str]) 
     if "--load" in line:
         done = run(f"{SMALL} -n 1 --output-dir first --save weights.pt", tmp_path, environment)
         assert done.returncode == 0, done.stderr
-    done = run(line, tmp_path, environment)
+    compiler = capture_only if "--jit" in line else inductor  # which takes a minute, once
+    done = run(line, tmp_path, environment, compiler=compiler)
     assert done.returncode == 0, done.stderr
     assert (torch.get_num_threads(), pyro.infer.is_validation_enabled()) == (1, True)  # as before
     assert "held-out scenes: ELBO" in done.stdout
