@@ -9,15 +9,14 @@ torchrun every rank runs this program; rank 0 alone writes, draws and prints.
 """
 
 import logging
-import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from enum import Enum, auto
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -25,66 +24,30 @@ import torch
 import multi_mnist
 import viz
 from air import AIR
-from air.cli.config import (
-    IMAGE_KEYS,
-    SCENE_KEYS,
-    check_config,
-    resolve_config,
-    to_json_types,
-    with_image_size,
-)
-from air.cli.device import pick_device
-from air.cli.errors import explain
-from air.cli.flags import DEFAULTS, Config, Parser, build_parser, settings_named_by_flag
+from air.cli.config import Config, check_config, config_hints, resolve_config, to_json_types
+from air.cli.device import pick_device, torch_settings_of_a_run
+from air.cli.errors import ExplainedErrors
+from air.cli.flags import build_parser, settings_named_by_flag
 from air.cli.progress import ProgressBar
-from air.cli.recorder import Recorder, final_evaluations, restore_trainer
+from air.cli.recorder import Recorder, SilentRecorder, final_evaluations, restore_trainer
 from air.data.arrays import DataError
 from air.data.hints import data_hints
-from air.data.preparation import ImageSettings
 from air.data.shards import Shards
 from air.data.sources import load_data
 from air.data.streaming import StreamedImages
 from air.evaluation import HeldOut
-from air.model_settings import ModelSettings, NetFactory
-from air.process.signals import Signals, exit_code, interrupt_on_signals
+from air.model_settings import NetFactory
+from air.process.signals import Signals, interrupt_on_signals
 from air.process.streams import steady_streams
-from air.settings import as_arguments, from_config
+from air.settings import as_arguments
 from air.storage.checkpoint import check_image_size, load_weights_strict, read_weights
 from air.storage.files import quoted
 from air.storage.run_folder import RunFolder, versions
 from air.training import Trainer, TrainingSettings
 from air.training.compiled_svi import Compiler, inductor
 from air.training.events import CheckpointDue, Evaluated, Progress, SnapshotDue
-from air.training.ranks import is_main, joined_ranks, local_rank, rank, world_size
+from air.training.ranks import any_rank, is_main, joined_ranks, local_rank
 from air.visualization.dashboard import Dashboard, connect
-
-
-class Outcome(Enum):
-    """How training ended."""
-
-    FINISHED = auto()
-    INTERRUPTED = auto()  # by a signal; the run can be resumed
-    COLLAPSED = auto()  # and is to start over with the next seed
-
-
-class Context(NamedTuple):
-    """The parts of a run that its configuration does not name."""
-
-    nets: NetFactory | None
-    compiler: Compiler
-
-
-class Session(NamedTuple):
-    """A run that is ready to train. Rank 0 alone has a folder and a recorder."""
-
-    config: Config
-    trainer: Trainer
-    recorder: Recorder | None
-
-    @property
-    def run(self) -> RunFolder | None:
-        """The run's folder."""
-        return self.recorder.run if self.recorder else None
 
 
 def main(
@@ -96,264 +59,210 @@ def main(
 
     Args:
         argv: The words of the command line; None for those of the process.
-        nets: Makes nets of one's own from the settings of the model; see `AIR`.
+        nets: Makes your own nets from the settings of the model; see `AIR`.
         compiler: Compiles the captured step.
     """
     warnings.filterwarnings("ignore", "Encountered NaN")  # Pyro's; such steps are skipped
-    with steady_streams(), joined_ranks(), interrupt_on_signals() as signals:
+    with (
+        steady_streams(),
+        joined_ranks(),
+        torch_settings_of_a_run(),
+        interrupt_on_signals() as signals,
+    ):
         logging.basicConfig(format="%(levelname)s: %(message)s")
-        context = Context(nets, compiler)
-        parser = build_parser(__doc__ or "", quiet=not is_main())
+        parser = build_parser(__doc__ or "")
         cli_args = to_json_types(vars(parser.parse_args(argv)))
         if cli_args.get("suggest"):
             from air.cli.suggestion import print_suggestion  # SciPy would make every start slower
 
             return print_suggestion(parser, cli_args, argv)
-        session: Session | None = None
-        try:
-            while True:
-                with ExitStack() as exit_stack:
-                    session = prepare(parser, cli_args, context, session, exit_stack)
-                    outcome, signaled = train(session, signals)
-                    if outcome is not Outcome.COLLAPSED:
-                        return finish(session, signaled)
-                    leave_collapsed(session)
-        except KeyboardInterrupt as interrupt:
-            run = session and session.run
-            hint = run.resume_hint() if run else "Training had not begun"
-            parser.exit(exit_code(interrupt), f"{parser.prog}: interrupted. {hint}\n")
-        except Exception as error:
-            line = explain(error, session.run if session else None)
-            if line is None:
-                raise
-            if world_size() > 1:  # torchrun sends SIGTERM when a rank ends: too early
-                signals.ignore()
-            end_by_error(parser, error, line)
+        with ExplainedErrors(parser) as errors, ExitStack() as exit_stack:
+            saved = read_saved(cli_args, exit_stack)
+            config = resolve_config(cli_args, saved.config)
+            device = pick_device(config.program.device)
+            scenes = load_scenes(config)
+            show_hints(config, cli_args, scenes)
+            config = config.with_image_size(scenes.x_size, scenes.channels)
+            trainer = build_trainer(config, scenes, device, nets, compiler)
+            restore(trainer, saved, scenes.sha256)
+            recorder = open_recorder(config, trainer, scenes.sha256, saved.run, exit_stack)
+            errors.run_begins(recorder.run)
+            signaled = train(config, trainer, recorder, signals)
+            return finish(config, trainer, recorder, signaled)
 
 
-def end_by_error(parser: Parser, error: Exception, line: str) -> NoReturn:
-    """Prints the line and exits. Other ranks are silent about errors that rank 0 reports."""
-    if not is_main() and not isinstance(error, ConnectionError | FloatingPointError):
-        print(f"{parser.prog}: rank {rank()}: {line}", file=sys.stderr)
-    parser.exit(1, f"{parser.prog}: error: {line}\n")
+# Preparing a run. Nothing is written before all input is read.
 
 
-# Preparing a run.
+class Saved(NamedTuple):
+    """The run to resume, or the weights to load; by default neither."""
+
+    source: Path = Path()
+    config: Mapping[str, Any] = {}  # of the run, or of the run that left the weights, if known
+    weights: dict[str, torch.Tensor] | None = None
+    run: RunFolder | None = None
+    state: dict[str, Any] | None = None  # of the run
 
 
-def prepare(
-    parser: Parser,
-    cli_args: Config,
-    context: Context,
-    collapsed: Session | None,
-    exit_stack: ExitStack,
-) -> Session:
-    """Prepares the run of the command line or, after a collapse, the run that starts over.
-
-    Input that cannot be used ends the program with exit code 2.
-    """
-    try:
-        if collapsed is None:
-            return prepare_run(cli_args, context, exit_stack)
-        return start_over(collapsed, context, exit_stack)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        parser.quiet = False
-        parser.error(str(error) if is_main() else f"rank {rank()}: {error}")
-
-
-def prepare_run(cli_args: Config, context: Context, exit_stack: ExitStack) -> Session:
-    """A new run, or the run that --resume names, restored from its checkpoint."""
-    run, state, weights, model = None, None, None, None
+def read_saved(cli_args: Mapping[str, Any], exit_stack: ExitStack) -> Saved:
+    """Reads the files that --resume or --load names."""
     if "resume" in cli_args:
         run = RunFolder.open(Path(cli_args["resume"]), lock=is_main())
         exit_stack.callback(run.close)
         state = run.load()
         check_config(state["config"], run.source)
-        weights = state["model"]
-    elif "load" in cli_args:
-        weights, model = read_weights(Path(cli_args["load"]))
-        check_config(model, Path(cli_args["load"]))
-    config = resolve_config(cli_args, state and state["config"], model)
-    check_flags(config, cli_args, state["config"] if state else DEFAULTS)
-    trainer, config, data_sha256 = build_trainer(config, context)
-    if weights is not None:
-        source = run.source if run else Path(config["load"])
-        check_image_size(trainer.air, weights, model or {}, source)
-        load_weights_strict(trainer.air, weights, source)
-    if run and state:
-        restore_trainer(trainer, state, run.source, data_sha256)
-    if trainer.step > config["num_steps"]:
-        taken, given = trainer.step, config["num_steps"]
-        raise ValueError(f"--num-steps must be at least the {taken} already taken, got {given}")
-    if not is_main():
-        return Session(config, trainer, None)
-    client = connect(config["visdom_server"] if config["viz"] else None)
-    return open_run(config, trainer, data_sha256, run, client, exit_stack)
+        return Saved(run.source, state["config"], state["model"], run, state)
+    if "load" in cli_args:
+        path = Path(cli_args["load"])
+        weights, config = read_weights(path)
+        check_config(config, path)
+        return Saved(path, config, weights)
+    return Saved()
 
 
-def start_over(collapsed: Session, context: Context, exit_stack: ExitStack) -> Session:
-    """A run with the next seed, in a folder beside that of the collapsed run, which is kept."""
-    config, recorder, seed = collapsed.config, collapsed.recorder, collapsed.config["seed"] + 1
-    changes = {"seed": seed, "restarts": config["restarts"] - 1, "resume": None}
-    client = None
-    if recorder is not None:
-        stem = str(recorder.run.path).removesuffix(f"-seed{config['seed']}")
-        changes["output_dir"] = f"{stem}-seed{seed}"
-        # Not a new client: the server may be away for a while.
-        client = recorder.dashboard.client if recorder.dashboard else None
-    trainer, config, data_sha256 = build_trainer({**config, **changes}, context)
-    if recorder is None:
-        return Session(config, trainer, None)
-    return open_run(config, trainer, data_sha256, None, client, exit_stack)
+def load_scenes(config: Config) -> multi_mnist.SceneSplits:
+    """The scenes of --data, or those that the flags describe, which are generated if need be."""
+    try:
+        if config.program.data:
+            hold_out_all = config.training.num_steps == 0
+            return load_data(config.program.data, config.images, hold_out_all=hold_out_all)
+        assert config.scenes is not None
+        return multi_mnist.load_scenes(config.scenes, **as_arguments(config.folders))
+    except DataError as error:
+        if config.program.resume:  # its paths may be relative to another folder
+            flag = "--data" if config.program.data else "--mnist-dir"
+            raise DataError(f"{error}; if it has moved, give its new path by {flag}") from error
+        raise
 
 
-def check_flags(config: Config, cli_args: Config, before: Config) -> None:
-    """Refuses flags without effect, and files that would overwrite those of another run."""
-    about = "scenes made here, but --data brings its own"
-    if not config["data"]:
-        about = "images of one's own; name them by --data"
-    for key in SCENE_KEYS if config["data"] else set(IMAGE_KEYS) - {"x_size"}:
-        if key in cli_args and cli_args[key] != before.get(key, DEFAULTS[key]):
-            raise ValueError(f"--{key.replace('_', '-')} is about {about}")
-    if config["refine"] and config["background_model"] != "none":
-        raise ValueError("--refine: expected no --background-model, which it cannot refine")
-    path = config["save"] and Path(config["save"])
-    if path and path.exists() and config["save"] != before.get("save"):
-        raise ValueError(f"--save never overwrites, and {path} exists; name another file")
-    if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise ValueError(f"--save: there is no folder {path.parent} to write {path.name} into")
-
-
-def build_trainer(config: Config, context: Context) -> tuple[Trainer, Config, str]:
-    """The seeded model with its trainer, the configuration, and the SHA-256 of the scenes.
-
-    The configuration returned has the size of the images.
-    """
-    device = pick_device(config["device"], local_rank())
-    scenes = load_scenes(config)
-    on_black = config["background_model"] == "none"
-    for hint in data_hints(scenes, config["model_steps"], on_black) if is_main() else ():
+def show_hints(
+    config: Config, cli_args: Mapping[str, Any], scenes: multi_mnist.SceneSplits
+) -> None:
+    """Warns of settings and scenes that are probably not what the user means."""
+    on_black = config.model.background_model == "none"
+    hints = [
+        *config_hints(config, cli_args),
+        *data_hints(scenes, config.model.num_steps, on_black),
+    ]
+    for hint in hints if is_main() else ():
         logging.getLogger("air").warning(hint)
+
+
+def build_trainer(
+    config: Config,
+    scenes: multi_mnist.SceneSplits,
+    device: torch.device,
+    nets: NetFactory | None = None,
+    compiler: Compiler = inductor,
+) -> Trainer:
+    """The model, seeded, and its trainer."""
+    torch.set_num_threads(config.program.threads)
+    pyro.set_rng_seed(config.training.seed)
+    is_score = config.training.estimator == "score"  # the only estimator that has baselines
+    settings = replace(config.model, use_baselines=config.model.use_baselines and is_score)
+    air = AIR.from_settings(settings, nets).to(device)
     x, test = scenes.train.x, scenes.test
-    channels = x.shape[1] if x.ndim == 4 else 1
-    config = with_image_size(config, x.shape[-1], channels)
-    torch.set_num_threads(config["threads"])
-    torch.set_float32_matmul_precision(config["matmul_precision"])
-    pyro.enable_validation(False)  # its checks read from the device at every site of every step
-    pyro.set_rng_seed(config["seed"])
-    uses_baselines = config["use_baselines"] and config["estimator"] == "score"
-    with settings_named_by_flag(ModelSettings):
-        settings = from_config(ModelSettings, {**config, "use_baselines": uses_baselines})
-    air = AIR.from_settings(settings, context.nets)
     images = StreamedImages(x, device) if isinstance(x, Shards) else torch.from_numpy(x).to(device)
     held_out = HeldOut.from_numpy(
         test.x, counts=test.counts, boxes=test.boxes, overlaps=test.overlaps
     )
     with settings_named_by_flag(TrainingSettings):
-        training = from_config(TrainingSettings, config)
-        trainer = Trainer(air.to(device), images, held_out, training, context.compiler)
-    return trainer, config, scenes.sha256
+        return Trainer(air, images, held_out, config.training, compiler=compiler)
 
 
-def load_scenes(config: Config) -> multi_mnist.SceneSplits:
-    """The scenes of --data, or those that the flags describe, which are made if need be."""
-    try:
-        if config["data"]:
-            with settings_named_by_flag(ImageSettings):
-                images = from_config(ImageSettings, config)
-            return load_data(config["data"], images, hold_out_all=config["num_steps"] == 0)
-        with settings_named_by_flag(multi_mnist.SceneSettings):
-            settings = from_config(multi_mnist.SceneSettings, config)
-        folders = from_config(multi_mnist.FolderSettings, config)
-        return multi_mnist.load_scenes(settings, **as_arguments(folders))
-    except DataError as error:
-        if config.get("resume"):  # its paths may be relative to another folder
-            moved = "--data" if config["data"] else "--mnist-dir"
-            raise DataError(f"{error}; if it has moved, say by {moved} where it is now") from error
-        raise
+def restore(trainer: Trainer, saved: Saved, data_sha256: str) -> None:
+    """Gives the trainer the saved weights and, of a run to resume, its state."""
+    if saved.weights is not None:
+        check_image_size(trainer.air, saved.weights, saved.config, saved.source)
+        load_weights_strict(trainer.air, saved.weights, saved.source)
+    if saved.state:
+        restore_trainer(trainer, saved.state, saved.source, data_sha256)
+    if trainer.step > trainer.settings.num_steps:
+        given = trainer.settings.num_steps
+        raise ValueError(
+            f"--num-steps: expected at least the {trainer.step} steps already taken, got {given}"
+        )
 
 
-def open_run(
+def open_recorder(
     config: Config,
     trainer: Trainer,
     data_sha256: str,
     run: RunFolder | None,
-    client: Any,  # noqa: ANN401  # of visdom, or None
     exit_stack: ExitStack,
-) -> Session:
+) -> Recorder | SilentRecorder:
     """Creates the folder of a new run, or cleans that of a resumed run; opens the live page."""
+    if not is_main():
+        return SilentRecorder()
+    program, flat = config.program, config.flat()
+    client = connect(program.visdom_server if program.viz else None)
     if run is None:
-        run = RunFolder.create(config["output_dir"], config["seed"])
+        run = RunFolder.create(program.output_dir, config.training.seed)
         exit_stack.callback(run.close)
-    run.truncate_after(trainer.step, trainer.step == config["num_steps"])
-    run.write_json("config.json", config | {"data_sha256": data_sha256, "versions": versions()})
+    run.truncate_after(trainer.step, trainer.finished)
+    run.write_json("config.json", flat | {"data_sha256": data_sha256, "versions": versions()})
     dashboard = None
     if client is not None:
-        env = config["visdom_env"] or f"air_{run.path.resolve().name}"
-        dashboard = Dashboard(client, env, config, run.read_metrics(), config["viz_every"])
+        env = program.visdom_env or f"air_{run.path.resolve().name}"
+        dashboard = Dashboard(client, env, flat, run.read_metrics(), program.viz_every)
         exit_stack.enter_context(dashboard)
-    return Session(config, trainer, Recorder(run, trainer, config, data_sha256, dashboard))
+    return Recorder(run, trainer, flat, data_sha256, dashboard)
 
 
 # Training and finishing a run.
 
 
-def train(session: Session, signals: Signals) -> tuple[Outcome, int | None]:
-    """Trains to the last step, a signal, or a collapse that allows another start.
-
-    Returns:
-        How training ended, and the number of the signal that interrupted it.
-    """
-    config, trainer = session.config, session.trainer
-    announce(session)
-    collapsed = False
-    bar = ProgressBar(config["num_steps"], trainer.step, silent=not is_main())
-    signals.ask_by(trainer.request_stop, ignore_repeated=local_rank() is not None)
-    with closing(bar):
+def train(
+    config: Config, trainer: Trainer, recorder: Recorder | SilentRecorder, signals: Signals
+) -> int | None:
+    """Trains to the last step, or until a signal; returns the number of the signal."""
+    num_steps = config.training.num_steps
+    with closing(ProgressBar(num_steps, trainer.step, silent=not is_main())) as bar:
+        if config.program.verbose:
+            bar.write(f"{trainer.air}\n{config.flat()}")
+        if config.training.compile and not trainer.finished:
+            bar.write("Compiling the training step takes a minute or two; --no-compile skips it.")
+        if recorder.dashboard:
+            bar.write(str(recorder.dashboard))
+        signals.ask_by(trainer.request_stop, ignore_repeated=local_rank() is not None)
         try:
             for event in trainer.train():
-                if session.recorder:
-                    session.recorder.handle(event)
+                recorder.handle(event)
                 if isinstance(event, Progress):
                     bar.show(event)
                 elif isinstance(event, Evaluated):
-                    bar.write(str(event))
-                    if event.alarm:
-                        bar.write(f"WARNING: {event.alarm}")
-                    if event.alarm and config["restarts"] > 0:
-                        collapsed = True
-                        trainer.request_stop()
+                    bar.write(f"{event}\nWARNING: {event.alarm}" if event.alarm else str(event))
         except FloatingPointError:
-            if session.recorder:
-                session.recorder.save()
+            recorder.save()
             raise
-    signaled = signals.first(lambda own: [own])
-    if signaled is None and trainer.stopped and not collapsed:  # a signal to another rank
-        signaled = signal.SIGTERM
+    signaled = signals.first()
+    if any_rank(signaled is not None):
+        return signaled or signal.SIGTERM  # if only another rank received it
+    return None
+
+
+def finish(
+    config: Config,
+    trainer: Trainer,
+    recorder: Recorder | SilentRecorder,
+    signaled: int | None,
+) -> int:
+    """Saves an interrupted run; draws the run, evaluates it, and returns the exit code."""
     if signaled is not None:
-        return Outcome.INTERRUPTED, signaled
-    return (Outcome.COLLAPSED if collapsed else Outcome.FINISHED), None
-
-
-def announce(session: Session) -> None:
-    """Prints the settings if asked to, and what the user waits for."""
-    if session.recorder is None:
-        return
-    if session.config["verbose"]:
-        print(session.trainer.air, session.config, sep="\n")
-    if session.config["compile"] and session.trainer.step < session.config["num_steps"]:
-        print("Compiling the step, a minute or two; --no-compile starts at once.", flush=True)
-    if session.recorder.dashboard:
-        print(session.recorder.dashboard, flush=True)
-
-
-def leave_collapsed(session: Session) -> None:
-    """Saves and draws a collapsed run, which is then left as it is."""
-    if session.recorder is not None:
-        session.recorder.save()
-        draw_figures(session.recorder.run)
-        seed, path = session.config["seed"] + 1, session.recorder.run.path
-        print(f"Starting over with --seed {seed}; {path} is left as it is.", flush=True)
+        recorder.handle(CheckpointDue(trainer.step))
+        recorder.handle(SnapshotDue(trainer.step))
+    if (run := recorder.run) is not None:
+        draw_figures(run)
+        if signaled is not None:
+            print(
+                f"Interrupted, and saved at step {trainer.step:,} of "
+                f"{config.training.num_steps:,}. Resume with: {run.resume_command()}"
+            )
+        else:
+            for line in final_evaluations(trainer, run, config.flat()):
+                print(line)
+            print(f"Done. Figures are in {run.figures}, everything else in {run.path}.")
+    return 0 if signaled is None else 128 + signaled
 
 
 def draw_figures(run: RunFolder) -> None:
@@ -365,29 +274,6 @@ def draw_figures(run: RunFolder) -> None:
     except Exception as error:
         text = "the figures of %s could not be drawn: %s; try: python viz.py %s"
         logging.getLogger("air").warning(text, run.path, error, quoted(run.path))
-
-
-def finish(session: Session, signaled: int | None) -> int:
-    """Draws the run, evaluates it if asked to, says how it ended, and returns the exit code."""
-    config, trainer, run = session.config, session.trainer, session.run
-    if session.recorder and signaled is not None:
-        session.recorder.handle(CheckpointDue(trainer.step))
-        session.recorder.handle(SnapshotDue(trainer.step))
-    if run is not None:
-        draw_figures(run)
-    if signaled is not None:
-        if run is not None:
-            print(
-                f"Interrupted, and saved at step {trainer.step:,} of {config['num_steps']:,}. "
-                f"Resume with: {run.resume_command()}"
-            )
-        return 128 + signaled
-    if run is None:
-        return 0
-    for line in final_evaluations(trainer, run, config):
-        print(line)
-    print(f"Done. Pictures and curves are in {run.figures}, all else in {run.path}.")
-    return 0
 
 
 if __name__ == "__main__":

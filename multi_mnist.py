@@ -261,10 +261,17 @@ class FolderSettings:
     """Where digits and scenes are kept."""
 
     mnist_dir: str | None = setting(
-        None, "folder of MNIST's IDX files (default: download)", metavar="DIR"
+        None,
+        "folder of MNIST's IDX files (default: download)",
+        metavar="DIR",
+        on_resume="free",
     )
     cache_dir: str | None = setting(
-        None, "folder of the scenes (default: $AIR_CACHE or ~/.cache/air)", metavar="DIR"
+        None,
+        "folder of the scenes (default: $AIR_CACHE or ~/.cache/air)",
+        metavar="DIR",
+        only_in="multi_mnist.py",
+        on_resume="forget",
     )
 
     def __post_init__(self) -> None:

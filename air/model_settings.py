@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from air.likelihoods import DEFAULT_SD, Likelihood
-from air.settings import check_settings, setting
+from air.settings import check_settings, model_setting, setting
 
 BackgroundModel = Literal["none", "constant", "vae"]
 GuideInput = Literal["image", "difference", "glimpse"]
@@ -24,100 +24,125 @@ def is_activation(name: str) -> bool:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The arguments of `AIR` that are numbers, names and sizes, with their meanings and bounds."""
+    """The arguments of `AIR` that are numbers, names and sizes, with their meanings and bounds.
 
-    num_steps: int = setting(3, "most objects in a scene, T", low=1, key="model_steps", short="-t")
-    x_size: int = setting(50, "side of the images in pixels, H", low=1, flag="")  # from the data
-    window_size: int = setting(28, "side of the attention window in pixels, W", low=1)
-    z_what_size: int = setting(
+    In a run, `x_size` and `channels` are those of its images.
+    """
+
+    num_steps: int = model_setting(
+        3,
+        "maximum number of objects per scene, T",
+        low=1,
+        key="model_steps",
+        short="-t",
+        common=True,
+        overrides=["count_prior"],
+    )
+    x_size: int = setting(50, "side of the images in pixels, H", low=1, flag="")
+    window_size: int = model_setting(28, "side of the attention window in pixels, W", low=1)
+    z_what_size: int = model_setting(
         50, "dimensions of an object's code z_what, Z", low=1, key="encoder_latent_size"
     )
-    rnn_hidden_size: int = setting(256, "size of the LSTMs' states", low=1)
-    encoder_net: Sequence[int] = setting(
+    rnn_hidden_size: int = model_setting(256, "size of the LSTMs' hidden states", low=1)
+    encoder_net: Sequence[int] = model_setting(
         (200,), "hidden layers of q(z_what | window)", low=1, metavar="SIZE"
     )
-    decoder_net: Sequence[int] = setting(
+    decoder_net: Sequence[int] = model_setting(
         (200,), "hidden layers of p(window | z_what)", low=1, metavar="SIZE"
     )
-    predict_net: Sequence[int] = setting(
+    predict_net: Sequence[int] = model_setting(
         (200,), "hidden layers of q(z_pres, z_where | h)", low=1, metavar="SIZE"
     )
-    embed_channels: Sequence[int] | None = setting(
+    embed_channels: Sequence[int] | None = model_setting(
         None,
-        "channels of convolutions between the image and the LSTMs, each of which halves the sides "
-        "(default: none)",
+        "channels of the convolutions between the image and the LSTMs; each convolution halves the "
+        "image (default: no convolutions)",
         low=1,
-        length=(1, None),
         metavar="CHANNELS",
     )
-    embed_net: Sequence[int] | None = setting(
+    embed_net: Sequence[int] | None = model_setting(
         None,
         "linear layers between the image, or the convolutions, and the LSTMs (default: none)",
         low=1,
-        length=(1, None),
         metavar="SIZE",
     )
-    bl_predict_net: Sequence[int] = setting(
-        (200,), "hidden layers from the baseline's LSTM to its value (score)", low=1, metavar="SIZE"
+    bl_predict_net: Sequence[int] = model_setting(
+        (200,),
+        "hidden layers between the baseline's LSTM and its output (score estimator only)",
+        low=1,
+        metavar="SIZE",
     )
-    non_linearity: str = setting(
+    non_linearity: str = model_setting(
         "ReLU",
         "activation between layers, a class of torch.nn",
         accepts=is_activation,
         expected="the name of an activation of torch.nn without arguments, such as ReLU,",
         metavar="NAME",
     )
-    decoder_output_bias: float | None = setting(-2.0, "added before the decoder's sigmoid")
-    decoder_output_use_sigmoid: bool = setting(True, "keep the decoder's output within (0, 1)")
-    use_masking: bool = setting(
+    decoder_output_bias: float | None = model_setting(-2.0, "bias before the decoder's sigmoid")
+    decoder_output_use_sigmoid: bool = model_setting(
         True,
-        "let finished steps cost nothing; without, their costs count too (score)",
+        "apply a sigmoid to the decoder's output, which keeps it within (0, 1)",
+        group="compatibility with Pyro's example",
+    )
+    use_masking: bool = model_setting(
+        True,
+        "mask the cost of the steps after the last object, which otherwise counts (score estimator "
+        "only)",
         flag="--masking",
     )
-    use_baselines: bool = setting(
+    use_baselines: bool = model_setting(
         True,
-        "reduce the variance of the score-function gradient by data-dependent baselines (score)",
+        "reduce the variance of the score-function gradient by data-dependent baselines (score "
+        "estimator only)",
         flag="--baselines",
     )
-    baseline_scalar: float | None = setting(
-        None, "multiplies the baseline's output (score; default: 1)"
+    baseline_scalar: float | None = model_setting(
+        None,
+        "factor of the baseline's output (score estimator only; default: 1)",
+        group="compatibility with Pyro's example",
     )
-    scale_prior_mean: float = setting(
+    scale_prior_mean: float = model_setting(
         3.0, "prior mean of the scale s; 3 shrinks the window threefold", above=0
     )
-    scale_prior_sd: float = setting(0.2, "prior standard deviation of s", above=0)
-    pos_prior_mean: float = setting(0.0, "prior mean of the window's shift x and y")
-    pos_prior_sd: float = setting(1.0, "prior standard deviation of x and y", above=0)
-    likelihood: Likelihood = setting(
+    scale_prior_sd: float = model_setting(0.2, "prior standard deviation of s", above=0)
+    pos_prior_mean: float = model_setting(0.0, "prior mean of the window's shift x and y")
+    pos_prior_sd: float = model_setting(1.0, "prior standard deviation of x and y", above=0)
+    likelihood: Likelihood = model_setting(
         "normal",
-        "distribution of a pixel: normal around the canvas, or bernoulli, on or off (images are "
+        "distribution of a pixel: normal with the canvas as its mean, or bernoulli (images are "
         "binarised at 1/2)",
     )
-    likelihood_sd: float | Literal["learn"] = setting(
-        DEFAULT_SD, "standard deviation of a pixel, or learn for a parameter (normal)", above=0
+    likelihood_sd: float | Literal["learn"] = model_setting(
+        DEFAULT_SD,
+        "standard deviation of a pixel, or learn to make it a parameter (normal likelihood only)",
+        above=0,
     )
-    guide_input: GuideInput = setting(
+    guide_input: GuideInput = model_setting(
         "image",
-        "input of the guide's steps: the image (less its background), the difference of the image "
-        "and the canvas painted so far (DAIR), or a glimpse of this difference where it is largest",
+        "input of the guide at each step: the image, its difference to the current canvas (DAIR), "
+        "or a glimpse, which is a crop around the largest unexplained area",
         key="guide",
     )
-    background_model: BackgroundModel = setting(
+    background_model: BackgroundModel = model_setting(
         "none",
-        "what is behind the objects: black (none), one level per channel (constant), or a picture "
-        "with a code of its own (vae)",
+        "background of the scenes: black (none), one level per channel (constant), or an image "
+        "with its own latent code (vae)",
     )
-    z_background_size: int = setting(8, "dimensions of z_background (vae)", low=1)
-    background_net: Sequence[int] = setting(
+    z_background_size: int = model_setting(8, "dimensions of z_background (vae)", low=1, flag="")
+    background_net: Sequence[int] = model_setting(
         (200,),
-        "hidden layers of q(z_background | image), and in reverse of its decoder (vae)",
+        "hidden layers of q(z_background | image), and in reverse order of its decoder (vae)",
         low=1,
-        metavar="SIZE",
+        flag="",
     )
-    channels: int = setting(1, "channels of the images, C", low=1, flag="")  # from the data
+    channels: int = setting(1, "channels of the images, C", low=1, flag="")
 
     def __post_init__(self) -> None:
+        for name in ("embed_channels", "embed_net"):  # for no layers, Pyro's example has []
+            layers = getattr(self, name)
+            object.__setattr__(self, name, None if layers in ([], ()) else layers)
         check_settings(self)
 
 
-NetFactory = Callable[[ModelSettings], Mapping[str, nn.Module]]  # see `AIR`, "Nets of one's own"
+NetFactory = Callable[[ModelSettings], Mapping[str, nn.Module]]  # see the docstring of `AIR`

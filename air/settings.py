@@ -1,17 +1,22 @@
-"""Settings: each is declared once, with its default, its help and its bounds beside it.
+"""Settings: each is declared once, with its default, its help, its bounds and its flag.
 
 A settings class is a frozen dataclass whose fields are made by `setting`, and whose
-``__post_init__`` calls `check_settings`. So one check serves Python, files and command lines, and
+``__post_init__`` calls `check_settings`. One check serves Python, files and command lines, and
 `add_flags` makes the flags of a command line. Needs no torch.
 """
 
 import argparse
+import functools
 import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+# A resumed run keeps the value of the run; or keeps it unless another is given; or has the default
+# unless another is given, for a file must not name files to write or servers to reach.
+OnResume = Literal["keep", "free", "forget"]
 
 
 class SettingError(ValueError):
@@ -41,6 +46,12 @@ def setting(
     flag: str | None = None,
     short: str | None = None,
     metavar: str | None = None,
+    group: str | None = None,
+    common: bool = False,
+    only_in: str | None = None,
+    on_resume: OnResume = "keep",
+    with_model: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Any:  # noqa: ANN401
     """A dataclass field that is a setting.
 
@@ -57,9 +68,19 @@ def setting(
         flag: Its long flag; None for the key with dashes, "" for no flag.
         short: Its short flag.
         metavar: Its placeholder in the help.
+        group: Its heading in the help of main.py; None for that of its class.
+        common: Whether ``--help`` of main.py lists it, and not only ``--help-all``.
+        only_in: The only program that has its flag; None for all programs.
+        on_resume: Its value in a resumed run; see `OnResume`.
+        with_model: Whether loaded weights bring its value along.
+        overrides: Keys of settings that, when this flag is given, lose their value from a preset
+            or from loaded weights.
     """
     about = {name: value for name, value in locals().items() if name != "default"}
     return field(default=default, metadata=about)
+
+
+model_setting = functools.partial(setting, with_model=True)
 
 
 @dataclass(frozen=True)
@@ -85,6 +106,11 @@ class Setting:
         return [self.about["short"], long] if self.about["short"] else [long]
 
     @property
+    def plain_default(self) -> Any:  # noqa: ANN401
+        """Its default, as JSON has it."""
+        return list(self.default) if isinstance(self.default, tuple) else self.default
+
+    @property
     def expected(self) -> str:
         """The accepted values, or the accepted elements of a list, in words."""
         if self.about["expected"] or self.choices:
@@ -98,6 +124,24 @@ class Setting:
         if self.about["high"] < math.inf:
             text += f", at most {_number(self.about['high'])}"
         return " or ".join((text, *self.words))
+
+    def add_flag(self, group: "argparse._ArgumentGroup") -> None:
+        """Adds its flag, if it has one. A flag that is not given leaves no value."""
+        if not self.flags:
+            return
+        metavar = self.about["metavar"] or {int: "N", float: "X"}.get(self.scalar)
+        options: dict[str, Any] = {"type": self.parse, "metavar": metavar}
+        if self.scalar is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif self.choices:
+            options = {"choices": self.choices}
+        elif self.is_list:
+            least, most = self.about["length"]
+            options["nargs"] = most or ("+" if least else "*")
+        shown = _shown(self.default)
+        help = self.about["help"] + (f" (default: {shown})" if shown else "")
+        options |= {"dest": self.key, "default": argparse.SUPPRESS}
+        group.add_argument(*self.flags, help=help.replace("%", "%%"), **options)
 
     def parse(self, text: str) -> Any:  # noqa: ANN401
         """The value that a word of a command line stands for; 1e4 is a whole number too.
@@ -198,14 +242,6 @@ def check_settings(settings: object) -> None:
         spec.check(plain)
 
 
-def defaults(cls: type) -> dict[str, Any]:
-    """The defaults of a settings class by key, as JSON has them."""
-    return {
-        spec.key: list(spec.default) if isinstance(spec.default, tuple) else spec.default
-        for spec in settings_of(cls)
-    }
-
-
 def from_config(cls: type, config: Mapping[str, Any]) -> Any:  # noqa: ANN401
     """An object of a settings class from values by key; keys that are missing have defaults.
 
@@ -222,26 +258,14 @@ def as_arguments(settings: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, cls: type) -> None:
-    """Adds a group of flags, one for each setting. A flag that is not given leaves no value."""
-    group = parser.add_argument_group(title, argument_default=argparse.SUPPRESS)
+    """Adds a group of flags, one for each setting of a settings class."""
+    group = parser.add_argument_group(title)
     for spec in settings_of(cls):
-        if not spec.flags:
-            continue
-        options: dict[str, Any] = {"type": spec.parse, "metavar": spec.about["metavar"]}
-        if spec.scalar is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        elif spec.choices:
-            options = {"choices": spec.choices}
-        elif spec.is_list:
-            least, most = spec.about["length"]
-            options["nargs"] = most or ("+" if least else "*")
-        shown = _shown(spec.default)
-        help = spec.about["help"] + (f" (default: {shown})" if shown else "")
-        group.add_argument(*spec.flags, dest=spec.key, help=help.replace("%", "%%"), **options)
+        spec.add_flag(group)
 
 
 def _to_plain(value: Any) -> Any:  # noqa: ANN401
-    """A NumPy scalar as Python's number, text or bool, also within a list; else the same object."""
+    """NumPy scalars become Python's, also within a list; any other object stays the same."""
     if isinstance(value, list | tuple):
         elements = [_to_plain(element) for element in value]
         same = all(a is b for a, b in zip(elements, value, strict=True))

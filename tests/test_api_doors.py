@@ -17,6 +17,7 @@ from air.evaluation.alarms import empty_canvas_elbo
 from air.inference import infer, mean_count_probs, sample_prior
 from air.likelihoods import make_likelihood
 from air.marginal import MarginalAIR
+from air.model_settings import ModelSettings
 from air.priors import AnnealedPresencePrior, geometric_count_prior
 from air.subsampling import draw_indices
 
@@ -62,7 +63,9 @@ def test_numbers_of_numpy_are_taken_and_become_plain() -> None:
 
 @pytest.mark.parametrize("nothing", [None, [], ()])
 def test_no_layers_of_an_embedding_can_be_said_in_several_ways(nothing: Any) -> None:  # noqa: ANN401
-    assert not list(small_air(embed_net=nothing).embed.parameters())
+    assert not list(small_air(embed_net=nothing, embed_channels=nothing).embed.parameters())
+    settings = ModelSettings(embed_net=nothing, embed_channels=nothing)
+    assert settings == ModelSettings()
 
 
 PROGRAMS: list[Callable[[AIR], Any]] = [

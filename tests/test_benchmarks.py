@@ -69,7 +69,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_table_counts_every_seed_and_runs_none_twice(tmp_path: Path) -> None:
-    flags = f"-n 2 -b 4 --iwae-samples 2 --cache-dir {tmp_path}/cache {TINY}"
+    flags = f"-n 2 -b 4 --iwae-samples 2 {TINY}"
     line = f"--out out --seeds 2 --estimators marginal -- {flags}"
     whole, taken = tmp_path / "out" / "marginal-seed0", tmp_path / "out" / "marginal-seed1"
     taken.mkdir(parents=True)

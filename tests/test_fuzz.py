@@ -23,6 +23,8 @@ from PIL import Image
 
 import main
 import multi_mnist
+from air.cli.config import Config, resolve_config
+from air.cli.recorder import Recorder
 from air.data.arrays import DataError
 from air.data.digits import MNIST_FILES
 from air.data.preparation import ImageSettings
@@ -32,6 +34,7 @@ from air.evaluation.metrics import HeldOut, evaluate
 from air.storage.checkpoint import CheckpointError, read_weights
 from air.storage.run_folder import RunFolder
 from air.training.events import SnapshotDue
+from air.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -89,24 +92,22 @@ def program(
 
     with monkeypatch.context() as patch:
         patch.setattr(main, "train", take_a_step)
-        patch.setattr(main, "finish", lambda session, signaled: 0)
+        patch.setattr(main, "finish", lambda *_: 0)
         yield run
 
 
-def take_a_step(session: main.Session, signals: object) -> tuple[main.Outcome, None]:
+def take_a_step(_: Config, trainer: Trainer, recorder: Recorder, signals: object) -> None:
     """In place of training."""
-    assert session.recorder
-    if session.trainer.step < session.config["num_steps"]:
-        session.trainer._take_step()
-    session.recorder.handle(SnapshotDue(session.trainer.step))
-    return main.Outcome.FINISHED, None
+    if not trainer.finished:
+        trainer._take_step()
+    recorder.handle(SnapshotDue(trainer.step))
 
 
 def options() -> list[str]:
     """Every flag but those that write elsewhere, ask servers, or ask for more memory than is."""
     found = []
     for action in main.build_parser()._actions:
-        names = {"help", "output_dir", "viz", "save", "mnist_dir", "cache_dir", "resume"}
+        names = {"help", "help_all", "output_dir", "viz", "save", "mnist_dir", "resume"}
         sizes = {"num_scenes", "num_test_scenes"}
         if action.dest not in names | sizes:
             found += [name for name in action.option_strings if name.startswith("--")]
@@ -149,7 +150,7 @@ def damaged(whole: bytes) -> st.SearchStrategy[bytes]:
 def use(path: Path) -> None:
     """Loads a file of scenes as the program does, and evaluates on them."""
     try:
-        found = main.load_scenes({"data": str(path), "num_steps": 1})
+        found = main.load_scenes(resolve_config({"data": str(path), "num_steps": 1}))
         held_out = HeldOut.from_numpy(
             found.test.x,
             counts=found.test.counts,

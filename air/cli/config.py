@@ -1,121 +1,176 @@
-"""The configuration of a run: the value of every flag by key, from all its sources."""
+"""The configuration of a run: its settings from all sources, in a part for each user of them."""
 
 import json
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from air.cli.flags import DEFAULTS, SETTINGS, Config, settings_named_by_flag
-from air.cli.presets import preset_settings
+from air.cli.flags import DEFAULTS, FLAGS, SETTINGS, ProgramSettings, settings_named_by_flag
+from air.cli.presets import PRESETS, preset_settings
 from air.data.preparation import ImageSettings
 from air.model_settings import ModelSettings
 from air.settings import from_config, settings_of
 from air.storage.checkpoint import CheckpointError
-from multi_mnist import SceneSettings
+from air.training.settings import TrainingSettings
+from multi_mnist import FolderSettings, SceneSettings
 
 COMPILE_MIN_STEPS = 5000  # some 2,500 steps save the time that compiling takes (tests/benchmarks)
-
-# A resumed run may change these: they do not change what it learns.
-_MAY_CHANGE_ON_RESUME = {
-    "num_steps", "progress_every", "eval_every", "eval_scenes", "save_every", "save", "restarts",
-    "alarm_after", "evaluate", "refine", "iwae_samples", "iwae_scenes", "device", "threads", "viz",
-    "viz_every", "visdom_env", "visdom_server", "verbose", "resume",
-    "data", "mnist_dir", "cache_dir", "suggest",
-}  # fmt: skip
-# Files to write and servers to reach: no file may name them.
-_NEVER_FROM_FILE = {
-    "save", "output_dir", "cache_dir", "viz", "visdom_env", "visdom_server",
-}  # fmt: skip
-# A model that is loaded brings these along: its nets, likelihood and priors.
+FlatConfig = dict[str, Any]  # values by key, as JSON has them, in config.json and checkpoints
 _IMAGE_SIZE = {"x_size", "channels"}
-_SAVED_WITH_MODEL = {spec.key for spec in settings_of(ModelSettings)} - _IMAGE_SIZE | {
-    "z_pres_prior", "z_pres_prior_raw", "count_prior"
-}  # fmt: skip
-# A flag on the left makes those on the right, of a model or a preset, void.
-_CONFLICTS = {
-    ("z_pres_prior", "count_prior", "model_steps"): ("count_prior",),
-    ("z_pres_prior",): ("z_pres_prior_raw",),
-    ("scale_mean", "scale_sd"): ("sides",),
-    ("count_prior",): ("anneal_prior",),
-}
-_SHARED = {"x_size"}  # of scenes made here and of images of one's own
-SCENE_KEYS = [spec.key for spec in settings_of(SceneSettings) if spec.key not in _SHARED]
-IMAGE_KEYS = [spec.key for spec in settings_of(ImageSettings)]
 
 
-def to_json_types(config: Mapping[str, Any]) -> Config:
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run."""
+
+    model: ModelSettings
+    training: TrainingSettings
+    program: ProgramSettings
+    images: ImageSettings  # how images of --data are prepared
+    scenes: SceneSettings | None  # the scenes to generate; None with --data
+    folders: FolderSettings
+
+    def with_image_size(self, x_size: int, channels: int) -> "Config":
+        """The configuration of a run on images of this size."""
+        return replace(self, model=replace(self.model, x_size=x_size, channels=channels))
+
+    def flat(self) -> FlatConfig:
+        """The values of all settings by key; x_size and channels are those of the images."""
+        parts = [self.folders, self.scenes, self.images, self.program, self.training, self.model]
+        return to_json_types(
+            {
+                spec.key: getattr(part, spec.name)
+                for part in parts
+                if part is not None
+                for spec in settings_of(type(part))
+            }
+        )
+
+
+def to_json_types(config: Mapping[str, Any]) -> FlatConfig:
     """The configuration as JSON has it, with lists for tuples."""
-    lists = {key: list(value) for key, value in config.items() if isinstance(value, tuple)}
-    return {**config, **lists}
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in config.items()
+    }
 
 
 def resolve_config(
-    cli_args: Mapping[str, Any],
-    run: Mapping[str, Any] | None = None,
-    model: Mapping[str, Any] | None = None,
+    cli_args: Mapping[str, Any], saved: Mapping[str, Any] = MappingProxyType({})
 ) -> Config:
     """Precedence: command line > resumed run > loaded model > preset > defaults.
 
     Args:
         cli_args: The flags on the command line.
-        run: The configuration of the run to resume, if there is one.
-        model: The configuration that came with the weights to load, if there is one.
+        saved: The configuration of the run that --resume names, or the configuration that came
+            with the weights that --load names; {} if there is none.
 
     Raises:
-        ValueError: If a flag would turn the resumed run into another run.
+        ValueError: If a setting has a value it cannot have, or a flag has no effect or would turn
+            the resumed run into another run.
     """
+    run, model = (saved, {}) if "resume" in cli_args else (None, saved)
     preset = preset_settings(cli_args.get("preset"), cli_args)
-    of_model = {key: value for key, value in (model or {}).items() if key in _SAVED_WITH_MODEL}
-    if of_model:  # a model that was saved before there were these settings has none of them
-        older = {"embed_channels": None, "background_model": "none", "guide": "image"}
-        of_model = {**older, **of_model}
-        of_model["background_steps"] = 0  # its background was learnt
-    of_run = {key: value for key, value in (run or {}).items() if key not in _NEVER_FROM_FILE}
-    if run is not None:
-        _check_unchanged(cli_args, run)
-    below = {**preset, **of_model}
-    for keys, void in _CONFLICTS.items():
-        if not cli_args.keys().isdisjoint(keys):
-            below = {key: value for key, value in below.items() if key not in void}
-    config = {**DEFAULTS, **below, **of_run, **cli_args}
-    if config["data"]:
-        config |= _image_settings(cli_args, of_run, model or {})
-    if config["compile"] is None:
-        config["compile"] = config["num_steps"] >= COMPILE_MIN_STEPS and not config["jit"]
-    return to_json_types(config)
+    of_model = _settings_of_model(model)
+    specs = [spec for cls in SETTINGS for spec in settings_of(cls)]
+    forgotten = {spec.key for spec in specs if spec.about["on_resume"] == "forget"}
+    of_run = {key: value for key, value in (run or {}).items() if key not in forgotten}
+    overridden = {
+        key for given in cli_args.keys() & FLAGS for key in FLAGS[given].about["overrides"]
+    }
+    below = {key: value for key, value in {**preset, **of_model}.items() if key not in overridden}
+    flat = {**DEFAULTS, **below, **of_run, **cli_args}
+    if flat["data"]:
+        flat |= _image_settings(cli_args, of_run, model)
+    if flat["compile"] is None:
+        flat["compile"] = flat["num_steps"] >= COMPILE_MIN_STEPS
+    most = flat["num_steps"] // 10  # most steps are for the objects
+    flat.setdefault("background_steps", min(TrainingSettings.background_steps, most))
+    _check_flags(flat, cli_args, run)
+    parts = {
+        "model": _part(ModelSettings, {k: v for k, v in flat.items() if k not in _IMAGE_SIZE}),
+        "training": _part(TrainingSettings, flat),
+        "program": _part(ProgramSettings, flat),
+        "images": _part(ImageSettings, flat if flat["data"] else {}),
+        "scenes": None if flat["data"] else _part(SceneSettings, flat),
+        "folders": _part(FolderSettings, flat),
+    }
+    return Config(**parts)
+
+
+def _part(cls: type, flat: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    with settings_named_by_flag(cls):
+        return from_config(cls, flat)
+
+
+def _settings_of_model(model: Mapping[str, Any]) -> FlatConfig:
+    """The settings that loaded weights bring along, from the configuration of their run.
+
+    Settings that an earlier program did not know have their defaults, not those of a preset.
+    """
+    if not model:
+        return {}
+    specs = [spec for cls in SETTINGS for spec in settings_of(cls) if spec.about["with_model"]]
+    brought = {spec.key: model.get(spec.key, spec.plain_default) for spec in specs}
+    return brought | {"background_steps": 0}  # the background was learnt
 
 
 def _image_settings(
     cli_args: Mapping[str, Any], run: Mapping[str, Any], model: Mapping[str, Any]
-) -> Config:
-    """How to prepare images of one's own: as for the run, the model, or by the flags.
+) -> FlatConfig:
+    """How to prepare images of --data: as for the run, as for the model, or by the flags.
 
-    Without a word about it, images keep their size (x_size None) and channels.
+    Without any of these, images keep their size (x_size None) and channels.
     """
-    if model.get("crop") is None:  # its images were as they are, and others are not made to fit
+    if model.get("crop") is None:  # its images kept their size, and so do these
         model = {key: value for key, value in model.items() if key != "x_size"}
-    if "crop" not in run:  # an earlier program recorded x_size and channels that had no effect
-        run = {key: value for key, value in run.items() if key not in ("x_size", "channels")}
-    settings = {"x_size": None, "channels": None, **model, **run, **cli_args}
-    settings = {key: settings.get(key, DEFAULTS[key]) for key in IMAGE_KEYS}
+    found = {"x_size": None, "channels": None, **model, **run, **cli_args}
+    settings = {spec.key: found.get(spec.key, spec.default) for spec in settings_of(ImageSettings)}
     if settings["x_size"] is None and settings["crop"] is not None:
-        raise ValueError("--crop: expected --x-size too, the side to cut out")
+        raise ValueError("--crop: expected --x-size too, the side of the images")
     if "x_size" in cli_args and settings["crop"] is None and not run:
         settings["crop"] = False
     return settings
 
 
-def _check_unchanged(cli_args: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    # A cosine schedule decided the rates of the steps taken by the number of all steps.
-    fixed = {"num_steps"} if run.get("lr_schedule") == "cosine" else set()
+def _check_flags(
+    flat: Mapping[str, Any], cli_args: Mapping[str, Any], run: Mapping[str, Any] | None
+) -> None:
+    """Refuses flags without effect, and flags that a resumed run cannot have."""
+    before = run or DEFAULTS
     for key, value in cli_args.items():
-        if value != run.get(key, DEFAULTS.get(key)) and (
-            key not in _MAY_CHANGE_ON_RESUME or key in fixed
-        ):
-            raise ValueError(
-                f"--resume keeps the settings of the run, where {key} is {run.get(key)}, got "
-                f"{value}; leave this flag out, or begin a new run"
-            )
+        if run is not None and value != run.get(key, DEFAULTS[key]):
+            # A cosine schedule decided the rates of the steps taken by the number of all steps.
+            is_fixed = key == "num_steps" and run.get("lr_schedule") == "cosine"
+            if FLAGS[key].about["on_resume"] == "keep" or is_fixed:
+                raise ValueError(
+                    f"--resume keeps the settings of the run, where {key} is {run.get(key)}, got "
+                    f"{value}; leave this flag out, or begin a new run"
+                )
+        if value != before.get(key, DEFAULTS[key]):
+            _check_effect(key, bool(flat["data"]))
+    if flat["refine"] and flat["background_model"] != "none":
+        raise ValueError("--refine does not support background models: expected none")
+    path = flat["save"] and Path(flat["save"])
+    if path and path.exists() and not (run and run.get("save") == flat["save"]):
+        raise ValueError(f"--save never overwrites, and {path} exists; name another file")
+    if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise ValueError(f"--save: there is no folder {path.parent} to write {path.name} into")
+
+
+def _check_effect(key: str, has_data: bool) -> None:
+    of_scenes, of_images = (
+        {spec.key for spec in settings_of(cls)} for cls in (SceneSettings, ImageSettings)
+    )
+    if has_data and key in of_scenes - of_images:
+        problem = "applies only to generated scenes and cannot be combined with --data"
+    elif not has_data and key in of_images - of_scenes:
+        problem = "applies only to images of --data, which is missing"
+    else:
+        return
+    raise ValueError(f"{FLAGS[key].flags[-1]} {problem}")
 
 
 def check_config(config: Mapping[str, Any], source: Path) -> None:
@@ -128,23 +183,29 @@ def check_config(config: Mapping[str, Any], source: Path) -> None:
         json.dumps(dict(config))
     except TypeError as error:  # a tensor, which would pass for a number
         raise CheckpointError(f"{source}: the settings are not all plain values") from error
-    # With --data no scenes were made, and x_size is the size of the data.
-    skipped = SceneSettings if config.get("data") else None
-    for cls in SETTINGS.values():
-        if cls is skipped:
+    for cls in SETTINGS:
+        if cls is SceneSettings and config.get("data"):  # no scenes were generated
             continue
         try:
-            with settings_named_by_flag(cls):
-                from_config(cls, config)
+            _part(cls, config)
         except ValueError as error:
             raise CheckpointError(f"{source}: {error}") from error
 
 
-def with_image_size(config: Mapping[str, Any], x_size: int, channels: int) -> Config:
-    """The configuration with the size of the images of the run.
-
-    With --data it leaves out the settings of scenes, none of which were made.
-    """
-    made_up = SCENE_KEYS if config["data"] else []
-    kept = {key: value for key, value in config.items() if key not in made_up}
-    return {**kept, "x_size": x_size, "channels": channels}
+def config_hints(config: Config, cli_args: Mapping[str, Any]) -> list[str]:
+    """Settings that probably do not do what the user means, one line each, with a remedy."""
+    hints, training, preset = [], config.training, cli_args.get("preset")
+    if training.added_scenes and 0 < training.num_steps <= training.added_scenes_from:
+        source = f"of --preset {preset} " if "added_scenes" not in cli_args and preset else ""
+        hints.append(
+            f"--added-scenes {source}has no effect: it begins after step "
+            f"{training.added_scenes_from}, and --num-steps is {training.num_steps}"
+        )
+    by_preset = PRESETS.get(preset or "", {}).keys() - cli_args
+    if "z_pres_prior" in cli_args and "z_pres_prior_raw" in by_preset:
+        hints.append(
+            f"--z-pres-prior replaces the prior of --preset {preset}, which at first favours many "
+            "objects and without which training may fail; --z-pres-prior 0.99 --z-pres-prior-raw "
+            "restores it"
+        )
+    return hints

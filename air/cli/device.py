@@ -1,15 +1,18 @@
-"""The device that a command line names."""
+"""The device that a command line names, and the settings of torch and Pyro for a run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyro
 import torch
 
+from air.training.ranks import local_rank
 
-def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+
+def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA if available, and otherwise the CPU.
 
-    Args:
-        name: A device.
-        local_rank: Under torchrun, the number of this process on its machine. The process takes
-            the GPU of the same number.
+    Under torchrun, each process takes the GPU of its local rank.
 
     Returns:
         The device. A GPU becomes the current one of this process, as a CUDA graph needs it.
@@ -19,10 +22,10 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if local_rank is not None and name.startswith("cuda"):
+    if local_rank() is not None and name.startswith("cuda"):
         if name != "cuda":
-            raise ValueError(f"--device: each process takes a GPU of its own; use cuda, not {name}")
-        name = f"cuda:{local_rank}"
+            raise ValueError(f"--device: expected cuda, so each process takes its GPU, got {name}")
+        name = f"cuda:{local_rank()}"
     if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
         expected = "expected auto, cpu, cuda, cuda:1, ... or mps"
         raise ValueError(f"--device: cannot use {name!r}: {expected}")
@@ -35,3 +38,17 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--device: cannot use {name!r} on this machine: {reason}") from error
     return device
+
+
+@contextmanager
+def torch_settings_of_a_run() -> Iterator[None]:
+    """In the block, Pyro checks nothing; after it, torch and Pyro have their former settings.
+
+    Pyro's checks would read from the device at every site of every step.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with pyro.validation_enabled(False):
+            yield
+    finally:
+        torch.set_num_threads(threads)

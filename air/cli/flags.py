@@ -9,138 +9,230 @@ from typing import Any, NoReturn
 from air.cli.presets import PRESETS
 from air.data.preparation import ImageSettings
 from air.model_settings import ModelSettings
-from air.settings import SettingError, add_flags, check_settings, defaults, setting, settings_of
+from air.settings import Setting, SettingError, check_settings, setting, settings_of
+from air.training.ranks import rank, world_size
 from air.training.settings import TrainingSettings
 from multi_mnist import FolderSettings, SceneSettings
 
 
 @dataclass(frozen=True)
 class ProgramSettings:
-    """Where to read and write, how to evaluate and what to show."""
+    """The files to read and write, how to evaluate, and the live page."""
 
-    output_dir: str | None = setting(
-        None, "folder of the run (default: runs/<time>-seed<k>)", metavar="DIR"
-    )
-    resume: str | None = setting(
-        None, "resume the run in this folder, with its settings", metavar="RUN"
-    )
-    load: str | None = setting(
-        None, "begin with the weights in a checkpoint or weights file", metavar="FILE"
-    )
-    save: str | None = setting(None, "also write the weights alone to a new file", metavar="FILE")
     data: str | None = setting(
         None,
-        "train on images of one's own: a folder of pictures, a .npz, .npy, .h5 or .pt file of "
-        "images x, or a folder of x.npy, which is read as it is needed. With counts, [N], count "
-        "accuracies are shown. The images test_x, or those in the subfolder test, are held out or, "
-        "without them, a tenth, or with -n 0 all",
+        "train on your own images: a folder of pictures, a .npz, .npy, .h5 or .pt file with an "
+        "array x of images, or a folder with x.npy. If true counts are known, count accuracies are "
+        "reported. The images in the subfolder test or the array test_x are held out; if there are "
+        "none, a tenth of the images is (with -n 0, all)",
         metavar="PATH",
+        group="data",
+        common=True,
+        on_resume="free",
     )
     suggest: bool = setting(
-        False, "look at the images of --data, print a command that suits them, and end"
+        False,
+        "inspect the images given by --data, print a suitable training command, and exit",
+        group="data",
+        common=True,
+        on_resume="free",
     )
     preset: str | None = setting(
         None,
-        "kind of scenes, with windows and priors that suit it; other flags override the preset. "
-        "With --data, add what --suggest says",
+        "kind of scenes to generate, with settings that suit them; other flags override the "
+        "preset. With --data, also give the flags that --suggest prints",
         accepts=PRESETS.__contains__,
         expected=" or ".join(PRESETS),
         metavar=f"{{{','.join(PRESETS)}}}",
+        group="data",
+        common=True,
     )
-    restarts: int = setting(0, "times to start over with the next seed after a collapse", low=0)
     device: str = setting(
-        "auto", "device: auto, cpu, cuda, cuda:1, ... or mps; auto is cuda if available"
+        "auto",
+        "device: cpu, cuda, cuda:1, ..., mps, or auto for cuda if available and cpu otherwise",
+        metavar="DEVICE",
+        group="training",
+        common=True,
+        on_resume="free",
     )
     # Two threads take 0.6 to 0.8 of the time of one on two idle cores, but 2.7 times as long where
     # a second run does the same (tests/benchmarks).
-    threads: int = setting(1, "threads of a CPU; more are faster on an idle machine only", low=1)
+    threads: int = setting(
+        1,
+        "number of CPU threads; more than 1 is faster only on an idle machine",
+        low=1,
+        group="training",
+        on_resume="free",
+    )
     evaluate: bool = setting(
         False,
-        "at the end, bound log p(x) by importance weighting and write evaluation.json; with -n 0 "
-        "--load FILE, of a model without further training",
+        "after training, compute a lower bound on log p(x) by importance weighting and write "
+        "evaluation.json; with -n 0 --load FILE, evaluate a model without training",
+        group="evaluation",
+        common=True,
+        on_resume="free",
+    )
+    iwae_samples: int = setting(
+        100,
+        "importance-weighted samples per scene of --evaluate",
+        low=1,
+        group="evaluation",
+        on_resume="free",
     )
     refine: bool = setting(
         False,
-        "at the end, count the held-out scenes by latents that are fitted where the guide explains "
-        "a scene badly, and merged where two windows hold one object; write refined.json",
+        "after training, improve the latents of held-out scenes that the guide explains badly, "
+        "count again, and write refined.json",
+        group="evaluation",
+        common=True,
+        on_resume="free",
     )
-    iwae_samples: int = setting(100, "importance-weighted samples of each scene", low=1)
-    iwae_scenes: int = setting(2000, "held-out scenes in that bound", low=1)
-    viz: bool = setting(False, "draw curves and scenes live on a visdom server")
+    output_dir: str | None = setting(
+        None,
+        "new folder for the files of the run (default: runs/<time>-seed<k>)",
+        metavar="DIR",
+        group="output",
+        common=True,
+    )
+    resume: str | None = setting(
+        None,
+        "resume the run in this folder, with its settings",
+        metavar="RUN",
+        group="output",
+        common=True,
+        on_resume="free",
+    )
+    load: str | None = setting(
+        None,
+        "begin with the weights in a checkpoint or a file of weights",
+        metavar="FILE",
+        group="output",
+        common=True,
+    )
+    save: str | None = setting(
+        None,
+        "also write the weights alone to a new file",
+        metavar="FILE",
+        group="output",
+        on_resume="forget",
+    )
+    verbose: bool = setting(
+        False, "print the nets and all settings", short="-v", group="output", on_resume="free"
+    )
+    viz: bool = setting(
+        False,
+        "draw curves and scenes live on a visdom server",
+        group="live page",
+        common=True,
+        on_resume="forget",
+    )
     viz_every: int | None = setting(
-        None, "steps between drawings, rounded up to --progress-every (default: 100)", low=1
+        None,
+        "steps between drawings, rounded up to a multiple of --progress-every (default: 100)",
+        low=1,
+        group="live page",
+        on_resume="free",
     )
     visdom_env: str | None = setting(
         None,
         "visdom environment to draw in (default: air_ and the name of the run's folder)",
         metavar="NAME",
+        group="live page",
+        on_resume="forget",
     )
     visdom_server: str = setting(
         "http://localhost:8097",
-        "address of the visdom server; a login is taken from VISDOM_USERNAME and VISDOM_PASSWORD",
+        "address of the visdom server; if it needs a login, set VISDOM_USERNAME and "
+        "VISDOM_PASSWORD",
         metavar="URL",
+        group="live page",
+        on_resume="forget",
     )
-    verbose: bool = setting(False, "print the nets and every setting", short="-v")
 
     def __post_init__(self) -> None:
         check_settings(self)
 
 
-SETTINGS = {  # x_size and channels have the defaults of the later class, for scenes made here
-    "training": TrainingSettings,
-    "images of one's own": ImageSettings,
-    "model": ModelSettings,
-    "evaluation and output": ProgramSettings,
-    "scenes": SceneSettings,
-    "folders of the scenes": FolderSettings,
+LEGACY = "compatibility with Pyro's example"
+SETTINGS = {  # settings classes, and the group of their flags unless a setting names another
+    ImageSettings: "data",
+    ModelSettings: "model",
+    TrainingSettings: "training",
+    ProgramSettings: "output",
+    SceneSettings: "generated scenes",
+    FolderSettings: "generated scenes",
 }
-Config = dict[str, Any]  # every flag's value by key, as JSON has them
-DEFAULTS: Config = {key: value for cls in SETTINGS.values() for key, value in defaults(cls).items()}
+GROUPS = (
+    *("data", "model", "training", "evaluation", "output", "live page", "generated scenes"),
+    LEGACY,
+)
+ALIASES = {  # further flags of Pyro's example: key, value and help
+    "--cuda": ("device", "cuda", "same as --device cuda"),
+    "--jit": ("compile", True, "same as --compile"),
+    "--no-baseline": ("use_baselines", False, "same as --no-baselines"),
+}
+FLAGS: dict[str, Setting] = {  # the settings that have a flag, by key
+    spec.key: spec
+    for cls in SETTINGS
+    for spec in settings_of(cls)
+    if spec.flags and spec.about["only_in"] is None
+}
+DEFAULTS: dict[str, Any] = {key: spec.plain_default for key, spec in FLAGS.items()}
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and ends with exit code 2.
-
-    With `quiet` it prints nothing: of several processes, only rank 0 speaks.
-    """
-
-    quiet = False
+    """Reports an error in one line, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
+        self.fail(2, f"error: {message}")
+
+    def fail(self, code: int, message: str) -> NoReturn:
+        """Prints the message in one line, which names the rank if there are several, and exits."""
         # Spaces remain: they may be those of a path in a command to copy.
         line = " ".join(part.strip() for part in message.splitlines() if part.strip())
-        self.exit(2, f"{self.prog}: error: {line}\n")
-
-    def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ANN401
-        if not self.quiet:
-            super()._print_message(message, file)
+        where = f"rank {rank()}: " if world_size() > 1 else ""
+        self.exit(code, f"{self.prog}: {where}{line}\n")
 
 
-def build_parser(description: str = "", quiet: bool = False) -> Parser:
-    """A parser of all flags. A flag that is not given leaves no value."""
+class _Help(argparse.Action):
+    """Prints the common flags or, if `const` is true, all."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        build_parser(parser.description or "", only_common=not self.const).print_help()
+        parser.exit()
+
+
+def build_parser(description: str = "", only_common: bool = False) -> Parser:
+    """A parser of the flags. A flag that is not given leaves no value."""
     parser = Parser(
         usage="%(prog)s [FLAG [VALUE ...]] ...",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        add_help=False,
     )
-    parser.quiet = quiet
-    for title, cls in SETTINGS.items():
-        add_flags(parser, title, cls)
-    aliases = parser.add_argument_group("short for other flags")
-    aliases.add_argument(
-        "--cuda", dest="device", action="store_const", const="cuda", help="--device cuda"
-    )
-    aliases.add_argument(
-        "--no-baseline", dest="use_baselines", action="store_false", help="--no-baselines"
-    )
+    helps: dict[str, Any] = {"action": _Help, "nargs": 0, "default": argparse.SUPPRESS}
+    parser.add_argument("-h", "--help", help="list the common flags and exit", **helps)
+    parser.add_argument("--help-all", const=True, help="list all flags and exit", **helps)
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    flags = [
+        (spec, groups[spec.about["group"] or title])
+        for cls, title in SETTINGS.items()
+        for spec in settings_of(cls)
+        if spec.key in FLAGS and (spec.about["common"] or not only_common)
+    ]
+    for spec, group in sorted(flags, key=lambda flag: not flag[0].about["common"]):
+        spec.add_flag(group)
+    for flag, (key, value, help) in ALIASES.items() if not only_common else ():
+        groups[LEGACY].add_argument(
+            flag, dest=key, action="store_const", const=value, default=argparse.SUPPRESS, help=help
+        )
     return parser
 
 
 @contextmanager
 def settings_named_by_flag(cls: type) -> Iterator[None]:
-    """Turns a `SettingError` about a setting of this class into a message about its flag."""
+    """Turns a `SettingError` about a setting of this class into a `ValueError` about its flag."""
     try:
         yield
     except SettingError as error:

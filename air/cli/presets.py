@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from air.data.scene_settings import SceneSettings
 from air.training.settings import TrainingSettings
 
 _MANY_OBJECTS_AT_FIRST: dict[str, Any] = {
@@ -108,10 +107,7 @@ def _from_scenes(scenes: Mapping[str, Any]) -> dict[str, Any]:
 
     One step more than the most objects lets a model show that it counts too many.
     """
-    side = max(scenes["sides"])
-    if not scenes.keys().isdisjoint({"scale_mean", "scale_sd"}):  # in place of sides
-        side = 28 / scenes.get("scale_mean", SceneSettings.scale_mean)
-    window = 1.15 * side
+    window = 1.15 * max(scenes["sides"])
     scale = scenes.get("scale_prior_mean", max(1.0, scenes["x_size"] / window))
     return {
         "model_steps": max(scenes["counts"]) + 1,

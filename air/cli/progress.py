@@ -1,5 +1,6 @@
 """Progress on a terminal, or in lines where there is none."""
 
+import sys
 import time
 
 from tqdm import tqdm
@@ -43,3 +44,4 @@ class ProgressBar:
         """Prints lines, above the bar if there is one."""
         if not self.silent:
             self._bar.write(text)
+            sys.stdout.flush()  # a log shows the line at once

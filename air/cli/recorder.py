@@ -77,6 +77,19 @@ class Recorder:
         )
 
 
+class SilentRecorder:
+    """In place of a `Recorder` in all processes but the first: writes nothing."""
+
+    run = None
+    dashboard = None
+
+    def handle(self, event: Event) -> None:
+        """Ignores an event."""
+
+    def save(self) -> None:
+        """Writes nothing."""
+
+
 def restore_trainer(
     trainer: Trainer, state: dict[str, Any], source: Path, data_sha256: str
 ) -> None:
@@ -99,8 +112,7 @@ def final_evaluations(trainer: Trainer, run: RunFolder, config: Mapping[str, Any
     """The evaluations of --evaluate and --refine; writes them, and yields a line about each."""
     num_scenes = len(trainer.held_out.images)
     if config["evaluate"]:
-        iwae = {name: config[name] for name in ("iwae_samples", "iwae_scenes")}
-        evaluated = trainer.evaluate(num_scenes, **iwae)
+        evaluated = trainer.evaluate(num_scenes, iwae_samples=config["iwae_samples"])
         run.write_json("evaluation.json", evaluated.record())
         result = evaluated.result
         yield f"log p(x) is at least {result.bound:.1f} ± {result.bound_se:.1f} nats."

@@ -76,8 +76,7 @@ def print_suggestion(
         suggestion = suggest(cli_args, words, program())
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    if not parser.quiet:
-        print(suggestion)
+    print(suggestion)
     return 0
 
 

@@ -28,25 +28,51 @@ class SceneSettings:
     counts: tuple[int, ...] = setting(
         (0, 1, 2), "objects in a scene, equally likely", low=0, high=50, length=(1, None)
     )
-    x_size: int = setting(50, "side of a scene in pixels", low=8, high=1000)
+    x_size: int = setting(
+        50,
+        "side of a generated scene in pixels; with --data, resize the images to this side",
+        low=8,
+        high=1000,
+        group="data",
+    )
     num_scenes: int = setting(60_000, "training scenes", low=2, high=10**7)
     num_test_scenes: int = setting(10_000, "held-out scenes", low=2, high=10**7)
-    scale_mean: float = setting(1.3, "mean of 28 / side of an object", low=0.01, high=7.0)
-    scale_sd: float = setting(0.1, "standard deviation of 28 / side", low=0.0, high=7.0)
+    scale_mean: float = setting(
+        1.3, "mean of 28 / side of an object", low=0.01, high=7.0, only_in="multi_mnist.py"
+    )
+    scale_sd: float = setting(
+        0.1, "standard deviation of 28 / side", low=0.0, high=7.0, only_in="multi_mnist.py"
+    )
     sides: tuple[int, ...] | None = setting(
         None,
-        "least and greatest side of an object in pixels, in place of a scale",
+        "least and greatest side of an object in pixels (default: 28 / scale, where the scale has "
+        "the mean 1.3 and the standard deviation 0.1)",
         low=4,
         high=1000,
         length=(2, 2),
     )
-    rotation: float = setting(0.0, "greatest rotation of an object, degrees", low=0.0, high=180.0)
-    binary: bool = setting(False, "make every pixel 0 or 255; overlapping digits do not add up")
+    rotation: float = setting(
+        0.0,
+        "greatest rotation of an object, degrees",
+        low=0.0,
+        high=180.0,
+        only_in="multi_mnist.py",
+    )
+    binary: bool = setting(
+        False,
+        "make every pixel 0 or 255; overlapping digits do not add up",
+        only_in="multi_mnist.py",
+    )
     background: BackgroundKind = setting(
         "black", "background; if it is not black, objects hide what is behind them"
     )
     background_levels: tuple[int, ...] = setting(
-        (0, 96), "bounds of the levels of a background, of 255", low=0, high=255, length=(2, 2)
+        (0, 96),
+        "bounds of the levels of a background, of 255",
+        low=0,
+        high=255,
+        length=(2, 2),
+        only_in="multi_mnist.py",
     )
     object_levels: tuple[int, ...] = setting(
         (255, 255),
@@ -54,9 +80,14 @@ class SceneSettings:
         low=0,
         high=255,
         length=(2, 2),
+        only_in="multi_mnist.py",
     )
     min_gap: float | None = setting(
-        None, "least distance of tight boxes, pixels (default: none)", low=0.0, high=1000.0
+        None,
+        "least distance of tight boxes, pixels (default: none)",
+        low=0.0,
+        high=1000.0,
+        only_in="multi_mnist.py",
     )
     seed: int = setting(0, "seed of the scenes", low=0, high=2**53, key="data_seed")
 

@@ -50,6 +50,16 @@ class SceneSplits(NamedTuple):
     test: Scenes
     sha256: str
 
+    @property
+    def x_size(self) -> int:
+        """The side of the images in pixels."""
+        return int(self.train.x.shape[-1])
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of the images."""
+        return int(self.train.x.shape[1]) if self.train.x.ndim == 4 else 1
+
 
 def write_scenes(path: Path | str, train: Scenes, test: Scenes) -> None:
     """Writes an .npz file that appears under its name only when it is complete.

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -41,19 +41,15 @@ class Signals:
         """
         self._stop, self._ignore_repeated = stop, ignore_repeated
 
-    def first(self, all_gather: Callable[[list[int]], Sequence[Sequence[int]]]) -> int | None:
-        """Ends `ask_by`, unless a process of the group received a signal: the first, or None.
+    def first(self) -> int | None:
+        """The first signal since `ask_by`; if there is none, None, and signals interrupt again.
 
-        Args:
-            all_gather: Collects a value from each process of the group.
+        With `ignore_repeated` they do not: another process may have received a signal, and its
+        repetition must not interrupt the saving here.
         """
-        gathered = [number for received in all_gather([*self._received]) for number in received]
-        if gathered:
-            return gathered[0]
-        self._stop = None
-        if self._received:  # since they were gathered
-            raise KeyboardInterrupt(self._received[0])
-        return None
+        if not (self._received or self._ignore_repeated):
+            self._stop = None
+        return next(iter(self._received), None)  # a signal may have come meanwhile
 
     def ignore(self) -> None:
         """From now on signals have no effect."""

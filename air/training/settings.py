@@ -9,7 +9,6 @@ from air.settings import SettingError, check_settings, setting
 from air.training.schedules import Schedule
 
 Estimator = Literal["score", "marginal"]
-MatmulPrecision = Literal["highest", "high", "medium"]  # of torch.set_float32_matmul_precision
 
 LEARN_PRIOR_EVERY = 100  # steps
 LEARN_PRIOR_SCENES = 1000
@@ -19,94 +18,137 @@ LEARN_PRIOR_SCENES = 1000
 class TrainingSettings:
     """How to train; the defaults are the best recipe known."""
 
-    num_steps: int = setting(10_000, "optimisation steps", low=0, short="-n")
-    batch_size: int = setting(64, "images in a step, of all processes together", low=1, short="-b")
-    learning_rate: float = setting(1e-3, "learning rate of model and guide", above=0, short="-lr")
+    num_steps: int = setting(
+        10_000, "training steps", low=0, short="-n", common=True, on_resume="free"
+    )
+    batch_size: int = setting(
+        64, "images per step, over all processes", low=1, short="-b", common=True
+    )
+    learning_rate: float = setting(
+        1e-3, "learning rate of model and guide", above=0, short="-lr", common=True
+    )
     baseline_learning_rate: float = setting(
-        1e-2, "learning rate of the baseline's nets (score)", above=0, short="-blr"
+        1e-2,
+        "learning rate of the baseline's nets (score estimator only)",
+        above=0,
+        short="-blr",
     )
     lr_schedule: Schedule = setting(
-        "constant", "both learning rates: constant, or falling to a hundredth at the last step"
+        "constant",
+        "schedule of both learning rates: constant, or cosine decay to 1 % of the initial rate",
     )
     clip_grad_norm: float | None = setting(
         None,
-        "bound on the gradient of model and guide, for a cost in nats per image (default: none)",
+        "maximum norm of the gradient of model and guide, for a loss in nats per image (default: "
+        "no clipping)",
         above=0,
     )
     estimator: Estimator = setting(
         "marginal",
-        "estimator of the gradient through z_pres: score function with baselines, as in the "
+        "estimator of the gradient through z_pres: the score function with baselines, as in the "
         "paper, or the exact expectation over the count",
     )
     z_pres_prior: float = setting(
-        DEFAULT_COUNT_RATIO, "ratio k of the count prior p(n) ∝ k^n", above=0, high=1
+        DEFAULT_COUNT_RATIO,
+        "ratio k of the count prior p(n) ∝ k^n",
+        above=0,
+        high=1,
+        with_model=True,
+        overrides=["count_prior", "z_pres_prior_raw"],
     )
     z_pres_prior_raw: bool = setting(
-        False, "use --z-pres-prior as the probability of a further object at each step"
+        False,
+        "use --z-pres-prior as the probability of a further object at each step",
+        group="compatibility with Pyro's example",
+        with_model=True,
     )
     count_prior: Sequence[float] | None = setting(
         None,
-        "p(0) p(1) ... p(--model-steps) up to a factor, in place of --z-pres-prior",
+        "count prior p(0) p(1) ... p(T), T as in --model-steps, which need not sum to 1; replaces "
+        "--z-pres-prior",
         above=0,
         length=(1, None),
         metavar="P",
+        with_model=True,
+        overrides=["anneal_prior"],
     )
     learn_count_prior_from: int | None = setting(
         None,
-        f"from this step on, every {LEARN_PRIOR_EVERY} steps, set p(n) to the mean of q(n) over up "
-        f"to {LEARN_PRIOR_SCENES:,} training scenes (default: never; for when AIR counts well)",
+        f"step from which p(n) is set to the mean of q(n) over up to {LEARN_PRIOR_SCENES:,} "
+        f"training scenes, every {LEARN_PRIOR_EVERY} steps; AIR should count well by then "
+        "(default: never)",
         low=0,
         metavar="STEP",
     )
     anneal_prior: Annealing = setting(
-        "none",
-        "move the prior probabilities of z_pres during training, linearly or exponentially",
+        "none", "change the prior of z_pres during training, linearly or exponentially"
     )
     anneal_prior_to: float = setting(
-        1e-7, "final prior probability (at least 1.2e-7, the rounding of float32)", above=0, high=1
+        1e-7, "probability of a further object at the end of --anneal-prior", above=0, high=1
     )
-    anneal_prior_begin: int = setting(0, "step at which annealing begins", low=0)
-    anneal_prior_duration: int = setting(100_000, "steps that annealing takes", low=1)
+    anneal_prior_begin: int = setting(0, "step at which --anneal-prior begins", low=0)
+    anneal_prior_duration: int = setting(100_000, "number of steps of --anneal-prior", low=1)
     added_scenes: float = setting(
         0.0,
-        "weight of learning to count in sums of two scenes (marginal; 0: off)",
+        "weight of the counting loss on sums of two training scenes (marginal estimator only; 0 "
+        "disables it)",
         low=0,
     )
     added_scenes_from: int = setting(
-        2000, "first step that uses added scenes; AIR should count well by then", low=0
+        2000, "first step with added scenes; AIR should count well by then", low=0, flag=""
     )
     background_steps: int = setting(
-        100,
-        "first steps, in which a model of the background learns alone, without objects (none after "
-        "--load)",
-        low=0,
+        100, "number of initial steps that train only the background model", low=0, flag=""
     )
     compile: bool | None = setting(
-        None, "compile the step, a minute or two (default: if --num-steps is 5000 or more)"
+        None,
+        "compile the training step, which takes one to two minutes (default: if --num-steps is "
+        "5000 or more)",
     )
-    matmul_precision: MatmulPrecision = setting(
-        "highest",
-        "of float32 matrix products, as in torch.set_float32_matmul_precision; medium is faster on "
-        "CPUs with bfloat16",
-    )
-    jit: bool = setting(False, "trace the step once by torch.jit")
     seed: int = setting(
-        0, "seed of the weights, the batches and the samples", low=0, high=2**32 - 1
+        0,
+        "seed of the weights, the batches and the samples",
+        low=0,
+        high=2**32 - 1,
+        common=True,
     )
-    progress_every: int = setting(10, "steps between progress records; 0: only the last", low=0)
-    eval_every: int = setting(500, "steps between evaluations; 0: only at the end", low=0)
+    progress_every: int = setting(
+        10,
+        "steps between progress records; 0 for the last step only",
+        low=0,
+        group="output",
+        on_resume="free",
+    )
+    eval_every: int = setting(
+        500,
+        "steps between evaluations on held-out scenes; 0 for the last step only",
+        low=0,
+        group="evaluation",
+        on_resume="free",
+    )
     eval_scenes: int = setting(
-        2000, "held-out scenes in an evaluation; the last evaluation uses all", low=1
+        2000,
+        "held-out scenes in an evaluation; the last evaluation uses all",
+        low=1,
+        flag="",
+        on_resume="free",
     )
-    save_every: int = setting(1000, "steps between checkpoints; 0: only at the end", low=0)
-    alarm_after: int = setting(1000, "steps before a sign of collapse is an alarm", low=0)
+    save_every: int = setting(
+        1000,
+        "steps between checkpoints; 0 for the last step only",
+        low=0,
+        group="output",
+        on_resume="free",
+    )
+    alarm_after: int = setting(
+        1000, "steps before the collapse check is active", low=0, flag="", on_resume="free"
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.added_scenes > 0 and (self.estimator != "marginal" or self.jit):
-            # torch.jit would write their weight and the earlier guide into its trace.
-            other = "jit" if self.jit else f"estimator {self.estimator}"
-            raise SettingError("added_scenes", f"expected 0 with {other}, got {self.added_scenes}")
+        if self.added_scenes > 0 and self.estimator != "marginal":
+            expected = f"expected 0 with --estimator {self.estimator}"
+            raise SettingError("added_scenes", f"{expected}, got {self.added_scenes}")
         annealed_at = self.anneal_prior_begin + self.anneal_prior_duration
         begin = self.learn_count_prior_from
         if begin is not None and self.anneal_prior != "none" and begin < annealed_at:

@@ -23,7 +23,9 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
-from air.cli.config import SCENE_KEYS
+from air.cli.flags import FLAGS
+from air.data.scene_settings import SceneSettings
+from air.settings import settings_of
 from tests.benchmarks.seeds import MAIN, check_flags, read_lines, train
 
 EXPERIMENTS = {"0, 1, 2 to 3": ((0, 1, 2), 3), "0, 1, 3 to 2": ((0, 1, 3), 2)}
@@ -48,14 +50,15 @@ def arguments_of(case: Case, flags: Sequence[str]) -> list[str]:
     """What main.py is called with to train, but for the run's folder."""
     own = ["--guide", case.guide, "--estimator", case.estimator, "--seed", str(case.seed)]
     counts = ["--counts", *map(str, EXPERIMENTS[case.experiment][0])]
-    return [*own, *counts, "--evaluate", "--iwae-scenes", "100", *flags]
+    return [*own, *counts, "--evaluate", "--iwae-samples", "5", *flags]
 
 
 def same_scenes(folder: Path) -> list[str]:
     """The flags of the scenes that a run was trained on, and of where it ran."""
     config, flags = json.loads((folder / "config.json").read_text()), []
-    places = ("cache_dir", "mnist_dir", "device", "threads")
-    for name in (*SCENE_KEYS, *places):
+    places = ("mnist_dir", "device", "threads")
+    of_scenes = [spec.key for spec in settings_of(SceneSettings) if spec.key != "x_size"]
+    for name in (*FLAGS.keys() & of_scenes, *places):
         value, flag = config.get(name), f"--{name.replace('_', '-')}"
         if value is True:
             flags.append(flag)

@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is n
 import main as program
 from air import AIR
 from air.cli.config import resolve_config, to_json_types
+from air.cli.device import pick_device
 from air.cli.flags import build_parser
 from air.marginal import MarginalAIR
 from air.storage.checkpoint import load_weights_strict, read_weights
-from air.training.compiled_svi import inductor
 
 
 class Moments:
@@ -82,9 +82,10 @@ def main() -> None:
     args = parser.parse_args()
     cli_args = to_json_types(vars(build_parser().parse_args(args.flags)))
     weights, saved = read_weights(Path(args.load)) if args.load else ({}, {})
-    config = {**resolve_config(cli_args, model=saved), "estimator": "score"}
-    context = program.Context(nets=None, compiler=inductor)
-    trainer, _, _ = program.build_trainer(config, context)
+    config = resolve_config({**cli_args, "estimator": "score"}, saved)
+    scenes = program.load_scenes(config)
+    config = config.with_image_size(scenes.x_size, scenes.channels)
+    trainer = program.build_trainer(config, scenes, pick_device(config.program.device))
     if weights:
         load_weights_strict(trainer.air, weights, Path(args.load))
     air, images = trainer.air, trainer.held_out.images[: args.batch_size]

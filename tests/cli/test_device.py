@@ -1,11 +1,14 @@
-"""Devices by name: those that are not there are refused in one line."""
+"""Devices by name, and the settings of torch and Pyro that a run changes."""
 
+import contextlib
 from unittest import mock
 
+import pyro
 import pytest
 import torch
 
-from air.cli.device import pick_device
+from air.cli import device
+from air.cli.device import pick_device, torch_settings_of_a_run
 
 
 @pytest.mark.parametrize("name", ["toaster", "cuda:77", "meta", ""])
@@ -14,10 +17,13 @@ def test_a_device_that_is_not_there(name: str) -> None:
         pick_device(name)
 
 
-def test_each_process_takes_a_gpu_of_its_own() -> None:
-    with pytest.raises(ValueError, match="use cuda, not cuda:1"):
-        pick_device("cuda:1", local_rank=1)
-    assert pick_device("cpu", local_rank=1).type == "cpu"
+def test_each_process_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "local_rank", lambda: 1)
+    with pytest.raises(ValueError, match=r"--device: expected cuda, .* got cuda:1"):
+        pick_device("cuda:1")
+    assert pick_device("cpu").type == "cpu"
+    with mock.patch("torch.zeros"), mock.patch("torch.cuda.set_device"):
+        assert pick_device("cuda") == torch.device("cuda:1")
 
 
 @pytest.mark.parametrize(("name", "current"), [("cuda:1", 1), ("cuda", None)])
@@ -30,3 +36,21 @@ def test_a_gpu_that_is_named_becomes_the_current_one(name: str, current: int | N
     ):
         assert pick_device(name) == torch.device(name)
     assert chosen == ([] if current is None else [current])
+
+
+def test_torch_and_pyro_have_their_settings_again_also_after_an_error() -> None:
+    def found() -> tuple[object, ...]:
+        return (
+            torch.get_num_threads(),
+            pyro.distributions.is_validation_enabled(),
+            pyro.infer.is_validation_enabled(),
+            pyro.poutine.is_validation_enabled(),
+        )
+
+    before = found()
+    with contextlib.suppress(ZeroDivisionError), torch_settings_of_a_run():
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        assert not any(found()[1:])
+        raise ZeroDivisionError
+    assert found() == before
+    assert all(before[1:])

@@ -1,5 +1,7 @@
 """The flags: their checks, where their defaults come from, and Pyro's own command line."""
 
+import re
+
 import pytest
 
 from air.cli import flags
@@ -25,19 +27,37 @@ def test_the_tutorials_command() -> None:
 
 def test_only_what_is_given_leaves_a_value() -> None:
     assert parse("") == {}
-    assert parse("--no-masking --cuda") == {"use_masking": False, "device": "cuda"}
+    assert parse("--no-masking --cuda --jit") == {
+        "use_masking": False, "device": "cuda", "compile": True,
+    }  # fmt: skip
 
 
 def test_every_default_has_a_flag_and_every_flag_a_default() -> None:
     actions = flags.build_parser()._actions
-    assert {a.dest for a in actions} - {"help"} == set(flags.DEFAULTS)
+    assert {a.dest for a in actions} - {"help", "help_all"} == set(flags.DEFAULTS)
+    assert len(actions) - 2 <= 80
 
 
-def test_help_shows_each_default() -> None:
-    text = " ".join(flags.build_parser().format_help().split())
+def help_of(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        parse(line)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_lists_the_common_flags_and_help_all_all(capsys: pytest.CaptureFixture[str]) -> None:
+    short, long = help_of("--help", capsys), help_of("--help-all", capsys)
+    for text, shown in ((short, 15), (long, len(flags.FLAGS) + len(flags.ALIASES))):
+        names = re.findall(r"^  (-.*?)(?:  |$)", text, re.M)
+        assert len(names) == shown + 2  # --help and --help-all
+        assert all(len(line) <= 100 for line in text.splitlines())
+    titles = re.findall(r"^(\w.*):$", long, re.M)
+    assert titles == ["options", *flags.GROUPS]
+    words = " ".join(long.split())
     steps = str(TrainingSettings().num_steps)
-    for shown in (steps, "True", "0.001", "200", "ReLU", "-2.0", "auto", "runs/<time>-seed<k>"):
-        assert f"(default: {shown})" in text
+    for value in (steps, "True", "0.001", "200", "ReLU", "-2.0", "auto", "runs/<time>-seed<k>"):
+        assert f"(default: {value})" in words
+    assert "None" not in long
 
 
 @pytest.mark.parametrize(
@@ -87,8 +107,11 @@ def test_every_switch_can_be_turned_on_and_off() -> None:
     }  # fmt: skip
 
 
-def test_only_rank_0_speaks(capsys: pytest.CaptureFixture[str]) -> None:
-    for line in ("-b 0", "--help"):
-        with pytest.raises(SystemExit):
-            flags.build_parser(quiet=True).parse_args(line.split())
-    assert capsys.readouterr() == ("", "")
+def test_of_several_ranks_each_names_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(flags, "world_size", lambda: 2)
+    monkeypatch.setattr(flags, "rank", lambda: 1)
+    with pytest.raises(SystemExit):
+        parse("-b 0")
+    assert ": rank 1: error: argument -b/--batch-size: expected" in capsys.readouterr().err

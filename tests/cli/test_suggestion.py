@@ -118,7 +118,7 @@ def test_a_background_that_is_not_black_is_modelled(
     flags, text = suggestion(tmp_path / "x.npz")
     assert flags["preset"] == "background"
     assert "the background is not black (80 of 255)" in text
-    assert resolve_config(flags)["background_model"] == "vae"
+    assert resolve_config(flags).model.background_model == "vae"
 
 
 def test_images_are_looked_at_as_the_given_flags_prepare_them(tmp_path: Path) -> None:

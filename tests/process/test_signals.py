@@ -191,7 +191,7 @@ def test_the_program_runs_in_a_thread(tmp_path: Path, environment: dict[str, str
 def test_a_terminal_that_is_closed_loses_no_run(
     nohup: bool, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    line = f"{SMALL} -n 60 --no-compile --eval-every 2 --eval-scenes 4 --output-dir run"
+    line = f"{SMALL} -n 60 --no-compile --eval-every 2 --output-dir run"
     import termios  # Unix alone has it
 
     own, terminal = os.openpty()

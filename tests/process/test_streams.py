@@ -207,7 +207,7 @@ def test_the_programs_print_in_any_encoding(
     encoding: str, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding)
-    line = f"{SMALL} --evaluate --iwae-samples 2 --iwae-scenes 20 --output-dir \u03b1"
+    line = f"{SMALL} --evaluate --iwae-samples 2 --output-dir \u03b1"
     with (
         contextlib.chdir(tmp_path),
         mock.patch.dict("os.environ", environment),

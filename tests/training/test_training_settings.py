@@ -31,3 +31,5 @@ def test_a_prior_is_learnt_only_after_it_was_annealed() -> None:
 def test_python_is_checked_as_the_command_line_is() -> None:
     with pytest.raises(SettingError, match="batch_size: expected a whole number of at least 1"):
         TrainingSettings(batch_size=0)
+    with pytest.raises(SettingError, match="added_scenes: expected 0 with --estimator score"):
+        TrainingSettings(added_scenes=1.0, estimator="score")
