@@ -45,11 +45,11 @@ from air.data.sources import load_data
 from air.data.streaming import StreamedImages
 from air.evaluation import HeldOut
 from air.model_settings import ModelSettings, NetFactory
-from air.process.signals import Signals, exit_code, interrupt_on_signals
-from air.process.streams import steady_streams
 from air.settings import as_arguments, from_config
 from air.storage.checkpoint import check_image_size, load_weights_strict, read_weights
 from air.storage.run_folder import RunFolder, versions
+from air.terminal.signals import Signals, exit_code, interrupt_on_signals
+from air.terminal.streams import steady_streams
 from air.training import Trainer, TrainingSettings
 from air.training.compiled_svi import Compiler, inductor
 from air.training.events import CheckpointDue, Evaluated, Progress, SnapshotDue
@@ -176,7 +176,7 @@ def prepare_run(cli_args: Config, context: Context, exit_stack: ExitStack) -> Se
         run = RunFolder.open(Path(cli_args["resume"]), lock=context.group.is_main)
         exit_stack.callback(run.close)
         state = run.load()
-        check_config(state["config"], run.source)
+        check_config(state["config"], run.checkpoint)
         weights = state["model"]
     elif "load" in cli_args:
         weights, model = read_weights(Path(cli_args["load"]))
@@ -185,11 +185,11 @@ def prepare_run(cli_args: Config, context: Context, exit_stack: ExitStack) -> Se
     check_flags(config, cli_args, state["config"] if state else DEFAULTS)
     trainer, config, data_sha256 = build_trainer(config, context)
     if weights is not None:
-        source = run.source if run else Path(config["load"])
-        check_image_size(trainer.air, weights, model or {}, source)
+        source = run.checkpoint if run else Path(config["load"])
+        check_image_size(trainer.air, state["config"] if state else model or {}, source)
         load_weights_strict(trainer.air, weights, source)
     if run and state:
-        restore_trainer(trainer, state, run.source, data_sha256)
+        restore_trainer(trainer, state, run.checkpoint, data_sha256)
     if trainer.step > config["num_steps"]:
         taken, given = trainer.step, config["num_steps"]
         raise ValueError(f"--num-steps must be at least the {taken} already taken, got {given}")
@@ -339,9 +339,9 @@ def train(session: Session, signals: Signals) -> tuple[Outcome, int | None]:
             if session.recorder:
                 session.recorder.save()
             raise
-    signaled = signals.first(group.all_gather)
-    if signaled is not None:
-        return Outcome.INTERRUPTED, signaled
+    for signaled in group.all_gather(signals.first()):
+        if signaled is not None:
+            return Outcome.INTERRUPTED, signaled
     return (Outcome.COLLAPSED if group.any(collapsed) else Outcome.FINISHED), None
 
 

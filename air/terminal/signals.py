@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -36,24 +36,20 @@ class Signals:
 
         Args:
             stop: Asks training to stop.
-            ignore_repeated: Whether to ignore repeated signals, as under torchrun, which repeats
-                the signal of a scheduler.
+            ignore_repeated: Whether repeated signals have no effect, as under torchrun, which
+                repeats the signal of a scheduler.
         """
         self._stop, self._ignore_repeated = stop, ignore_repeated
 
-    def first(self, all_gather: Callable[[list[int]], Sequence[Sequence[int]]]) -> int | None:
-        """Ends `ask_by`, unless a process of the group received a signal: the first, or None.
+    def first(self) -> int | None:
+        """The first signal since `ask_by`; if there is none, None, and signals interrupt again.
 
-        Args:
-            all_gather: Collects a value from each process of the group.
+        With `ignore_repeated` they do not: another process may have received a signal, and its
+        repetition must not interrupt the saving here.
         """
-        gathered = [number for received in all_gather([*self._received]) for number in received]
-        if gathered:
-            return gathered[0]
-        self._stop = None
-        if self._received:  # since they were gathered
-            raise KeyboardInterrupt(self._received[0])
-        return None
+        if not (self._received or self._ignore_repeated):
+            self._stop = None
+        return next(iter(self._received), None)  # a signal may have come meanwhile
 
     def ignore(self) -> None:
         """From now on signals have no effect."""
@@ -64,16 +60,15 @@ class Signals:
 def interrupt_on_signals() -> Iterator[Signals]:
     """Lets the signals of `ENDING` raise KeyboardInterrupt, whose argument is the signal's number.
 
-    A signal that is ignored, as SIGHUP is under nohup, or whose handler is not Python's remains as
-    it is. In a thread that is not the main thread, where Python handles no signals, all do.
+    A signal that is ignored, as SIGHUP is under nohup, or whose handler is not Python's is left
+    alone. In a thread other than the main thread, where Python handles no signals, all are.
     """
     signals = Signals()
     previous = {}
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
         handlers = {number: signal.getsignal(number) for number in numbers}
-        kept = (signal.SIG_IGN, None)
-        previous = {n: handler for n, handler in handlers.items() if handler not in kept}
+        previous = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}
     try:
         for number in previous:
             signal.signal(number, signals.handle)
