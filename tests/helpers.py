@@ -102,6 +102,13 @@ def run(
     return subprocess.CompletedProcess(line, code, said.getvalue(), complained.getvalue())
 
 
+def broken_pipe() -> io.TextIOWrapper:
+    """A stream into a pipe that nothing reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w", buffering=1)
+
+
 def write_idx(folder: Path, digits: list[Array], *, packed: bool = True) -> Path:
     """Writes digits in the form in which MNIST is published."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -170,6 +170,7 @@ def test_a_signal_at_any_moment_ends_in_one_line(
         assert not list(tmp_path.glob("cache/.scenes*"))
 
 
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1"])
 def test_a_signal_while_compiling_ends_the_run_saved(
     name: str, tmp_path: Path, environment: dict[str, str]

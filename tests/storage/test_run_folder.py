@@ -61,9 +61,10 @@ def test_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_run_is_opened_by_its_folder_or_its_checkpoint(run: RunFolder) -> None:
     run.close()
     shutil.copy(run.checkpoint, run.path / "copy.pt")
-    for path in (run.path / "copy.pt", run.path / "figures", run.path / "missing"):
-        with pytest.raises(CheckpointError, match="is not a run folder: checkpoint.pt is missing"):
-            RunFolder.open(path)
+    for name in ("copy.pt", "figures", "missing"):
+        message = rf"{name} is not a run folder: checkpoint\.pt is missing"
+        with pytest.raises(CheckpointError, match=message):
+            RunFolder.open(run.path / name)
     for path in (run.path, run.checkpoint):
         opened = RunFolder.open(path)
         assert opened.path == run.path
