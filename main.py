@@ -37,12 +37,12 @@ from air.data.sources import load_data
 from air.data.streaming import StreamedImages
 from air.evaluation import HeldOut
 from air.model_settings import NetFactory
-from air.process.signals import Signals, interrupt_on_signals
-from air.process.streams import steady_streams
 from air.settings import as_arguments
 from air.storage.checkpoint import check_image_size, load_weights_strict, read_weights
 from air.storage.files import quoted
 from air.storage.run_folder import RunFolder, versions
+from air.terminal.signals import Signals, interrupt_on_signals
+from air.terminal.streams import steady_streams
 from air.training import Trainer, TrainingSettings
 from air.training.compiled_svi import Compiler, inductor
 from air.training.events import CheckpointDue, Evaluated, Progress, SnapshotDue
@@ -110,8 +110,8 @@ def read_saved(cli_args: Mapping[str, Any], exit_stack: ExitStack) -> Saved:
         run = RunFolder.open(Path(cli_args["resume"]), lock=is_main())
         exit_stack.callback(run.close)
         state = run.load()
-        check_config(state["config"], run.source)
-        return Saved(run.source, state["config"], state["model"], run, state)
+        check_config(state["config"], run.checkpoint)
+        return Saved(run.checkpoint, state["config"], state["model"], run, state)
     if "load" in cli_args:
         path = Path(cli_args["load"])
         weights, config = read_weights(path)
@@ -173,7 +173,7 @@ def build_trainer(
 def restore(trainer: Trainer, saved: Saved, data_sha256: str) -> None:
     """Gives the trainer the saved weights and, of a run to resume, its state."""
     if saved.weights is not None:
-        check_image_size(trainer.air, saved.weights, saved.config, saved.source)
+        check_image_size(trainer.air, saved.config, saved.source)
         load_weights_strict(trainer.air, saved.weights, saved.source)
     if saved.state:
         restore_trainer(trainer, saved.state, saved.source, data_sha256)

@@ -41,8 +41,6 @@ from air.data.scene_settings import APART_DISTANCE, SceneSettings
 from air.data.scenes import Scenes, SceneSplits, load_file, write_scenes
 from air.data.sources import HELD_OUT_FOLDER
 from air.data.sprites import SHAPES, draw_sprite, tint
-from air.process.signals import exit_code, interrupt_on_signals
-from air.process.streams import steady_streams
 from air.settings import (
     add_flags,
     as_arguments,
@@ -51,6 +49,8 @@ from air.settings import (
     setting,
     settings_of,
 )
+from air.terminal.signals import exit_code, interrupt_on_signals
+from air.terminal.streams import steady_streams
 
 __all__ = ["DataError", "SceneSettings", "SceneSplits", "Scenes", "load_file", "load_scenes"]
 

@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from air.data.arrays import Array
-from air.process.streams import steady_streams
 from air.storage.files import write_atomically
 from air.storage.run_folder import RunFolder
+from air.terminal.streams import steady_streams
 from air.visualization.curves import BLUE, PANELS, History, Panel
 from air.visualization.drawing import (
     LABEL_COLOURS,

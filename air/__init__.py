@@ -33,7 +33,7 @@ The paper is at the top of this package, some 1,600 lines. Read it in this order
 
 Then, for training, air/training/trainer.py, air/training/svi.py and main.py. Below the paper:
 `data` (scenes, pictures, files), `evaluation`, `storage` (checkpoints, runs), `training`,
-`visualization`, `cli` (flags, errors) and `process` (streams, signals). Imports run downwards only.
+`visualization`, `cli` (flags, errors), `terminal` (streams, signals). Imports run downwards only.
 """
 
 from importlib import import_module

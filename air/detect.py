@@ -3,21 +3,22 @@
     python -m air.detect --load runs/RUN/checkpoint.pt pictures/ > found.jsonl
     python -m air.detect --load runs/RUN/checkpoint.pt a.png b.npz --csv a.csv --figure a.png
 
-Images are any source that `air.data.sources` reads. They are brought to the size and channels of
-the model as they were for its training; boxes are in pixels of the original image. Prints one JSON
-object in a line for each image.
+Images come from any source that `air.data.sources` reads. They are prepared as for the training of
+the model; boxes are in pixels of the original image. Prints a line with a JSON object for each
+image.
 """
 
 import argparse
 import csv
+import io
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,11 +39,11 @@ from air.images import to_tensor
 from air.inference import infer
 from air.model_settings import NetFactory
 from air.priors import at_least_probs
-from air.process.signals import exit_code, interrupt_on_signals
-from air.process.streams import steady_streams
 from air.settings import from_config
-from air.storage.checkpoint import load_air, read_config
+from air.storage.checkpoint import load_air, read_weights
 from air.storage.files import write_atomically
+from air.terminal.signals import exit_code, interrupt_on_signals
+from air.terminal.streams import steady_streams
 from air.visualization.drawing import draw_boxes, enlarge, tile
 from air.visualization.snapshots import as_bytes
 
@@ -88,7 +89,7 @@ def detect(air: AIR, images: Tensor | Array, refine: bool = False) -> list[Detec
     """Finds the objects in images, [N, (C,) H, H], floats in [0, 1] or uint8, on any device.
 
     With `refine`, latents are fitted to images that the guide explains badly, and two windows on
-    one object become one (see `infer`).
+    one object are merged (see `infer`).
     """
     images = to_tensor(images)
     detections = []
@@ -131,49 +132,29 @@ def draw(air: AIR, images: Array, detections: Sequence[Detection], path: Path) -
     write_atomically(path, lambda file: sheet.save(file, "PNG"))
 
 
-class Reader:
-    """Reads the images of all sources, and reports the sources that cannot be read."""
+def read_sources(
+    paths: Sequence[Path], settings: ImageSettings, report: Callable[[DataError], None]
+) -> Iterator[PreparedImage]:
+    """Yields the images of all sources, and reports sources that cannot be read.
 
-    def __init__(self, paths: Sequence[Path], settings: ImageSettings, prog: str) -> None:
-        self.paths, self.settings, self.prog = paths, settings, prog
-        self.failed = False
-
-    def read(self) -> Iterator[PreparedImage]:
-        """Yields the images, with a progress bar on a terminal."""
-        sources = [source for path in self.paths for source in self._files_in(path)]
-        are_pictures = all(source.suffix.lower() in SUFFIXES for source in sources)
-        total = len(sources) if are_pictures else None
-        with tqdm(total=total, unit="image", disable=None) as bar:
-            for source in sources:
-                try:
-                    for image in read_images(source, self.settings):
-                        yield image
-                        bar.update()
-                except DataError as error:
-                    self._report(error)
-
-    def _files_in(self, path: Path) -> list[Path]:
+    Shows a progress bar on a terminal.
+    """
+    sources: list[Path] = []
+    for path in paths:
         try:
-            return find_pictures(path) if is_folder_of_pictures(path) else [path]
+            sources += find_pictures(path) if is_folder_of_pictures(path) else [path]
         except DataError as error:
-            self._report(error)
-            return []
-
-    def _report(self, error: Exception) -> None:
-        self.failed = True
-        tqdm.write(f"{self.prog}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-
-
-def batches(images: Iterator[PreparedImage]) -> Iterator[list[PreparedImage]]:
-    """The images, `BATCH` at a time."""
-    batch = []
-    for image in images:
-        batch.append(image)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+            report(error)
+    are_pictures = all(source.suffix.lower() in SUFFIXES for source in sources)
+    total = len(sources) if are_pictures else None
+    with tqdm(total=total, unit="image", disable=None) as bar:
+        for source in sources:
+            try:
+                for image in read_images(source, settings):
+                    yield image
+                    bar.update()
+            except DataError as error:
+                report(error)
 
 
 def csv_rows(name: str, detection: Detection) -> list[list[Any]]:
@@ -187,42 +168,55 @@ def csv_rows(name: str, detection: Detection) -> list[list[Any]]:
 
 def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
     """Detects and writes; returns the exit code."""
+    check_outputs(args)
+    air = load_air(args.load, pick_device(args.device), nets)
+    unreadable: list[DataError] = []
+
+    def report(error: DataError) -> None:
+        unreadable.append(error)
+        tqdm.write(f"{prog}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+
+    images = read_sources(args.images, image_settings(args, air), report)
+    shown: list[tuple[Array, Detection]] = []
+    rows = io.StringIO(newline="")
+    batches = iter(lambda: list(islice(images, BATCH)), [])
+    for number, batch in enumerate(batches):
+        pixels = np.stack([image.pixels for image in batch])
+        on_black = air.background is None
+        for hint in brightness_hints(pixels, on_black) if number == 0 else ():
+            logging.getLogger("air").warning(hint)
+        for image, detection in zip(batch, detect(air, pixels, args.refine), strict=True):
+            if args.figure and len(shown) < MAX_DRAWN:
+                shown.append((image.pixels, detection))
+            original = detection.in_original(image.placement)
+            print(json.dumps({"image": image.name} | asdict(original)), flush=True)
+            if args.csv:
+                csv.writer(rows).writerows(csv_rows(image.name, original))
+    if rows.tell():
+        table = ",".join(CSV_COLUMNS) + "\r\n" + rows.getvalue()
+        # A file name may contain bytes that are not text.
+        write_atomically(args.csv, lambda file: file.write_text(table, "utf-8", "replace", ""))
+    if shown:
+        draw(air, np.stack([pixels for pixels, _ in shown]), [d for _, d in shown], args.figure)
+    return 2 if unreadable else 0
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Checks the files to write, before images are read.
+
+    Raises:
+        ValueError: If one exists, or its folder does not.
+    """
     for flag, path in (("--figure", args.figure), ("--csv", args.csv)):
         if path and path.exists():
-            raise ValueError(f"{flag} never overwrites, and {path} exists")
-    air = load_air(args.load, pick_device(args.device), nets)
-    reader = Reader(args.images, image_settings(args, air), prog)
-    shown: list[tuple[Array, Detection]] = []
-    with ExitStack() as exit_stack:
-        table = None
-        if args.csv:
-            file: TextIO = exit_stack.enter_context(
-                args.csv.open("x", newline="", encoding="utf-8")
-            )
-            table = csv.writer(file)
-            table.writerow(CSV_COLUMNS)
-        for number, batch in enumerate(batches(reader.read())):
-            pixels = np.stack([image.pixels for image in batch])
-            on_black = air.background is None
-            for hint in brightness_hints(pixels, on_black) if number == 0 else ():
-                logging.getLogger("air").warning(hint)
-            for image, detection in zip(batch, detect(air, pixels, args.refine), strict=True):
-                if args.figure and len(shown) < MAX_DRAWN:
-                    shown.append((image.pixels, detection))
-                original = detection.in_original(image.placement)
-                print(json.dumps({"image": image.name} | asdict(original)))
-                if table:
-                    table.writerows(csv_rows(image.name, original))
-            sys.stdout.flush()
-    if shown:
-        pixels = np.stack([pixels for pixels, _ in shown])
-        draw(air, pixels, [found for _, found in shown], args.figure)
-    return 2 if reader.failed else 0
+            raise ValueError(f"{flag} never overwrites, and {path} exists; name another file")
+        if path and not path.parent.is_dir():
+            raise ValueError(f"{flag}: there is no folder {path.parent} to write {path.name} into")
 
 
 def image_settings(args: argparse.Namespace, air: AIR) -> ImageSettings:
     """How to prepare images: as for the training of the model, unless flags say otherwise."""
-    config = read_config(args.load)
+    _, config = read_weights(args.load)
     given = {key: getattr(args, key) for key in ("crop", "invert", "alpha_over")}
     asked = {key: value for key, value in given.items() if value is not None}
     sizes = {"x_size": air.x_size, "channels": air.channels, "count_pattern": None}
@@ -235,27 +229,28 @@ def build_parser() -> Parser:
     parser = Parser(prog="air.detect", description="Finds the objects in images.")
     parser.add_argument(
         "images", nargs="+", type=Path, metavar="IMAGES",
-        help="a picture, a folder of pictures, or an .npz, .npy, .h5 or .pt file",
+        help="a picture, a folder of pictures, or a .npz, .npy, .h5 or .pt file",
     )  # fmt: skip
     parser.add_argument("--load", type=Path, required=True, metavar="FILE", help="a checkpoint.pt")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a new CSV file too")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a new CSV file")
     parser.add_argument(
-        "--figure", type=Path, metavar="FILE", help="draw the objects into a new PNG file"
+        "--figure", type=Path, metavar="FILE", help="draw the objects in a new PNG file"
     )
     parser.add_argument(
         "--refine",
         action="store_true",
-        help="fit latents to images that are explained badly, and merge two windows on one object",
+        help="fit latents to images that the guide explains badly, and merge two windows on one "
+        "object",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
     as_trained = "(default: as for training)"
     parser.add_argument(
         "--crop",
         action=argparse.BooleanOptionalAction,
-        help=f"cut the middle out of images of another size, or resize them {as_trained}",
+        help=f"crop images of another size to their centre; --no-crop resizes them {as_trained}",
     )
     parser.add_argument(
-        "--invert", action=argparse.BooleanOptionalAction, help=f"turn light into dark {as_trained}"
+        "--invert", action=argparse.BooleanOptionalAction, help=f"invert brightness {as_trained}"
     )
     parser.add_argument(
         "--alpha-over",
@@ -268,7 +263,7 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None, nets: NetFactory | None = None) -> int:
     """Runs the command line; returns the exit code.
 
-    Images that cannot be read are named, and the others are done; the exit code is then 2.
+    Unreadable images are reported and skipped; the exit code is then 2.
 
     Args:
         argv: The words of the command line; None for those of this process.

@@ -1,6 +1,7 @@
 """Fixtures; what tests import is in helpers.py."""
 
 import os
+import signal
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,21 @@ def _no_call_stacks() -> Iterator[None]:
     without = mock.Mock(wraps=traceback, extract_stack=list)
     with mock.patch("torch._subclasses.fake_tensor.traceback", without, create=True):
         yield
+
+
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """Signals as in the foreground, for programs that a test starts too.
+
+    nohup and a shell without job control let the tests ignore SIGHUP or SIGINT.
+    """
+    defaults = {signal.SIGINT: signal.default_int_handler}
+    if hasattr(signal, "SIGHUP"):
+        defaults[signal.SIGHUP] = signal.SIG_DFL
+    former = {number: signal.signal(number, default) for number, default in defaults.items()}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from air.data.arrays import Array
 from air.data.digits import MNIST_FILES
 from air.evaluation.counting import CountScores
 from air.evaluation.metrics import Evaluation, HeldOut
-from air.storage.checkpoint import load_weights_strict, read_weights
+from air.storage.checkpoint import FORMAT, load_weights_strict, read_weights, write_state
 from air.training.events import Progress
 from air.training.settings import TrainingSettings
 from air.training.trainer import Trainer
@@ -49,6 +49,20 @@ def small_air(**arguments: object) -> AIR:
         **{"bl_predict_net": [4]},
     }
     return AIR(**{**sizes, **arguments})  # type: ignore[arg-type]
+
+
+SIZES = {  # of `small_air`, as flags
+    "model_steps": 3, "window_size": 7, "encoder_latent_size": 5, "rnn_hidden_size": 11,
+    "encoder_net": [9], "decoder_net": [8], "predict_net": [6], "bl_predict_net": [4],
+}  # fmt: skip
+
+
+def save_checkpoint(air: AIR, path: Path, **config: object) -> Path:
+    """Writes a checkpoint with the parts that `load_air` needs."""
+    settings = {**SIZES, "x_size": air.x_size, "channels": air.channels, **config}
+    state = {"format": FORMAT, "step": 3, "config": settings, "optimizer": {}}
+    write_state(path, {**state, "model": air.state_dict()})
+    return path
 
 
 def count_on(air: AIR, t: int, logit: float) -> None:
@@ -86,6 +100,13 @@ def run(
         except SystemExit as ended:
             code = int(ended.code or 0)
     return subprocess.CompletedProcess(line, code, said.getvalue(), complained.getvalue())
+
+
+def broken_pipe() -> io.TextIOWrapper:
+    """A stream into a pipe that nothing reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w", buffering=1)
 
 
 def write_idx(folder: Path, digits: list[Array], *, packed: bool = True) -> Path:

@@ -1,4 +1,4 @@
-"""Trains a run that is killed again and again, and taken up again each time, until it is done.
+"""Trains a run that is killed again and again, and resumed each time, until it is done.
 
     python tests/killed_runs.py FOLDER KILLS [--captured] -- FLAGS OF main.py
 

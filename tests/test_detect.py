@@ -1,16 +1,18 @@
-"""Detections in files of images are the model's inferences; files that do not fit are named."""
+"""Detections in files of images are the model's inferences; unsuitable files are reported."""
 
+import contextlib
 import csv
 import json
-import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, count_on, small_air
+from helpers import SIZES, broken_pipe, count_on, save_checkpoint, small_air
 from PIL import Image
 
 from air import AIR
@@ -20,19 +22,7 @@ from air.detect import detect, load_air, main
 from air.evaluation.boxes import tight_boxes
 from air.inference import infer
 from air.model_settings import ModelSettings
-from air.storage.checkpoint import save_weights, write_state
-
-FLAGS = {  # of `small_air`
-    "model_steps": 3, "window_size": 7, "encoder_latent_size": 5, "rnn_hidden_size": 11,
-    "encoder_net": [9], "decoder_net": [8], "predict_net": [6], "bl_predict_net": [4],
-}  # fmt: skip
-
-
-def save(air: AIR, path: Path, **config: object) -> Path:
-    """A checkpoint with the parts that `load_air` needs."""
-    state = {"format": 3, "model": air.state_dict(), "optimizer": {}, "step": 1}
-    write_state(path, state | {"config": {**FLAGS, **config}})
-    return path
+from air.settings import from_config
 
 
 def write_png(path: Path, channels: int = 1, side: int = 12) -> torch.Tensor:
@@ -67,47 +57,33 @@ def test_detections_are_the_models_inferences(channels: int) -> None:
         {"decoder_net": [4] * 6},
         {"decoder_net": [], "guide_input": "difference"},
         {"channels": 3, "guide_input": "glimpse"},
+        {"channels": 3, "embed_channels": [2, 3]},
     ],
     ids=str,
 )
-def test_a_checkpoint_knows_the_size_of_its_images(
+def test_a_checkpoint_knows_its_settings_and_the_size_of_its_images(
     settings: dict[str, object], tmp_path: Path
 ) -> None:
     air = small_air(**settings)
-    flags = {name: value for name, value in settings.items() if name != "channels"}
-    if "guide_input" in flags:
-        flags["guide"] = flags.pop("guide_input")
-    loaded = load_air(save(air, tmp_path / "checkpoint.pt", **flags))
+    flags = {{"guide_input": "guide"}.get(name, name): value for name, value in settings.items()}
+    loaded = load_air(save_checkpoint(air, tmp_path / "checkpoint.pt", **flags))
     assert (loaded.x_size, loaded.channels) == (12, air.channels)
     images = torch.rand(5, air.channels, 12, 12).squeeze(1)
     assert torch.equal(infer(loaded, images).count_probs, infer(air, images).count_probs)
-
-
-def test_a_model_with_convolutions_loads_from_its_checkpoint(tmp_path: Path) -> None:
-    air = small_air(embed_channels=[2, 3], channels=3)
-    path = save(air, tmp_path / "checkpoint.pt", embed_channels=[2, 3], x_size=12, channels=3)
-    images = torch.rand(5, 3, 12, 12)
-    expected = infer(air, images).count_probs
-    assert torch.equal(infer(load_air(path), images).count_probs, expected)
-
-
-def test_weights_of_the_default_model_load_without_a_checkpoint(tmp_path: Path) -> None:
-    air = AIR()
-    save_weights(air, tmp_path / "weights.pt")
-    assert load_air(tmp_path / "weights.pt").x_size == 50
 
 
 def found_in(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
 def test_the_command_prints_a_line_for_each_image_and_draws(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    channels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    air = small_air()
+    air = small_air(channels=channels)
     count_on(air, 2, 9.0)
-    path = save(air, tmp_path / "checkpoint.pt")
-    image = write_png(tmp_path / "a.png")
+    path = save_checkpoint(air, tmp_path / "checkpoint.pt")
+    image = write_png(tmp_path / "a.png", channels)
     np.savez(tmp_path / "b.npz", x=np.stack([image.numpy()] * 2))
     line = (
         f"--load {path} {tmp_path}/a.png {tmp_path}/b.npz --figure {tmp_path}/found.png "
@@ -141,7 +117,7 @@ def test_detections_are_refined_where_asked_for(
 ) -> None:
     monkeypatch.setattr("air.refinement.NUM_STEPS", 5)
     air = small_air()
-    path = save(air, tmp_path / "checkpoint.pt")
+    path = save_checkpoint(air, tmp_path / "checkpoint.pt")
     image = write_png(tmp_path / "a.png")
     assert main([*f"--load {path} {tmp_path}/a.png --refine".split()]) == 0
     (printed,) = found_in(capsys.readouterr().out)
@@ -154,7 +130,7 @@ def test_an_image_without_an_object_has_a_line_and_a_row(
 ) -> None:
     air = small_air()
     count_on(air, 2, -9.0)
-    path = save(air, tmp_path / "checkpoint.pt")
+    path = save_checkpoint(air, tmp_path / "checkpoint.pt")
     write_png(tmp_path / "a.png")
     arguments = f"--load {path} {tmp_path}/a.png --csv {tmp_path}/a.csv".split()
     assert main(arguments) == 0
@@ -178,7 +154,7 @@ def test_boxes_are_in_pixels_of_the_original(
     """A picture of 36 x 24 is cut, or is halved and more, to the model's 12 x 12."""
     air = small_air()
     count_on(air, 2, 9.0)
-    path = save(air, tmp_path / "c.pt", crop=crop)
+    path = save_checkpoint(air, tmp_path / "c.pt", crop=crop)
     pixels = np.random.default_rng(0).integers(0, 256, (24, 36), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     assert main(f"--load {path} {tmp_path}/a.png".split()) == 0
@@ -200,7 +176,7 @@ def test_a_folder_of_many_kinds_is_read_as_the_model_needs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     air = small_air(channels=3)
-    path = save(air, tmp_path / "c.pt")
+    path = save_checkpoint(air, tmp_path / "c.pt")
     folder = tmp_path / "pictures" / "inner"
     folder.mkdir(parents=True)
     grey = np.random.default_rng(0).integers(0, 256, (12, 12), np.uint8)
@@ -218,17 +194,19 @@ def test_a_folder_of_many_kinds_is_read_as_the_model_needs(
         assert each["probability"] == expected[k].probability
 
 
-def test_images_that_cannot_be_read_are_named_and_the_others_are_done(
+def test_unreadable_images_are_reported_and_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = save(small_air(), tmp_path / "c.pt")
+    path = save_checkpoint(small_air(), tmp_path / "c.pt")
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for name in ("1.png", "3.png"):
         write_png(pictures / name)
     (pictures / "2.png").write_text("no image")
-    assert main(f"--load {path} {pictures} {tmp_path}/missing.npz".split()) == 2
+    line = f"--load {path} {pictures} {tmp_path}/missing.npz --csv {tmp_path}/found.csv"
+    assert main(line.split()) == 2
     said = capsys.readouterr()
+    assert (tmp_path / "found.csv").read_text().count(".png,") == said.out.count(".png")
     assert [Path(each["image"]).name for each in found_in(said.out)] == ["1.png", "3.png"]
     first, second = said.err.splitlines()
     assert "2.png" in first
@@ -238,37 +216,71 @@ def test_images_that_cannot_be_read_are_named_and_the_others_are_done(
 def test_faint_images_are_hinted_at(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = save(small_air(), tmp_path / "c.pt")
+    path = save_checkpoint(small_air(), tmp_path / "c.pt")
     np.savez(tmp_path / "a.npz", x=np.ones((2, 12, 12), np.uint8))
     assert main(f"--load {path} {tmp_path}/a.npz".split()) == 0
     assert "largest value of the images is 1 of 255" in caplog.text
     assert len(found_in(capsys.readouterr().out)) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
-def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path: Path) -> None:
-    path = save(small_air(), tmp_path / "c.pt")
+def test_a_command_that_fails_leaves_no_csv_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_checkpoint(small_air(), tmp_path / "c.pt")
+    for name in ("a.png", "b.png"):
+        write_png(tmp_path / name)
+    results: list[Any] = [detect(small_air(), torch.rand(1, 12, 12)), OSError("no more")]
+    with monkeypatch.context() as patch:
+        patch.setattr("air.detect.BATCH", 1)
+        patch.setattr("air.detect.detect", mock.Mock(side_effect=results))
+        with pytest.raises(SystemExit):
+            main(f"--load {path} {tmp_path}/a.png {tmp_path}/b.png --csv {tmp_path}/a.csv".split())
+    assert len(found_in(capsys.readouterr().out)) == 1
+    assert main(f"--load {path} {tmp_path}/missing.png --csv {tmp_path}/a.csv".split()) == 2
+    assert not (tmp_path / "a.csv").exists()
+    assert main(f"--load {path} {tmp_path}/a.png --csv {tmp_path}/a.csv".split()) == 0
+    assert (tmp_path / "a.csv").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("kind", "expected_code", "reason"), [("pipe", 141, ""), ("full", 2, "No space left")]
+)
+def test_a_failure_of_standard_output_ends_the_command(
+    kind: str, expected_code: int, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_checkpoint(small_air(), tmp_path / "c.pt")
+    write_png(tmp_path / "a.png")
+    with (
+        broken_pipe() if kind == "pipe" else open("/dev/full", "w") as stream,
+        contextlib.redirect_stdout(stream),
+    ):
+        try:
+            code = main(f"--load {path} {tmp_path}/a.png".split())
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    complaint = capsys.readouterr().err
+    assert (code, complaint.count("\n")) == (expected_code, 1 if reason else 0)
+    assert reason in complaint
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("air.detect.BATCH", 5)
+    path = save_checkpoint(small_air(x_size=200), tmp_path / "c.pt")  # 40 kB of pixels
     write_png(tmp_path / "large.png", side=600)
     peaks = []
-    for number in (100, 500):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        for k in range(number):  # 360 kB of pixels each
-            (folder / f"{k}.png").symlink_to(tmp_path / "large.png")
-        code = (
-            "import sys; from air.detect import main; code = main(sys.argv[1:])\n"
-            "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "
-            "file=sys.stderr); sys.exit(code)"
-        )
-        command = [sys.executable, "-c", code, "--load", str(path), "--crop", str(folder)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        assert done.stdout.count("\n") == number
-        peaks.append(int(done.stderr.splitlines()[-1]))  # kB
-    assert peaks[1] < peaks[0] + 50_000
+    for number in (5, 10, 25):  # the first loads what is loaded once
+        pictures = [f"{tmp_path}/large.png"] * number
+        tracemalloc.start()
+        assert main(["--load", str(path), "--crop", *pictures]) == 0
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < peaks[1] + 300_000, peaks
 
 
-def test_the_command_takes_nets_of_ones_own(
+def test_the_command_takes_user_defined_nets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def nets(settings: ModelSettings) -> dict[str, torch.nn.Module]:
@@ -276,13 +288,10 @@ def test_the_command_takes_nets_of_ones_own(
         linear = torch.nn.Linear(settings.z_what_size, pixels)
         return {"decode": torch.nn.Sequential(linear, torch.nn.Sigmoid())}
 
-    settings = ModelSettings(
-        num_steps=3, x_size=12, window_size=7, z_what_size=5, rnn_hidden_size=11,
-        encoder_net=[9], decoder_net=[8], predict_net=[6], bl_predict_net=[4],
-    )  # fmt: skip
+    settings = from_config(ModelSettings, {**SIZES, "x_size": 12})
     air = AIR.from_settings(settings, nets)
     count_on(air, 2, 9.0)
-    path = save(air, tmp_path / "c.pt", x_size=12, channels=1)
+    path = save_checkpoint(air, tmp_path / "c.pt")
     image = write_png(tmp_path / "a.png")
     line = f"--load {path} {tmp_path}/a.png".split()
     assert main(line, nets) == 0
@@ -295,8 +304,8 @@ def test_the_command_takes_nets_of_ones_own(
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    grey = save(small_air(), tmp_path / "grey.pt")
-    two = save(small_air(channels=2), tmp_path / "two.pt")
+    grey = save_checkpoint(small_air(), tmp_path / "grey.pt")
+    two = save_checkpoint(small_air(channels=2), tmp_path / "two.pt")
     write_png(tmp_path / "a.png")
     write_png(tmp_path / "large.png", side=13)
     (tmp_path / "text.png").write_text("no image")
@@ -314,9 +323,10 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (grey, "pickle.npz", "Python objects, which are never read"),
         (grey, f"a.png --figure {tmp_path}/a.png", "--figure never overwrites"),
         (grey, f"a.png --csv {tmp_path}/a.png", "--csv never overwrites"),
-        (grey, f"a.png --csv {tmp_path}/no/a.csv", "No such file or directory"),
+        (grey, f"a.png --csv {tmp_path}/no/a.csv", "--csv: there is no folder"),
+        (grey, f"a.png --figure {tmp_path}/no/a.png", "--figure: there is no folder"),
         (grey, "a.png --device toaster", "--device"),
-        (tmp_path / "text.png", "a.png", "text.png is no readable file of weights"),
+        (tmp_path / "text.png", "a.png", "text.png cannot be read as weights"),
     ]:
         code = 0
         try:
@@ -333,19 +343,6 @@ def test_a_checkpoint_with_bad_settings_is_refused(tmp_path: Path) -> None:
         ("window_size", 0), ("model_steps", "3"), ("model_steps", 0), ("non_linearity", "Linear"),
         ("decoder_output_bias", "x"), ("guide", 5), ("rnn_hidden_size", 12), ("window_size", 9),
     ]:  # fmt: skip
-        path = save(small_air(), tmp_path / "foreign.pt", **{name: value})
+        path = save_checkpoint(small_air(), tmp_path / "foreign.pt", **{name: value})
         with pytest.raises(ValueError, match=f"{path}"):
             load_air(path)
-
-
-def test_an_rgb_file_is_read_for_a_model_of_three_channels(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    air = small_air(channels=3)
-    count_on(air, 2, 9.0)
-    path, image = save(air, tmp_path / "c.pt"), write_png(tmp_path / "a.png", 3)
-    line = f"--load {path} {tmp_path}/a.png --figure {tmp_path}/found.png"
-    assert main(line.split()) == 0
-    (printed,) = found_in(capsys.readouterr().out)
-    (expected,) = detect(air, image[None])
-    assert printed["objects"][0]["box"] == expected.objects[0].box

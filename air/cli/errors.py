@@ -6,9 +6,9 @@ import torch
 
 from air.cli.flags import Parser
 from air.data.arrays import DataError
-from air.process.signals import exit_code
 from air.storage.files import quoted
 from air.storage.run_folder import RunFolder
+from air.terminal.signals import exit_code
 
 
 class ExplainedErrors:

@@ -1,8 +1,7 @@
-"""Files that are written as a whole or not at all, and a guard against huge archives."""
+"""Files that are written completely or not at all, and a guard against huge archives."""
 
 import os
 import shlex
-import shutil
 import subprocess
 import zipfile
 from collections.abc import Callable
@@ -15,44 +14,19 @@ class UnusableFileError(ValueError):
     """A file or folder cannot be used; the message is one line for the user."""
 
 
-def write_atomically(
-    path: Path, write: Callable[[Path], object], previous: Path | None = None
-) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls ``write(temporary path)``, then renames the temporary file to `path`.
 
-    A reader, a killed run and a run whose power failed find the old file or the new one, never a
-    part, for the new file is flushed to the disk before it is renamed.
-
-    Args:
-        path: To be written.
-        write: Writes it.
-        previous: Keeps the former file under this name; None to drop it.
+    A reader finds the old file or the new one, never a part, even after a kill or a power failure,
+    because the new file is flushed to the disk before it is renamed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        if previous and path.exists():
-            copy_atomically(path, previous)
         temporary.replace(path)
         _flush_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def copy_atomically(path: Path, other: Path) -> None:
-    """Gives a file a second name in one step, by a hard link or, without links, by a copy."""
-    temporary = other.with_name(f".{other.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            os.link(path, temporary)
-        except OSError:  # a file system without links
-            shutil.copyfile(path, temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        temporary.replace(other)
-        _flush_folder(other.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,24 +1,22 @@
 """The folder of a run: its configuration, metrics, state and pictures.
 
-config.json             every flag's value, the versions of the packages, the SHA-256 of the scenes
-metrics.jsonl           one JSON object per line, in the order of time. Progress: step, elbo (nats
-                        per image, higher is better), skipped (steps without an update, because loss
-                        or gradient was not finite), grad_norm (before clipping, for a cost per
-                        image), learning_rate, z_pres_prior_p, images_per_second, steps_per_second,
-                        seconds. Evaluation: step, eval_elbo, eval_elbo_se, eval_scenes, empty_elbo
-                        (of an empty canvas), alarm, and the fields of `evaluation.Evaluation`
-checkpoint.pt           weights, optimiser, step and random state, from which a run resumes
-checkpoint.previous.pt  the checkpoint before it
-evaluation.json         the last evaluation with the importance-weighted bound, with --evaluate
-refined.json            the last evaluation with refined latents, with --refine
-snapshots/<step>.npz    64 held-out scenes, what was inferred in them, and samples of the prior
-figures/*.png           pictures and curves
+config.json           every flag's value, the versions of the packages, the SHA-256 of the scenes
+metrics.jsonl         one JSON object per line, in the order of time. Progress: step, elbo (nats
+                      per image, higher is better), skipped (steps without an update, because loss
+                      or gradient was not finite), grad_norm (before clipping, for a cost per
+                      image), learning_rate, z_pres_prior_p, images_per_second, steps_per_second,
+                      seconds. Evaluation: step, eval_elbo, eval_elbo_se, eval_scenes, empty_elbo
+                      (of an empty canvas), alarm, and the fields of `evaluation.Evaluation`
+checkpoint.pt         weights, optimiser, step and random state, from which a run resumes
+evaluation.json       the last evaluation with the importance-weighted bound, with --evaluate
+refined.json          the last evaluation with refined latents, with --refine
+snapshots/<step>.npz  64 held-out scenes, the objects inferred in them, and samples of the prior
+figures/*.png         pictures and curves
 """
 
 import json
 import math
 import os
-import shutil
 import sys
 import sysconfig
 import time
@@ -29,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from air.storage.checkpoint import FORMAT, CheckpointError, read_state, write_state
-from air.storage.files import copy_atomically, quoted, write_atomically
+from air.storage.files import quoted, write_atomically
 
 try:
     import fcntl
@@ -43,11 +41,9 @@ class RunFolder:
     A folder is locked, where the system can lock it, so that only one run writes into it.
     """
 
-    def __init__(self, path: Path, source: Path | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoint = path / "checkpoint.pt"
-        self.previous = path / "checkpoint.previous.pt"
-        self.source = source or self.checkpoint  # from which the run resumes
         self.metrics = path / "metrics.jsonl"
         self.figures = path / "figures"
         self.snapshots = path / "snapshots"
@@ -62,14 +58,13 @@ class RunFolder:
         """
         path = Path(name or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}")
         try:
-            if name is None:
-                path = _new_folder(path)
-            path.mkdir(parents=True, exist_ok=True)
-            run = cls(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            run = cls(_new_folder(path) if name is None else path)
+            run.path.mkdir(exist_ok=True)
             run._lock()
-            if any(path.iterdir()):
+            if any(run.path.iterdir()):
                 raise CheckpointError(
-                    f"--output-dir must be a new or empty folder, but {path} is not empty; "
+                    f"--output-dir: expected a new or empty folder, but {path} is not empty; "
                     f"name another folder, or resume its run by --resume {quoted(path)}"
                 )
             run.figures.mkdir()
@@ -79,14 +74,14 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, lock: bool = True) -> "RunFolder":
-        """An existing run, by its folder or by one of the two checkpoints in it. Writes nothing.
+        """An existing run, by its folder or by the checkpoint in it. Writes nothing.
 
         Raises:
             CheckpointError: If there is no checkpoint, or the run is in use.
         """
-        run = cls(path.parent, path) if path.is_file() else cls(path)
-        if run.source not in (run.checkpoint, run.previous) or not run.source.is_file():
-            raise CheckpointError(f"{path} is no folder of a run: it holds no checkpoint.pt")
+        run = cls(path.parent if path.name == "checkpoint.pt" else path)
+        if not run.checkpoint.is_file():
+            raise CheckpointError(f"{path} is not a run folder: checkpoint.pt is missing")
         if lock:
             run._lock()
         return run
@@ -105,8 +100,6 @@ class RunFolder:
             for name in (".*.pt.*.tmp", ".*.json*.*.tmp", "*/.*.npz.*.tmp", "figures/.*.tmp"):
                 for left_over in self.path.glob(name):
                     left_over.unlink()
-            if self.source != self.checkpoint and self.source.exists():
-                copy_atomically(self.source, self.checkpoint)  # before anything else changes
             for path in self.snapshots.glob("*.npz"):
                 if path.stem.isdecimal() and int(path.stem) > step:
                     path.unlink()
@@ -160,7 +153,7 @@ class RunFolder:
         """The records of metrics.jsonl, without a last line that was cut off.
 
         Raises:
-            CheckpointError: If a line is no record.
+            CheckpointError: If a line is damaged.
         """
         return list(self._records())
 
@@ -174,7 +167,9 @@ class RunFolder:
             except ValueError:
                 record = None
             if not isinstance(record, dict) or type(record.get("step")) is not int:
-                raise CheckpointError(f"{self.metrics}: line {number} is no record")
+                raise CheckpointError(
+                    f"{self.metrics}: line {number} is damaged: expected a JSON object with a step"
+                )
             yield record
 
     def resume_hint(self) -> str:
@@ -185,44 +180,24 @@ class RunFolder:
 
     def resume_command(self) -> str:
         """The command that resumes the run, by the program that runs now."""
-        return f"{_start_command()} --resume {quoted(self.path)}"
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        start = "the same torchrun command and" if under_torchrun else program()
+        return f"{start} --resume {quoted(self.path)}"
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Writes checkpoint.pt, and keeps the checkpoint before it."""
+        """Writes checkpoint.pt."""
         if self.metrics.exists():  # a power failure must not lose its lines up to here
             with self.metrics.open("a") as file:
                 os.fsync(file.fileno())
-        write_state(self.checkpoint, {"format": FORMAT, **state}, self.previous)
+        write_state(self.checkpoint, {"format": FORMAT, **state})
 
     def load(self) -> dict[str, Any]:
-        """Reads the checkpoint from which the run resumes, onto the CPU.
+        """Reads the checkpoint, onto the CPU.
 
         Raises:
-            CheckpointError: If it cannot be used; the message says whether the checkpoint before
-                it can.
+            CheckpointError: If it cannot be used.
         """
-        if self.source == self.previous and _is_whole(self.checkpoint):
-            raise CheckpointError(f"{self.checkpoint} is whole: --resume {quoted(self.path)}")
-        try:
-            return read_state(self.source)
-        except CheckpointError as error:
-            if self.source == self.previous or not _is_whole(self.previous):
-                raise
-            raise CheckpointError(
-                f"{error}; the checkpoint before it is whole: --resume {quoted(self.previous)}"
-            ) from error
-
-
-def _start_command() -> str:
-    """The words that start the program that runs now with as many processes."""
-    words = program()
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return words
-    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-        return "the same torchrun command and"  # another one on each machine
-    script = words.removeprefix("python ")
-    no_python = "" if script != words else "--no-python "
-    return f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} {no_python}{script}"
+        return read_state(self.checkpoint)
 
 
 def program() -> str:
@@ -232,7 +207,7 @@ def program() -> str:
     """
     path = Path(next(iter(sys.argv), ""))
     if path.stem == "air-train":  # on Windows, its name ends in .exe
-        return path.stem if shutil.which(path.stem) else quoted(path)
+        return quoted(path)
     installed = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
     is_script = path.suffix == ".py" and path.is_file()
     if is_script and not any(path.resolve().is_relative_to(folder) for folder in installed):
@@ -240,29 +215,20 @@ def program() -> str:
     return "python main.py"
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        read_state(checkpoint)
-    except CheckpointError:
-        return False
-    return True
-
-
 def _new_folder(path: Path) -> Path:
     """Makes a folder of that name, with -2, -3, ... appended if it exists."""
-    number = 1
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder, number = path, 1
     while True:
-        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
         try:
             folder.mkdir()
             return folder
         except FileExistsError:
             number += 1
+            folder = path.with_name(f"{path.name}-{number}")
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401
-    """The value with None for numbers that are not finite, which JSON lacks, also within lists."""
+    """The value with None for NaN and infinities, which JSON lacks, also in lists and mappings."""
     if isinstance(value, Mapping):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

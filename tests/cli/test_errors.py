@@ -156,6 +156,7 @@ def test_a_signal_at_any_moment_ends_in_one_line(
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_signals_while_compiling_end_the_run_saved(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:

@@ -1,18 +1,12 @@
-"""Files: whole or as before, and never larger than expected."""
+"""Files: intact or as before, and never larger than expected."""
 
 import copy
-import os
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from air.storage.files import (
-    MAX_BYTES,
-    UnusableFileError,
-    check_unpacked_size,
-    write_atomically,
-)
+from air.storage.files import MAX_BYTES, UnusableFileError, check_unpacked_size, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -43,24 +37,3 @@ def test_a_file_that_unpacks_to_more_than_is_sane_is_refused(tmp_path: Path) -> 
     assert path.stat().st_size < 1 << 20
     with pytest.raises(UnusableFileError, match=r"bomb\.pt unpacks to .* bytes, more than"):
         check_unpacked_size(path)
-
-
-def test_the_file_before_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, previous = tmp_path / "now", tmp_path / "before"
-
-    def write(text: str) -> None:
-        write_atomically(path, lambda file: file.write_text(text), previous)
-
-    write("one")
-    assert not previous.exists()
-    write("two")
-    assert (path.read_text(), previous.read_text()) == ("two", "one")
-    monkeypatch.delattr(os, "link")  # a file system without links
-
-    def no_link(*_: object) -> None:
-        raise OSError("Operation not permitted")
-
-    monkeypatch.setattr(os, "link", no_link, raising=False)
-    write("three")
-    assert (path.read_text(), previous.read_text()) == ("three", "two")
-    assert {file.name for file in tmp_path.iterdir()} == {"now", "before"}

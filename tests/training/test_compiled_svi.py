@@ -12,6 +12,7 @@ from unittest import mock
 import pyro
 import pytest
 import torch
+from air.training.added_scenes import AddedScenes
 from helpers import SETTINGS, as_rank, gradients, small_air
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor, fx
@@ -26,7 +27,6 @@ from air.inference import infer
 from air.marginal import MarginalAIR
 from air.priors import AnnealedPresencePrior
 from air.subsampling import draw_indices
-from air.training.added_scenes import AddedScenes
 from air.training.compiled_svi import CompiledSVI, inductor
 from air.training.svi import SVI, make_optimizer
 from air.training.trainer import Trainer

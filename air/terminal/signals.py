@@ -36,8 +36,8 @@ class Signals:
 
         Args:
             stop: Asks training to stop.
-            ignore_repeated: Whether to ignore repeated signals, as under torchrun, which repeats
-                the signal of a scheduler.
+            ignore_repeated: Whether repeated signals have no effect, as under torchrun, which
+                repeats the signal of a scheduler.
         """
         self._stop, self._ignore_repeated = stop, ignore_repeated
 
@@ -60,16 +60,15 @@ class Signals:
 def interrupt_on_signals() -> Iterator[Signals]:
     """Lets the signals of `ENDING` raise KeyboardInterrupt, whose argument is the signal's number.
 
-    A signal that is ignored, as SIGHUP is under nohup, or whose handler is not Python's remains as
-    it is. In a thread that is not the main thread, where Python handles no signals, all do.
+    A signal that is ignored, as SIGHUP is under nohup, or whose handler is not Python's is left
+    alone. In a thread other than the main thread, where Python handles no signals, all are.
     """
     signals = Signals()
     previous = {}
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
         handlers = {number: signal.getsignal(number) for number in numbers}
-        kept = (signal.SIG_IGN, None)
-        previous = {n: handler for n, handler in handlers.items() if handler not in kept}
+        previous = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}
     try:
         for number in previous:
             signal.signal(number, signals.handle)

@@ -1,1 +1,0 @@
-"""The streams and signals of a process. Needs the standard library alone."""

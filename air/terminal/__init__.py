@@ -1,0 +1,1 @@
+"""Standard streams and signals. Needs only the standard library."""
