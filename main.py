@@ -37,13 +37,12 @@ from air.cli.errors import explain
 from air.cli.flags import DEFAULTS, Config, Parser, build_parser, settings_named_by_flag
 from air.cli.progress import ProgressBar
 from air.cli.recorder import Recorder, final_evaluations, restore_trainer
-from air.data.arrays import DataError
-from air.data.hints import data_hints
-from air.data.preparation import ImageSettings
-from air.data.shards import Shards
-from air.data.sources import load_data
-from air.data.streaming import StreamedImages
+from air.data.scenes import DataError
+from air.data.user_images.preparation import ImageSettings
+from air.data.user_images.sources import load_data
+from air.data.user_images.survey import data_hints
 from air.evaluation import HeldOut
+from air.images import to_tensor
 from air.model_settings import ModelSettings, NetFactory
 from air.process.signals import Signals, exit_code, interrupt_on_signals
 from air.process.streams import steady_streams
@@ -257,7 +256,7 @@ def build_trainer(config: Config, context: Context) -> tuple[Trainer, Config, st
     with settings_named_by_flag(ModelSettings):
         settings = from_config(ModelSettings, {**config, "use_baselines": uses_baselines})
     air = AIR.from_settings(settings, context.nets)
-    images = StreamedImages(x, device) if isinstance(x, Shards) else torch.from_numpy(x).to(device)
+    images = to_tensor(x).to(device)
     held_out = HeldOut.from_numpy(
         test.x, counts=test.counts, boxes=test.boxes, overlaps=test.overlaps
     )

@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor, fx
 
 from air import AIR
-from air.data.arrays import Array
-from air.data.digits import MNIST_FILES
+from air.data.scenes import Array
+from air.data.synthetic.digits import MNIST_FILES
 from air.evaluation.metrics import Evaluation, HeldOut
 from air.storage.checkpoint import load_weights_strict, read_weights
 from air.training.events import Progress

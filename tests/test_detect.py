@@ -14,8 +14,8 @@ from helpers import ROOT, count_on, small_air
 from PIL import Image
 
 from air import AIR
-from air.data.preparation import ImageSettings
-from air.data.sources import read_images
+from air.data.user_images.preparation import ImageSettings
+from air.data.user_images.sources import read_images
 from air.detect import detect, load_air, main
 from air.evaluation.boxes import tight_boxes
 from air.inference import infer

@@ -23,11 +23,10 @@ from PIL import Image
 
 import main
 import multi_mnist
-from air.data.arrays import DataError
-from air.data.digits import MNIST_FILES
-from air.data.preparation import ImageSettings
-from air.data.scenes import LABELS
-from air.data.sources import load_data
+from air.data.scenes import LABELS, DataError
+from air.data.synthetic.digits import MNIST_FILES
+from air.data.user_images.preparation import ImageSettings
+from air.data.user_images.sources import load_data
 from air.evaluation.metrics import HeldOut, evaluate
 from air.storage.checkpoint import CheckpointError, read_weights
 from air.storage.run_folder import RunFolder

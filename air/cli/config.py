@@ -7,7 +7,7 @@ from typing import Any
 
 from air.cli.flags import DEFAULTS, SETTINGS, Config, settings_named_by_flag
 from air.cli.presets import preset_settings
-from air.data.preparation import ImageSettings
+from air.data.user_images.preparation import ImageSettings
 from air.model_settings import ModelSettings
 from air.settings import from_config, settings_of
 from air.storage.checkpoint import CheckpointError

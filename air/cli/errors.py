@@ -2,7 +2,7 @@
 
 import torch
 
-from air.data.arrays import DataError
+from air.data.scenes import DataError
 from air.storage.files import quoted
 from air.storage.run_folder import RunFolder
 from air.training.compiled_svi import RecordingError

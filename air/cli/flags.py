@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from air.cli.presets import PRESETS
-from air.data.preparation import ImageSettings
+from air.data.user_images.preparation import ImageSettings
 from air.model_settings import ModelSettings
 from air.settings import SettingError, add_flags, check_settings, defaults, setting, settings_of
 from air.training.settings import TrainingSettings

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from air.data.scene_settings import SceneSettings
+from air.data.synthetic.scene_settings import SceneSettings
 from air.training.settings import TrainingSettings
 
 _MANY_OBJECTS_AT_FIRST: dict[str, Any] = {

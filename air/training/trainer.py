@@ -10,9 +10,7 @@ from pyro.infer import JitTraceGraph_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
 from air.air import AIR
-from air.data.streaming import StreamedImages
 from air.evaluation.collapse import (
-    MAX_CHECKED_IMAGES,
     collapse_alarm,
     empty_canvas_elbo,
     first_not_finite,
@@ -51,8 +49,8 @@ class Trainer:
 
     Args:
         air: The model, on the device to train on.
-        images: Training scenes, [N, (C,) H, H], on the same device, or in files; with several
-            processes, the shard of this process.
+        images: Training scenes, [N, (C,) H, H], on the same device; with several processes, the
+            shard of this process.
         held_out: Scenes to evaluate on.
         settings: How to train; the batch size is that of all processes together.
         group: The processes that train together.
@@ -66,7 +64,7 @@ class Trainer:
     def __init__(
         self,
         air: AIR,
-        images: Tensor | StreamedImages,
+        images: Tensor,
         held_out: HeldOut,
         settings: TrainingSettings,
         group: ProcessGroup = SINGLE_PROCESS,
@@ -75,7 +73,7 @@ class Trainer:
         if settings.num_steps > 0 and not len(images):
             raise ValueError(f"there are fewer scenes than processes, {group.world_size}")
         # Here and not at each step, because to read the values waits for the device.
-        air.check_images(images if isinstance(images, Tensor) else images[:1])
+        air.check_images(images)
         held_out = check_scenes(air, held_out)
         if settings.num_steps > 0:
             check_trainable(air, settings)
@@ -175,13 +173,8 @@ class Trainer:
         self._set_learning_rates()
         if self.added_scenes:
             self.added_scenes.before_step(self.step, self.settings)
-        if isinstance(self.images, StreamedImages):
-            data = self.images.draw(self.batch_size)
-            size = {"num_images": len(self.images)}
-        else:
-            data, size = self.images, {"batch_size": self.batch_size}
         svi = self.first_svi if self.step < self.settings.background_steps else self.svi
-        svi.step_async(data, **size, z_pres_prior_p=self.prior)
+        svi.step_async(self.images, batch_size=self.batch_size, z_pres_prior_p=self.prior)
         if self.added_scenes:
             self.added_scenes.update_teacher()
         self.step += 1
@@ -190,10 +183,7 @@ class Trainer:
             self._learn_count_prior()
 
     def _not_finite_error(self) -> FloatingPointError:
-        images = self.images
-        if isinstance(images, StreamedImages):
-            images = images[:MAX_CHECKED_IMAGES]
-        name = first_not_finite(self.air, images, self.prior)
+        name = first_not_finite(self.air, self.images, self.prior)
         return FloatingPointError(
             f"{name} and with it the loss or its gradients were not finite for "
             f"{self.stats.skipped_in_a_row} steps in a row"

@@ -11,11 +11,11 @@ from PIL import Image
 from air.cli.config import resolve_config
 from air.cli.flags import build_parser
 from air.cli.suggestion import suggest
-from air.data.arrays import Array
-from air.data.pictures import write_pictures
-from air.data.preparation import ImageSettings
-from air.data.sources import source_images
-from air.data.survey import sample_images, survey
+from air.data.scenes import Array
+from air.data.user_images.picture_files import write_pictures
+from air.data.user_images.preparation import ImageSettings
+from air.data.user_images.sources import source_images
+from air.data.user_images.survey import sample_images, survey
 from multi_mnist import SceneSettings, load_scenes
 
 

@@ -15,7 +15,6 @@ from itertools import product
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pyro
 import torch
 from helpers import SETTINGS, capture_only, small_air
@@ -32,7 +31,6 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from air import AIR
-from air.data.streaming import StreamedImages
 from air.evaluation.collapse import first_not_finite
 from air.evaluation.elbo import importance_weighted_bound, sample_elbo
 from air.evaluation.metrics import HeldOut
@@ -346,18 +344,6 @@ def added_scenes() -> None:
                 with NothingCrosses():
                     trainer._take_step()
         assert len(gpu.graphs) == 1
-
-
-@check()
-def images_in_files() -> None:
-    """Each batch is copied to the same place, from which a recorded step reads."""
-    with pretended("marginal", warmup_steps=1) as gpu, EveryNumberIsOne():
-        _, svi = make_svi("marginal", kind=CAPTURED)
-        images = StreamedImages(np.zeros((100, 12, 12), np.uint8), GPU)
-        for _ in range(3):
-            assert_on_gpu(svi.step_async(images.draw(7), num_images=100))
-        (graph,) = gpu.graphs
-        assert gpu.replayed == [graph] * 2
 
 
 @check(*(variant for variant in VARIANTS if variant.startswith("score")))

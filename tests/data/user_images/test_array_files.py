@@ -15,8 +15,8 @@ import pytest
 import torch
 from numpy.lib import format as npy
 
-from air.data.array_files import read_arrays
-from air.data.arrays import Array, DataError
+from air.data.scenes import Array, DataError
+from air.data.user_images.array_files import read_arrays
 from air.storage.files import MAX_BYTES
 
 X = np.random.default_rng(0).integers(0, 256, (5, 9, 9), np.uint8)

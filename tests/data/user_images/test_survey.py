@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from air.data.arrays import Array
-from air.data.hints import brightness_hints, data_hints
-from air.data.scenes import MAX_COUNT, Scenes, SceneSplits
 from air.data.shards import map_scenes
+
+from air.data.scenes import MAX_COUNT, Array, Scenes, SceneSplits
+from air.data.user_images.survey import brightness_hints, data_hints
 
 RNG = np.random.default_rng(0)
 

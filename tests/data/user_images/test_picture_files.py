@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from air.data.arrays import Array, DataError
-from air.data.pictures import MAX_PIXELS, read_picture, write_pictures
-from air.data.scenes import Scenes
+from air.data.scenes import Array, DataError, Scenes
+from air.data.user_images.picture_files import MAX_PIXELS, read_picture, write_pictures
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (9, 12), np.uint8)

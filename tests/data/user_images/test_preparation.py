@@ -6,10 +6,11 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from air.data.shards import Shards
 from PIL import Image
 
-from air.data.arrays import Array, DataError
-from air.data.preparation import (
+from air.data.scenes import Array, DataError
+from air.data.user_images.preparation import (
     CHUNK,
     ImageSettings,
     Placement,
@@ -20,7 +21,6 @@ from air.data.preparation import (
     to_channels_first,
     to_grey,
 )
-from air.data.shards import Shards
 
 AS_THEY_ARE = ImageSettings()
 RNG = np.random.default_rng(0)

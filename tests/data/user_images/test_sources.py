@@ -13,11 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from air.data.arrays import Array, DataError
-from air.data.pictures import write_pictures
-from air.data.preparation import ImageSettings, prepare
-from air.data.scenes import Scenes
-from air.data.sources import find_pictures, is_folder_of_pictures, load_data, read_images
+from air.data.scenes import Array, DataError, Scenes
+from air.data.user_images.picture_files import write_pictures
+from air.data.user_images.preparation import ImageSettings, prepare
+from air.data.user_images.sources import (
+    find_pictures,
+    is_folder_of_pictures,
+    load_data,
+    read_images,
+)
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (30, 12, 12), np.uint8)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from air.data.arrays import DataError
-from air.data.counts import PictureCounts
+from air.data.scenes import DataError
+from air.data.user_images.true_counts import PictureCounts
 
 FILES = ["a.png", "b 2.png", "sub/a.png", "sub/c.png", "stack.tif"]
 
