@@ -226,6 +226,20 @@ RECORDS = [
 ]  # fmt: skip
 
 
+def squares(n: int, shape: tuple[int, int], side: int, most: int, channels: int = 1) -> Array:
+    """Pictures with 0 to `most` bright squares that do not touch, [N, C, h, w]."""
+    rng = np.random.default_rng(0)
+    images = np.zeros((n, channels, *shape), np.uint8)
+    cell = side + 2
+    rows, columns = shape[0] // cell, shape[1] // cell
+    for k, image in enumerate(images):
+        for place in rng.permutation(rows * columns)[: k % (most + 1)]:
+            y, x = cell * (place // columns), cell * (place % columns)
+            level = rng.integers(128, 256, (channels, 1, 1), np.uint8)
+            image[:, y : y + side, x : x + side] = level
+    return images
+
+
 SETTINGS = TrainingSettings(
     num_steps=12, batch_size=4, progress_every=3, eval_every=4, eval_scenes=5, save_every=5,
     anneal_prior="lin", anneal_prior_to=1e-3, anneal_prior_duration=10, z_pres_prior=0.5,

@@ -241,7 +241,7 @@ def test_faint_images_are_hinted_at(
     path = save(small_air(), tmp_path / "c.pt")
     np.savez(tmp_path / "a.npz", x=np.ones((2, 12, 12), np.uint8))
     assert main(f"--load {path} {tmp_path}/a.npz".split()) == 0
-    assert "largest value of the images is 1 of 255" in caplog.text
+    assert "largest value in the images is 1 of 255" in caplog.text
     assert len(found_in(capsys.readouterr().out)) == 2
 
 
@@ -306,8 +306,8 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for model, line, problem in [
         (two, "a.png", "1 channels, expected 2"),
         (grey, "large.png", "13 x 13 pixels, expected 12 x 12: --no-crop resizes them"),
-        (grey, "text.png", "text.png: no picture that can be read"),
-        (grey, "cut.png", "cut.png: no picture that can be read"),
+        (grey, "text.png", "text.png: cannot be read as a picture"),
+        (grey, "cut.png", "cut.png: cannot be read as a picture"),
         (grey, "missing.png", "missing.png"),
         (grey, "missing.npz", "missing.npz: No such file"),
         (grey, "ints.npz", "is int64: expected bool, uint8, uint16, or floats in [0, 1]"),
