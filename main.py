@@ -30,12 +30,11 @@ from air.cli.errors import ExplainedErrors
 from air.cli.flags import build_parser, settings_named_by_flag
 from air.cli.progress import ProgressBar
 from air.cli.recorder import Recorder, SilentRecorder, final_evaluations, restore_trainer
-from air.data.arrays import DataError
-from air.data.hints import data_hints
-from air.data.shards import Shards
-from air.data.sources import load_data
-from air.data.streaming import StreamedImages
+from air.data.scenes import DataError
+from air.data.user_images.sources import load_data
+from air.data.user_images.survey import data_hints
 from air.evaluation import HeldOut
+from air.images import to_tensor
 from air.model_settings import NetFactory
 from air.settings import as_arguments
 from air.storage.checkpoint import check_image_size, load_weights_strict, read_weights
@@ -161,8 +160,8 @@ def build_trainer(
     is_score = config.training.estimator == "score"  # the only estimator that has baselines
     settings = replace(config.model, use_baselines=config.model.use_baselines and is_score)
     air = AIR.from_settings(settings, nets).to(device)
-    x, test = scenes.train.x, scenes.test
-    images = StreamedImages(x, device) if isinstance(x, Shards) else torch.from_numpy(x).to(device)
+    test = scenes.test
+    images = to_tensor(scenes.train.x).to(device)
     held_out = HeldOut.from_numpy(
         test.x, counts=test.counts, boxes=test.boxes, overlaps=test.overlaps
     )

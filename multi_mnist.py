@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.random import PCG64, Generator, RandomState
 
-from air.data.arrays import Array, DataError, sha256
-from air.data.backgrounds import draw_background
-from air.data.digits import (
+from air.data.scenes import Array, DataError, Scenes, SceneSplits, sha256, write_scenes
+from air.data.synthetic.backgrounds import draw_background
+from air.data.synthetic.digits import (
     MNIST_SHA256,
     download_mnist,
     load_embedded,
@@ -35,12 +35,11 @@ from air.data.digits import (
     resize_digit,
     rotate_digit,
 )
-from air.data.pictures import write_pictures
-from air.data.placement import Box, free_places, keep_gap
-from air.data.scene_settings import APART_DISTANCE, SceneSettings
-from air.data.scenes import Scenes, SceneSplits, load_file, write_scenes
-from air.data.sources import HELD_OUT_FOLDER
-from air.data.sprites import SHAPES, draw_sprite, tint
+from air.data.synthetic.scene_settings import SceneSettings
+from air.data.synthetic.spacing import Box, free_positions, keep_gap
+from air.data.synthetic.sprites import SHAPES, draw_sprite, tint
+from air.data.user_images.picture_files import write_pictures
+from air.data.user_images.sources import HELD_OUT_FOLDER, load_data
 from air.settings import (
     add_flags,
     as_arguments,
@@ -52,7 +51,7 @@ from air.settings import (
 from air.terminal.signals import exit_code, interrupt_on_signals
 from air.terminal.streams import steady_streams
 
-__all__ = ["DataError", "SceneSettings", "SceneSplits", "Scenes", "load_file", "load_scenes"]
+__all__ = ["DataError", "SceneSettings", "SceneSplits", "Scenes", "load_scenes"]
 
 MAX_ATTEMPTS = 5_000  # to draw one scene
 
@@ -87,7 +86,6 @@ class _SceneGenerator:
             self.random = RandomState(681307 + test)
         self.channels = 3 if settings.recipe == "dsprites" else 1
         self.covers = self.channels > 1 or settings.background != "black"
-        self.distance = APART_DISTANCE if settings.recipe == "apart" else 0  # of equal sides
 
     def randint(self, n: int) -> int:
         """Draws a whole number from 0 to n - 1."""
@@ -171,10 +169,10 @@ class _SceneGenerator:
             side = len(item.coverage)
             covered = np.asarray(item.coverage > 0)
             for taken in corners:
-                places = free_places(h - side + edge, taken, self.distance)
-                if not places:
+                free = free_positions(h - side + edge, taken, self.settings.min_distance)
+                if not free:
                     return None
-                taken.append(places[self.randint(len(places))])
+                taken.append(free[self.randint(len(free))])
             top, left = corners[0][-1], corners[1][-1]
             rows, columns = slice(top, top + side), slice(left, left + side)
             shared += int((ink[rows, columns][covered] > 0).sum())
@@ -210,7 +208,9 @@ def _draw(settings: SceneSettings, test: bool, images: Array, labels: Array) -> 
             if keep_gap(boxes, settings.min_gap):
                 break
         else:
-            raise ValueError(f"counts: no room for {count} objects; try fewer, or a larger x_size")
+            raise ValueError(
+                f"counts: {count} objects do not fit into a scene; use fewer, or a larger x_size"
+            )
         x[n] = canvas
         counts[n] = count
         overlaps[n] = shared
@@ -235,7 +235,8 @@ def load_scenes(
         mnist_dir: Folder of MNIST's IDX files; None to download them into the cache.
 
     Raises:
-        ValueError: If there is no room for the objects, or `mnist_dir` is given without use.
+        ValueError: If there is no room for the objects, or `mnist_dir` is given without digits
+            mnist.
         DataError: If digits or scenes cannot be read, or scenes cannot be written.
     """
     folder = Path(cache_dir or os.environ.get("AIR_CACHE") or Path.home() / ".cache" / "air")
@@ -251,9 +252,9 @@ def load_scenes(
         test = _draw(settings, True, *digits[2:])
         write_scenes(path, train, test)
     try:
-        return load_file(path)
+        return load_data(path)
     except DataError as error:
-        raise DataError(f"{error}; delete the file, and it is made again") from error
+        raise DataError(f"{error}; delete the file to make the scenes again") from error
 
 
 @dataclass(frozen=True)
@@ -262,13 +263,13 @@ class FolderSettings:
 
     mnist_dir: str | None = setting(
         None,
-        "folder of MNIST's IDX files (default: download)",
+        "folder with MNIST's IDX files (default: download them)",
         metavar="DIR",
         on_resume="free",
     )
     cache_dir: str | None = setting(
         None,
-        "folder of the scenes (default: $AIR_CACHE or ~/.cache/air)",
+        "folder of cached scenes (default: $AIR_CACHE or ~/.cache/air)",
         metavar="DIR",
         only_in="multi_mnist.py",
         on_resume="forget",
@@ -290,7 +291,7 @@ def _main(argv: Sequence[str] | None) -> None:
         "--out",
         type=Path,
         required=True,
-        help="a new .npz file, or a new folder, for one PNG file per scene",
+        help="new .npz file, or new folder for one PNG file per scene",
     )
     add_flags(parser, "scenes", SceneSettings)
     add_flags(parser, "folders", FolderSettings)
@@ -306,7 +307,7 @@ def _main(argv: Sequence[str] | None) -> None:
     out = args["out"]
     try:
         if out.exists():
-            raise DataError(f"{out}: expected a new file or folder for --out, got one that exists")
+            raise DataError(f"--out: expected a new file or folder, got {out}, which exists")
         settings = from_config(SceneSettings, args)
         splits = load_scenes(settings, **as_arguments(from_config(FolderSettings, args)))
         if out.suffix == ".npz":

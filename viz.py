@@ -21,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from air.data.arrays import Array
+from air.data.scenes import Array
 from air.storage.files import write_atomically
 from air.storage.run_folder import RunFolder
 from air.terminal.streams import steady_streams

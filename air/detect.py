@@ -3,9 +3,9 @@
     python -m air.detect --load runs/RUN/checkpoint.pt pictures/ > found.jsonl
     python -m air.detect --load runs/RUN/checkpoint.pt a.png b.npz --csv a.csv --figure a.png
 
-Images come from any source that `air.data.sources` reads. They are prepared as for the training of
-the model; boxes are in pixels of the original image. Prints a line with a JSON object for each
-image.
+Images come from any source that `air.data.user_images.sources` reads. They are prepared as for the
+training of the model; boxes are in pixels of the original image. Prints a line with a JSON object
+for each image.
 """
 
 import argparse
@@ -29,11 +29,16 @@ from tqdm import tqdm
 from air.air import AIR
 from air.cli.device import pick_device
 from air.cli.flags import Parser
-from air.data.arrays import Array, DataError
-from air.data.hints import brightness_hints
-from air.data.pictures import SUFFIXES
-from air.data.preparation import ImageSettings, Placement
-from air.data.sources import PreparedImage, find_pictures, is_folder_of_pictures, read_images
+from air.data.scenes import Array, DataError
+from air.data.user_images.picture_files import SUFFIXES
+from air.data.user_images.preparation import ImageSettings, Placement
+from air.data.user_images.sources import (
+    PreparedImage,
+    find_pictures,
+    is_folder_of_pictures,
+    read_images,
+)
+from air.data.user_images.survey import brightness_hints
 from air.evaluation.boxes import tight_boxes
 from air.images import to_tensor
 from air.inference import infer

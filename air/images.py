@@ -1,4 +1,6 @@
-"""Images as users bring them: which types and values are taken, and their way to floats."""
+"""Images given to a model: which types and values are accepted, and their conversion to floats."""
+
+import warnings
 
 import numpy as np
 import torch
@@ -6,11 +8,14 @@ from pyro.distributions import is_validation_enabled
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-TOLERANCE = 0.01  # of intensities beyond [0, 1], as resampling a picture leaves them
+from air.intensities import range_problem
 
 
 def to_tensor(images: object) -> Tensor:
-    """A tensor, or a NumPy array or what becomes one, as a tensor.
+    """A tensor, or an array or a nested list of numbers, as a tensor.
+
+    The tensor shares the memory of an array where torch can. So an array that is memory-mapped
+    stays in its file, and the tensor must not be written to.
 
     Raises:
         ValueError: If it holds no numbers.
@@ -19,7 +24,9 @@ def to_tensor(images: object) -> Tensor:
         return images
     try:
         array = np.ascontiguousarray(images)
-        return torch.tensor(array.astype(array.dtype.newbyteorder("="), copy=False))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     except (TypeError, ValueError, RuntimeError) as error:
         kind = getattr(images, "dtype", type(images).__name__)
         raise ValueError(
@@ -47,7 +54,7 @@ def to_intensities(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Images of any type that `check_type` accepts as floats in [0, 1].
 
     The range of floats is checked while Pyro's validation is enabled. The check waits for the
-    device, and a program that is being traced or captured has no values to check.
+    device, and a program that is being captured has no values to check.
 
     Raises:
         ValueError: If floats are outside [0, 1].
@@ -55,15 +62,9 @@ def to_intensities(images: Tensor, dtype: torch.dtype) -> Tensor:
     intensities = images.to(dtype)
     if images.dtype == torch.uint8:
         return intensities / 255
-    if is_validation_enabled() and not _is_traced(images):
+    if is_validation_enabled() and get_proxy_mode() is None and not images.is_meta:
         check_range(images)
     return intensities
-
-
-def _is_traced(images: Tensor) -> bool:
-    """Whether the program is being captured, or traced, or runs without values."""
-    by_jit: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return by_jit or get_proxy_mode() is not None or images.is_meta
 
 
 def check_type(images: Tensor) -> None:
@@ -76,14 +77,12 @@ def check_type(images: Tensor) -> None:
         raise ValueError(
             f"images: expected a torch.Tensor, got {type(images).__name__}; use torch.as_tensor"
         )
-    if images.is_floating_point() or images.dtype in (torch.bool, torch.uint8):
-        return
-    kind = str(images.dtype).removeprefix("torch.")
-    greatest = {torch.uint16: " by dividing by 65535", torch.int16: " by dividing by 32767"}
-    raise ValueError(
-        f"images: expected uint8 in [0, 255], floats in [0, 1] or bool, got {kind}; convert to "
-        f"uint8, or to floats in [0, 1]{greatest.get(images.dtype, '')}"
-    )
+    if not images.is_floating_point() and images.dtype not in (torch.bool, torch.uint8):
+        kind = str(images.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"images: expected uint8 in [0, 255], floats in [0, 1] or bool, got {kind}; convert "
+            "them to one of these"
+        )
 
 
 def check_range(images: Tensor) -> None:
@@ -97,20 +96,6 @@ def check_range(images: Tensor) -> None:
     values = images.detach()
     if values.dtype.itemsize == 1:  # has no minimum
         values = values.float()
-    least, greatest = torch.stack((values.min(), values.max())).tolist()
-    if least >= -TOLERANCE and greatest <= 1 + TOLERANCE:
-        return
-    strange = int((~values.isfinite()).sum())
-    if strange:
-        remedy = f"{strange} values are NaN or infinite; replace them"
-    elif -1 - TOLERANCE <= least <= -0.5 and greatest <= 1 + TOLERANCE:
-        remedy = "for values in [-1, 1], use (x + 1) / 2"
-    elif least >= -TOLERANCE and 2 < greatest < 65536:
-        most = 255 if greatest < 256 else 65535
-        remedy = f"for values in [0, {most}], divide by {most}"
-    else:
-        remedy = "subtract the least value and divide by the range, or clamp what lies beyond"
-    raise ValueError(
-        f"images: expected floats in [0, 1], got values from {least:.4g} to {greatest:.4g}; "
-        f"{remedy}"
-    )
+    problem = range_problem(*torch.stack((values.min(), values.max())).tolist())
+    if problem:
+        raise ValueError(f"images: {problem}")

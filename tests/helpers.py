@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor, fx
 
 from air import AIR
-from air.data.arrays import Array
-from air.data.digits import MNIST_FILES
+from air.data.scenes import Array
+from air.data.synthetic.digits import MNIST_FILES
 from air.evaluation.counting import CountScores
 from air.evaluation.metrics import Evaluation, HeldOut
 from air.storage.checkpoint import FORMAT, load_weights_strict, read_weights, write_state
@@ -245,6 +245,20 @@ RECORDS = [
         "reliability": [*[[0, 0, 0]] * 8, [1, 0.85, 1.0], [2, 0.95, 0.5]],
     },
 ]  # fmt: skip
+
+
+def squares(n: int, shape: tuple[int, int], side: int, most: int, channels: int = 1) -> Array:
+    """Pictures with 0 to `most` bright squares that do not touch, [N, C, h, w]."""
+    rng = np.random.default_rng(0)
+    images = np.zeros((n, channels, *shape), np.uint8)
+    cell = side + 2
+    rows, columns = shape[0] // cell, shape[1] // cell
+    for k, image in enumerate(images):
+        for place in rng.permutation(rows * columns)[: k % (most + 1)]:
+            y, x = cell * (place // columns), cell * (place % columns)
+            level = rng.integers(128, 256, (channels, 1, 1), np.uint8)
+            image[:, y : y + side, x : x + side] = level
+    return images
 
 
 SETTINGS = TrainingSettings(

@@ -190,14 +190,6 @@ def test_scaling_of_two_ranks_and_a_model_of_many(tmp_path: Path) -> None:
     assert eight[4] == "100%"
 
 
-def test_rates_of_streaming(tmp_path: Path) -> None:
-    line = f"--scenes 200 --batch-sizes 8 --batches 3 --folder {tmp_path}"
-    _, _, *table = run("bench_streaming.py", line, tmp_path).splitlines()
-    assert [cells(row)[:2] for row in table] == [
-        ["8", "one file"], ["8", "ten files"], ["8", "memory"],
-    ]  # fmt: skip
-
-
 def test_downstream_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_weights(AIR(), tmp_path / "weights.pt")

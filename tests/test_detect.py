@@ -16,8 +16,8 @@ from helpers import SIZES, broken_pipe, count_on, save_checkpoint, small_air
 from PIL import Image
 
 from air import AIR
-from air.data.preparation import ImageSettings
-from air.data.sources import read_images
+from air.data.user_images.preparation import ImageSettings
+from air.data.user_images.sources import read_images
 from air.detect import detect, load_air, main
 from air.evaluation.boxes import tight_boxes
 from air.inference import infer
@@ -219,7 +219,7 @@ def test_faint_images_are_hinted_at(
     path = save_checkpoint(small_air(), tmp_path / "c.pt")
     np.savez(tmp_path / "a.npz", x=np.ones((2, 12, 12), np.uint8))
     assert main(f"--load {path} {tmp_path}/a.npz".split()) == 0
-    assert "largest value of the images is 1 of 255" in caplog.text
+    assert "largest value in the images is 1 of 255" in caplog.text
     assert len(found_in(capsys.readouterr().out)) == 2
 
 
@@ -315,8 +315,8 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for model, line, problem in [
         (two, "a.png", "1 channels, expected 2"),
         (grey, "large.png", "13 x 13 pixels, expected 12 x 12: --no-crop resizes them"),
-        (grey, "text.png", "text.png: no picture that can be read"),
-        (grey, "cut.png", "cut.png: no picture that can be read"),
+        (grey, "text.png", "text.png: cannot be read as a picture"),
+        (grey, "cut.png", "cut.png: cannot be read as a picture"),
         (grey, "missing.png", "missing.png"),
         (grey, "missing.npz", "missing.npz: No such file"),
         (grey, "ints.npz", "is int64: expected bool, uint8, uint16, or floats in [0, 1]"),

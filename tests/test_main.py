@@ -267,7 +267,7 @@ def test_wrong_input_ends_in_one_line_with_exit_code_2(
         ("--device toaster", "--device"),
         ("--data missing.npz", "missing.npz"),
         ("--data mine.npz --crop", "--crop: expected --x-size too"),
-        ("--data mine.npz --x-size 90 --crop", "too small for --crop to cut 90 x 90"),
+        ("--data mine.npz --x-size 90 --crop", "too small to crop to 90 x 90"),
         ("--data mine.npz --channels 5", "x has 1 channels, expected 5"),
         ("--data mine.npz --count-pattern x", "expected a regular expression with one group"),
         ("--invert", "--invert applies only to images of --data, which is missing"),

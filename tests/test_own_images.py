@@ -1,4 +1,4 @@
-"""Runs on images of one's own, from --data to the record of how they were read."""
+"""Runs on users' images, from --data to the record of how they were read."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import air.detect
 from air.storage.checkpoint import load_air
 
 
-def test_a_run_on_data_of_ones_own_records_what_is_true_of_it(
+def test_a_run_on_users_data_records_their_size(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     write_scenes(tmp_path / "mine.npz", size=30)
@@ -77,12 +77,12 @@ def test_a_model_of_images_of_another_size_is_refused_with_both_sizes(
         assert "20 x 20" in said
 
 
-def test_data_that_can_hardly_be_meant_are_hinted_at(
+def test_probable_mistakes_are_reported(
     tmp_path: Path, environment: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     x = np.random.default_rng(0).integers(0, 2, (60, 20, 20), np.uint8)
     np.savez(tmp_path / "mine.npz", x=x, counts=np.sort(np.arange(60) % 5))
     done = run("--data mine.npz -n 1 -b 8 --no-compile", tmp_path, environment)
     assert done.returncode == 0, done.stderr
-    for hint in ("largest value of the images is 1", "some scenes hold 4", "shuffle them"):
+    for hint in ("largest value in the images is 1", "some scenes have 4", "shuffle them"):
         assert caplog.text.count(hint) == 1

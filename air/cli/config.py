@@ -10,7 +10,7 @@ from typing import Any
 
 from air.cli.flags import DEFAULTS, FLAGS, SETTINGS, ProgramSettings, settings_named_by_flag
 from air.cli.presets import PRESETS, preset_settings
-from air.data.preparation import ImageSettings
+from air.data.user_images.preparation import ImageSettings
 from air.model_settings import ModelSettings
 from air.settings import from_config, settings_of
 from air.storage.checkpoint import CheckpointError

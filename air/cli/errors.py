@@ -5,7 +5,7 @@ from types import TracebackType
 import torch
 
 from air.cli.flags import Parser
-from air.data.arrays import DataError
+from air.data.scenes import DataError
 from air.storage.files import quoted
 from air.storage.run_folder import RunFolder
 from air.terminal.signals import exit_code

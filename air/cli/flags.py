@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from air.cli.presets import PRESETS
-from air.data.preparation import ImageSettings
+from air.data.user_images.preparation import ImageSettings
 from air.model_settings import ModelSettings
 from air.settings import Setting, SettingError, check_settings, setting, settings_of
 from air.training.ranks import rank, world_size

@@ -1,1 +1,1 @@
-"""Where scenes come from: digits, sprites, arrays and files. Only `streaming` needs torch."""
+"""Scenes as arrays: made here (`synthetic`) or read from users' files (`user_images`)."""

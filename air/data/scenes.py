@@ -1,19 +1,24 @@
-"""Scenes as arrays, and files of them. Pickle is never read or written."""
+"""Scenes as arrays, made here or read from users' files; needs no torch and never reads pickle."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 
-from air.data.array_files import read_arrays
-from air.data.arrays import Array, DataError, sha256
-from air.data.preparation import ImageSettings, prepare
 from air.storage.files import write_atomically
 
-MAX_HELD_OUT = 10_000  # scenes, where a file does not name any
-MAX_COUNT = 10_000  # objects in a scene; tables by count stay small
+Array = np.ndarray[Any, np.dtype[Any]]
+
+MAX_HELD_OUT = 10_000  # scenes, if the source does not name held-out scenes
+MAX_COUNT = 10_000  # objects in a scene; keeps tables by count small
+LARGE_BYTES, SAMPLED_ROWS = 1 << 30, 1000  # of larger arrays, about this many rows are hashed
+
+
+class DataError(ValueError):
+    """Data are missing, damaged or of the wrong kind, or cannot be written; one line."""
 
 
 class ArraySpec(NamedTuple):
@@ -23,20 +28,20 @@ class ArraySpec(NamedTuple):
     axes: tuple[str | int, ...]
 
 
-IMAGES = {"x": "", "test_x": "test_"}  # array of images -> prefix of the arrays of its split
 LABELS = {
     "counts": ArraySpec("int64", ("N",)),
     "overlaps": ArraySpec("int64", ("N",)),
     "labels": ArraySpec("int64", ("N", "M")),
     "boxes": ArraySpec("float32", ("N", "M", 4)),
 }
+IMAGES = ("x", "test_x")
 ARRAY_NAMES = [prefix + name for prefix in ("", "test_") for name in ("x", *LABELS)]
 
 
 class Scenes(NamedTuple):
     """N scenes of H x H pixels in C channels, with at most M objects in a scene."""
 
-    x: Array  # uint8 [N, H, H], or [N, C, H, H] with several channels; or a `Shards` of it
+    x: Array  # uint8 [N, H, H], or [N, C, H, H] with several channels; may be memory-mapped
     counts: Array | None = None  # int64 [N]
     overlaps: Array | None = None  # int64 [N], pixels where an object meets an earlier one
     labels: Array | None = None  # int64 [N, M], -1 beyond the count
@@ -61,6 +66,20 @@ class SceneSplits(NamedTuple):
         return int(self.train.x.shape[1]) if self.train.x.ndim == 4 else 1
 
 
+def sha256(arrays: Sequence[Array | None]) -> str:
+    """The SHA-256 of the shapes and bytes of arrays; None counts as no bytes.
+
+    Of an array above `LARGE_BYTES`, which may be larger than memory, evenly spread rows are read.
+    """
+    digest = hashlib.sha256()
+    for array in arrays:
+        if array is not None:
+            step = max(len(array) // SAMPLED_ROWS, 1) if array.nbytes > LARGE_BYTES else 1
+            digest.update(str(array.shape).encode())
+            digest.update(np.ascontiguousarray(array[::step]).data)
+    return digest.hexdigest()
+
+
 def write_scenes(path: Path | str, train: Scenes, test: Scenes) -> None:
     """Writes an .npz file that appears under its name only when it is complete.
 
@@ -79,51 +98,19 @@ def write_scenes(path: Path | str, train: Scenes, test: Scenes) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), write)
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}); name another place") from error
+        raise DataError(f"{path}: cannot be written ({error}); choose another path") from error
 
 
-def load_file(
-    path: Path | str, settings: ImageSettings | None = None, *, hold_out_all: bool = False
-) -> SceneSplits:
-    """Loads scenes from an .npz, HDF5 or .pt file.
-
-    Args:
-        path: A file with images x and, optionally, counts, overlaps, labels, boxes, and the same
-            arrays of held-out scenes: test_x, test_counts, ...
-        settings: How to prepare the images.
-        hold_out_all: If there is no test_x, hold out all scenes instead of the last tenth.
-
-    Raises:
-        DataError: If the file has no scenes; the message is one line for the user.
-    """
-    arrays = read_arrays(Path(path), ARRAY_NAMES)
-    try:
-        for name in IMAGES:
-            if name in arrays:
-                arrays[name], _ = prepare(arrays[name], settings or ImageSettings(), name)
-        train, test = split_scenes(arrays, hold_out_all=hold_out_all)
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from error
-    return SceneSplits(train, test, sha256([*train, *test]))
-
-
-def first_held_out(num_scenes: int, hold_out_all: bool) -> int:
-    """Index of the first held-out scene where a file does not name any: all, or the last tenth."""
-    if hold_out_all:
-        return 0
-    return num_scenes - min(max(num_scenes // 10, 1), MAX_HELD_OUT)
-
-
-def split_scenes(arrays: Mapping[str, Any], *, hold_out_all: bool = False) -> tuple[Scenes, Scenes]:
+def split_scenes(arrays: Mapping[str, Array], *, hold_out_all: bool = False) -> SceneSplits:
     """Training and held-out scenes of arrays by name.
 
     Args:
-        arrays: x and, if there are any, test_x, which are prepared, and other arrays of
-            `ARRAY_NAMES`, which are checked against `LABELS`.
-        hold_out_all: As for `load_file`.
+        arrays: Prepared images x and optionally test_x, and other arrays of `ARRAY_NAMES`, which
+            are checked against `LABELS`.
+        hold_out_all: Without test_x, hold out all scenes instead of the last tenth.
 
     Raises:
-        DataError: If one of the arrays has another type or shape than it should have.
+        DataError: If there are too few images, or an array has the wrong type or shape.
     """
     x = arrays["x"]
     train = Scenes(x, **_read_labels(arrays, "", len(x)))
@@ -136,36 +123,36 @@ def split_scenes(arrays: Mapping[str, Any], *, hold_out_all: bool = False) -> tu
                 "expected x and test_x of one size and number of channels, got "
                 f"{_per_image(x)} and {_per_image(test_x)}"
             )
-        return train, Scenes(test_x, **_read_labels(arrays, "test_", len(test_x)))
-    if not len(x) and hold_out_all:
-        raise DataError("expected images in x, got none")
-    if len(x) < 2 and not hold_out_all:
-        raise DataError(f"expected at least 2 images, one of them to hold out, got {len(x)}")
-    first = first_held_out(len(x), hold_out_all)
-    return pick_rows(train, slice(first)), pick_rows(train, slice(first, None))
+        test = Scenes(test_x, **_read_labels(arrays, "test_", len(test_x)))
+    else:
+        if len(x) < (1 if hold_out_all else 2):
+            least = "1 image" if hold_out_all else "2 images, one of them to hold out"
+            raise DataError(f"expected at least {least}, got {len(x)}")
+        held_out = min(max(len(x) // 10, 1), MAX_HELD_OUT)
+        first = 0 if hold_out_all else len(x) - held_out
+        train, test = pick_rows(train, slice(first)), pick_rows(train, slice(first, None))
+    return SceneSplits(train, test, sha256([*train, *test]))
 
 
-def pick_rows(scenes: Scenes, rows: Any) -> Scenes:  # noqa: ANN401  # a slice or indices
+def pick_rows(scenes: Scenes, rows: Any) -> Scenes:  # noqa: ANN401  # a slice, indices or a mask
     """Some of the scenes."""
     return Scenes._make(None if array is None else array[rows] for array in scenes)
 
 
-def _read_labels(arrays: Mapping[str, Any], prefix: str, num_images: int) -> dict[str, Array]:
-    """The arrays of one split other than its images, of the types in `LABELS`."""
+def _read_labels(arrays: Mapping[str, Array], prefix: str, num_images: int) -> dict[str, Array]:
+    """Copies of the arrays of one split other than its images, of the types in `LABELS`."""
     sizes = {"N": num_images}
     found = {}
     for name, spec in LABELS.items():
         if prefix + name in arrays:
             array = arrays[prefix + name]
-            _check_array(prefix + name, array, spec, sizes, f"{prefix}x")
+            _check_array(prefix + name, array, spec, sizes)
             with np.errstate(over="ignore"):  # a box beyond float32 is infinite
-                found[name] = array.astype(spec.dtype, copy=False)
+                found[name] = np.array(array, spec.dtype)
     return found
 
 
-def _check_array(
-    name: str, array: Array, spec: ArraySpec, sizes: dict[str, int], images: str
-) -> None:
+def _check_array(name: str, array: Array, spec: ArraySpec, sizes: dict[str, int]) -> None:
     """Checks an array against its specification; adds lengths of new axes to `sizes`."""
     lengths = ", ".join(str(sizes.get(str(axis), axis)) for axis in spec.axes)
     problem = f"expected {name} {spec.dtype} [{lengths}], got {array.dtype} {list(array.shape)}"
@@ -173,8 +160,7 @@ def _check_array(
         raise DataError(problem)
     if len(array) != sizes["N"]:
         raise DataError(
-            f"expected an entry of {name} for each image of {images}, got {len(array)} for "
-            f"{sizes['N']} images"
+            f"expected an entry of {name} for each of the {sizes['N']} images, got {len(array)}"
         )
     for axis, length in zip(spec.axes, array.shape, strict=True):
         if length != (axis if isinstance(axis, int) else sizes.setdefault(axis, length)):
@@ -187,5 +173,5 @@ def _check_array(
 
 
 def _per_image(x: Array) -> str:
-    channels = x.shape[1] if len(x.shape) == 4 else 1
+    channels = x.shape[1] if x.ndim == 4 else 1
     return f"{x.shape[-1]} x {x.shape[-2]} x {channels}"

@@ -10,9 +10,7 @@ from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
 
 from air.air import AIR
-from air.data.streaming import StreamedImages
 from air.evaluation.alarms import (
-    MAX_CHECKED_IMAGES,
     collapse_alarm,
     empty_canvas_elbo,
     first_not_finite,
@@ -42,8 +40,8 @@ class Trainer:
 
     Args:
         air: The model, on the device to train on. Parameters that are frozen now stay frozen.
-        images: Training scenes, [N, (C,) H, H], on the same device, or in files. With several
-            processes each one trains on its shard of them.
+        images: Training scenes, [N, (C,) H, H], on the same device. With several processes each one
+            trains on its shard of them.
         held_out: Scenes to evaluate on.
         settings: How to train; the batch size is that of all processes together.
         compiler: For a compiled step; see `CompiledSVI`.
@@ -56,7 +54,7 @@ class Trainer:
     def __init__(
         self,
         air: AIR,
-        images: Tensor | StreamedImages,
+        images: Tensor,
         held_out: HeldOut,
         settings: TrainingSettings,
         compiler: Compiler = inductor,
@@ -73,15 +71,10 @@ class Trainer:
                 f"{len(images)}"
             )
         # Here and not at each step, because to read the values waits for the device.
-        air.check_images(images if isinstance(images, Tensor) else images[:1])
+        air.check_images(images)
         held_out = check_scenes(air, held_out)
         self.air = air
-        if isinstance(images, StreamedImages):
-            self.images: Tensor | StreamedImages = StreamedImages(
-                shard(images.files), images.device
-            )
-        else:
-            self.images = shard(images)
+        self.images: Tensor = shard(images)
         self.held_out = held_out
         self.settings = settings
         self.batch_size = settings.batch_size // world_size()  # of this process
@@ -165,12 +158,8 @@ class Trainer:
             torch.manual_seed(seed_of_step(self.settings.seed, self.step))
         self.prior.set_step(self.step + 1)
         self._set_learning_rates()
-        if isinstance(self.images, StreamedImages):
-            data = self.images.draw(self.batch_size)
-            size = {"num_images": len(self.images)}
-        else:
-            data, size = self.images, {"batch_size": self.batch_size}
-        self.phase.take_step(self.step, self.air, data, **size, z_pres_prior_p=self.prior)
+        size = {"batch_size": self.batch_size}
+        self.phase.take_step(self.step, self.air, self.images, **size, z_pres_prior_p=self.prior)
         self.step += 1
         begin = self.settings.learn_count_prior_from
         if begin is not None and self.step >= begin and is_due(self.step, LEARN_PRIOR_EVERY):
@@ -182,10 +171,7 @@ class Trainer:
         return phase_at(self.phases, self.step)
 
     def _not_finite_error(self) -> FloatingPointError:
-        images = self.images
-        if isinstance(images, StreamedImages):
-            images = images[:MAX_CHECKED_IMAGES]
-        name = first_not_finite(self.air, images, self.prior)
+        name = first_not_finite(self.air, self.images, self.prior)
         return FloatingPointError(
             f"{name} and with it the loss or its gradients were not finite for "
             f"{self.stats.skipped_in_a_row} steps in a row"

@@ -1,36 +1,18 @@
-"""The suggested command: what it says about images that are known, and that it can be run."""
+"""The suggested command suits images that are known, and runs."""
 
 import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import run
+from helpers import run, squares
 from PIL import Image
 
 from air.cli.config import resolve_config
 from air.cli.flags import build_parser
 from air.cli.suggestion import suggest
-from air.data.arrays import Array
-from air.data.pictures import write_pictures
-from air.data.preparation import ImageSettings
-from air.data.sources import source_images
-from air.data.survey import sample_images, survey
+from air.data.user_images.picture_files import write_pictures
 from multi_mnist import SceneSettings, load_scenes
-
-
-def squares(n: int, shape: tuple[int, int], side: int, most: int, channels: int = 1) -> Array:
-    """Pictures with 0 to `most` bright squares that do not touch, [N, C, h, w]."""
-    rng = np.random.default_rng(0)
-    images = np.zeros((n, channels, *shape), np.uint8)
-    cell = side + 2
-    rows, columns = shape[0] // cell, shape[1] // cell
-    for k, image in enumerate(images):
-        for place in rng.permutation(rows * columns)[: k % (most + 1)]:
-            y, x = cell * (place // columns), cell * (place % columns)
-            level = rng.integers(128, 256, (channels, 1, 1), np.uint8)
-            image[:, y : y + side, x : x + side] = level
-    return images
 
 
 def suggestion(path: Path, *words: str) -> tuple[dict[str, object], str]:
@@ -40,27 +22,6 @@ def suggestion(path: Path, *words: str) -> tuple[dict[str, object], str]:
     command = shlex.split(text.splitlines()[-1])
     assert command[:2] == ["python", "main.py"]
     return vars(build_parser().parse_args(command[2:])), text
-
-
-def test_a_survey_counts_and_measures() -> None:
-    images = squares(80, (60, 48), side=9, most=3)
-    found = survey(list(images))
-    assert found.sizes == (48, 48, 60, 60)
-    assert found.spots.tolist() == [20, 20, 20, 20]
-    assert found.most_spots == 3
-    assert found.side(50) == found.side(90) == 9 / 60
-    assert found.ink == pytest.approx((images > 0).mean())
-    assert (found.is_coloured, found.background) == (False, 0.0)
-    assert survey(list(squares(8, (20, 20), 5, 2, channels=3))).is_coloured
-
-
-def test_specks_and_objects_that_touch_do_not_count() -> None:
-    images = squares(90, (48, 48), side=8, most=2)
-    images[::2, 0, 40:42, 40:42] = 255  # a speck
-    images[1, 0, :8, 8:16] = 255  # one of 90 images shows two squares that touch
-    found = survey(list(images))
-    assert found.most_spots == 2
-    assert found.side(90) == 8 / 48
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -104,7 +65,7 @@ def test_light_large_and_odd_images_are_brought_into_shape(tmp_path: Path) -> No
     assert flags["x_size"] == 104  # 12 pixels for a square of 24 in 200
     assert flags["preset"] == "small-digits"
     assert "up to" not in text
-    assert "60 images are few" in text
+    assert "Only 60 images: the model may overfit" in text
     np.savez(tmp_path / "x.npz", x=images[:, :, :, :150])
     assert suggestion(tmp_path / "x.npz")[0]["channels"] == 1
 
@@ -134,19 +95,23 @@ def test_images_are_looked_at_as_the_given_flags_prepare_them(tmp_path: Path) ->
     assert suggestion(tmp_path / "x.npz", *given, "--invert")[0] == {**flags, "invert": True}
 
 
-def test_a_sample_is_spread_over_all_parts_and_loads_no_others(tmp_path: Path) -> None:
-    x = np.arange(70, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
-    for k, part in enumerate((x[:13], x[13:40], x[40:])):
-        np.save(tmp_path / f"x-{k}.npy", part)
-    found = source_images(tmp_path, ImageSettings(), lambda number: number // 10)
-    assert [int(pixels[0, 0, 0]) for _, pixels in found] == list(range(0, 70, 7))
-    assert len(sample_images(tmp_path, ImageSettings(), 20)) == 18  # every fourth
-
-
 def test_images_without_objects_and_single_images_have_a_suggestion(tmp_path: Path) -> None:
     for n in (1, 30):
         np.savez(tmp_path / "x.npz", x=np.zeros((n, 20, 20), np.uint8))
         assert suggestion(tmp_path / "x.npz")[0]["model_steps"] == 1
+
+
+def test_images_with_many_different_numbers_of_spots_have_a_suggestion(tmp_path: Path) -> None:
+    """As of stars or cells: no number of spots is seen in one of a hundred images."""
+    x = np.zeros((500, 64, 64), np.uint8)
+    for i, image in enumerate(x):
+        for k in range(i % 400):
+            row, column = 3 * (k // 21), 3 * (k % 21)
+            image[row : row + 2, column : column + 2] = 255
+    np.savez(tmp_path / "x.npz", x=x)
+    flags, text = suggestion(tmp_path / "x.npz")
+    assert flags["model_steps"] == 394  # 495 of 500 images have at most so many
+    assert "99 % of the images have at most 394 separate spots" in text
 
 
 @pytest.mark.parametrize("line", ["--suggest", "--suggest --data nothing", "--suggest --data ."])

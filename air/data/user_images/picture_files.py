@@ -1,4 +1,4 @@
-"""Picture files: PNG, JPEG, TIFF, BMP, WebP, GIF and PPM are read page by page, PNG is written."""
+"""Reads picture files (PNG, JPEG, TIFF, BMP, WebP, GIF, PPM) page by page, and writes PNG files."""
 
 import csv
 import os
@@ -11,9 +11,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from air.data.arrays import Array, DataError
-from air.data.preparation import lay_over, to_bytes, to_grey
-from air.data.scenes import Scenes
+from air.data.scenes import Array, DataError, Scenes
+from air.data.user_images.preparation import lay_over, to_bytes, to_grey
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # others can run programs
 PAGED = ("GIF", "PNG", "TIFF", "WEBP")  # a JPEG's further images are previews of the first
@@ -39,7 +38,7 @@ def read_picture(path: Path | str, alpha_over: str = "black") -> Iterator[tuple[
         pixels: uint8 [1, h, w] if all are grey, else [3, h, w]. 16 bits are scaled to 8.
 
     Raises:
-        DataError: If the file is no picture, or damaged, or a page is too large.
+        DataError: If the file is not a picture, or damaged, or a page is too large.
     """
     page = 0
     try:
@@ -58,7 +57,7 @@ def read_picture(path: Path | str, alpha_over: str = "black") -> Iterator[tuple[
                     yield (f"{path}[{page}]" if pages > 1 else str(path)), pixels
     except Exception as error:  # Pillow raises errors of many types for foreign bytes
         where = f"{path}[{page}]" if page else path
-        raise DataError(f"{where}: no picture that can be read: {_reason(error)}") from error
+        raise DataError(f"{where}: cannot be read as a picture: {_reason(error)}") from error
 
 
 def write_pictures(folder: Path | str, scenes: Mapping[str, Scenes]) -> None:
@@ -82,7 +81,7 @@ def write_pictures(folder: Path | str, scenes: Mapping[str, Scenes]) -> None:
         _write_pictures(temporary, scenes)
         temporary.rename(folder)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error}); name another place") from error
+        raise DataError(f"{folder}: cannot be written ({error}); choose another path") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -111,7 +110,7 @@ def _open(content: BinaryIO) -> Image.Image:
 def _check_size(image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width} x {image.height} pixels"
-        raise ValueError(f"it declares {size}, more than the {MAX_PIXELS:,} of this program")
+        raise ValueError(f"it declares {size}, more than the limit of {MAX_PIXELS:,} pixels")
 
 
 def _is_side_image(image: Image.Image) -> bool:
@@ -152,5 +151,5 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, UnidentifiedImageError):
-        return "it is a file of another kind, or its pixels are of a type that is not read"
+        return "the file is of another kind, or its pixels are of an unsupported type"
     return " ".join(str(error).split()) or type(error).__name__

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from air.data.arrays import Array, DataError
+from air.data.scenes import Array, DataError
 
 HOSTS = ("ossci-datasets.s3.amazonaws.com", "storage.googleapis.com/cvdf-datasets")
 MIRRORS = tuple(f"https://{host}/mnist/" for host in HOSTS)

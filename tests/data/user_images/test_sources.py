@@ -1,9 +1,10 @@
-"""One door for images: the same images are the same scenes, whatever they are stored in."""
+"""The same images are the same scenes, in whatever files they are stored."""
 
 import os
 import re
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,22 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from helpers import SETTINGS, small_air, weights
 from PIL import Image
 
-from air.data.arrays import Array, DataError
-from air.data.pictures import write_pictures
-from air.data.preparation import ImageSettings, prepare
-from air.data.scenes import Scenes
-from air.data.sources import find_pictures, is_folder_of_pictures, load_data, read_images
+from air.data.scenes import Array, DataError, Scenes
+from air.data.user_images.picture_files import write_pictures
+from air.data.user_images.preparation import ImageSettings, prepare
+from air.data.user_images.sources import (
+    find_pictures,
+    is_folder_of_pictures,
+    load_data,
+    natural_order,
+    read_images,
+)
+from air.evaluation import HeldOut
+from air.images import to_tensor
+from air.training import Trainer
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (30, 12, 12), np.uint8)
@@ -59,13 +69,6 @@ def save_npy(path: Path, x: Array) -> Path:
     return path
 
 
-def save_parts(folder: Path, x: Array) -> Path:
-    folder.mkdir()
-    for i, part in enumerate(np.array_split(x, 11)):
-        np.save(folder / f"x-{i}.npy", part)
-    return folder
-
-
 def save_hdf5(path: Path, x: Array) -> Path:
     with h5py.File(path, "w") as file:
         file.create_dataset("x", data=x, compression="gzip")
@@ -102,7 +105,8 @@ WAYS: dict[str, Callable[[Path], Path]] = {
     "npy": lambda to: save_npy(to / "a.npy", X),
     "npy of Fortran": lambda to: save_npy(to / "a.NPY", np.asfortranarray(X / 255)),
     "npy in a folder": lambda to: save_npy(to / "x.npy", X[..., None]).parent,
-    "parts": lambda to: save_parts(to / "a", (X / 255).astype(">f4")),
+    "npy of bytes and channels": lambda to: save_npy(to / "a.npy", X[:, None]),
+    "npy of big-endian": lambda to: save_npy(to / "a.npy", (X / 255).astype(">f4")),
     "HDF5": lambda to: save_hdf5(to / "a.h5", X),
     "HDF5 of floats": lambda to: save_hdf5(to / "a.hdf5", X / 255),
     "tensor": lambda to: save_pt(to / "a.pt", torch.from_numpy(X)),
@@ -124,7 +128,7 @@ def test_the_same_images_are_the_same_scenes(way: str, tmp_path: Path) -> None:
     assert np.array_equal(np.stack(one_by_one), X)
 
 
-@pytest.mark.parametrize("way", ["PNG", "npz", "parts", "HDF5", "tensor"])
+@pytest.mark.parametrize("way", ["PNG", "npz", "npy", "HDF5", "tensor"])
 def test_names_tell_file_and_place(way: str, tmp_path: Path) -> None:
     path = WAYS[way](tmp_path)
     names = [image.name for image in read_images(path, AS_THEY_ARE)]
@@ -156,7 +160,7 @@ def test_every_source_is_prepared_alike(x: Array, settings: ImageSettings, tmp_p
     for source in (
         save_pictures(tmp_path / "pictures", x),
         save_npz(tmp_path / "a.npz", last / 255),
-        save_parts(tmp_path / "parts", last),
+        save_npy(tmp_path / "a.npy", last),
         save_hdf5(tmp_path / "a.h5", x),
     ):
         images = list(read_images(source, settings))
@@ -224,7 +228,7 @@ def test_counts_come_from_the_names_of_pictures(tmp_path: Path) -> None:
             assert found.train.counts is found.test.counts is None
         else:
             assert np.array_equal(np.asarray(found.test.counts), expected[9::10])
-    with pytest.raises(DataError, match=r"00_0-objects.png: --count-pattern finds no count in"):
+    with pytest.raises(DataError, match=r"00_0-objects.png: --count-pattern matches no count in"):
         load_data(tmp_path, ImageSettings(count_pattern="(y)"))
     (tmp_path / "counts.csv").write_text("00_0-objects.png,0\n")
     with pytest.raises(DataError, match=r"counts.csv: no count of 01_1-objects.png; expected a"):
@@ -303,6 +307,12 @@ def test_odd_names_and_files_that_are_no_pictures(tmp_path: Path) -> None:
     assert found == {image.tobytes() for image in X[:6]}
 
 
+def test_pictures_are_in_their_natural_order() -> None:
+    expected = ["x-01.png", "x-1.png", "x-2.png", "x-2a.png", "x-٣", "x-10.png", "x-²", "y"]
+    assert sorted(sorted(expected), key=natural_order) == expected
+    assert sorted(reversed(expected), key=natural_order) == expected
+
+
 def test_links_are_followed(tmp_path: Path) -> None:
     save_pictures(tmp_path / "elsewhere" / "deep")
     (tmp_path / "a").mkdir()
@@ -328,7 +338,7 @@ def test_a_folder_is_a_folder_whatever_its_name(tmp_path: Path) -> None:
 def refused(
     path: Path, problem: str, settings: ImageSettings = AS_THEY_ARE, one_by_one: bool = True
 ) -> None:
-    """Both ways through the door end with one line that begins with the path."""
+    """Both functions end with one line that begins with the path."""
     ways: list[Callable[[], object]] = [
         lambda: load_data(path, settings),
         lambda: list(read_images(path, settings)),
@@ -342,7 +352,7 @@ def refused(
         assert "\n" not in message
 
 
-def test_what_is_taken_is_said_for_other_files(tmp_path: Path) -> None:
+def test_other_files_are_refused_with_a_list_of_sources(tmp_path: Path) -> None:
     taken = r"expected a picture \(PNG, .*a folder of pictures, a .npz, .npy, .h5 or .pt file"
     for name in ("m.mat", "a.csv", "a.txt", "a.pkl", "a.npz.gz", "a.2024"):
         (tmp_path / name).write_text("1,2\n3,4\n")
@@ -354,11 +364,11 @@ def test_what_is_taken_is_said_for_other_files(tmp_path: Path) -> None:
     for suffix in ("npz", "npy", "h5", "pt"):
         refused(tmp_path / f"missing.{suffix}", "No such file or directory")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", f"empty holds no pictures: {taken}")
+    refused(tmp_path / "empty", f"empty contains no pictures: {taken}")
     (tmp_path / "empty" / "counts.npy").write_bytes(b"")
-    refused(tmp_path / "empty", f"empty holds no pictures: {taken}")
+    refused(tmp_path / "empty", f"empty contains no pictures: {taken}")
     (tmp_path / "text").write_text("no picture")
-    refused(tmp_path / "text", "no picture that can be read: it is a file of another kind")
+    refused(tmp_path / "text", "cannot be read as a picture: the file is of another kind")
     os.mkfifo(tmp_path / "pipe")
     refused(tmp_path / "pipe", f"pipe is neither a file nor a folder: {taken}")
 
@@ -393,11 +403,11 @@ def test_pictures_that_do_not_fit_are_named_with_a_remedy(tmp_path: Path) -> Non
         one_by_one=False,
     )
     save_pictures(tmp_path / "wide", X[:, 2:])
-    remedy = "0.png has images of 12 x 10 pixels, which are not square: --x-size H .* --crop cuts"
+    remedy = "0.png has images of 12 x 10 pixels, which are not square: --x-size H .* --crop crops"
     refused(tmp_path / "wide", remedy)
     refused(
         tmp_path / "wide",
-        "too small for --crop to cut 11 x 11",
+        "too small to crop to 11 x 11",
         ImageSettings(x_size=11, crop=True),
     )
     for size, crop in ((11, False), (10, True)):
@@ -406,15 +416,15 @@ def test_pictures_that_do_not_fit_are_named_with_a_remedy(tmp_path: Path) -> Non
     save_pictures(tmp_path / "one", X[:1])
     refused(tmp_path / "one", "at least 2 pictures, .* got 1", one_by_one=False)
     (tmp_path / "one" / "1.png").write_bytes(b"no picture")
-    refused(tmp_path / "one", "1.png: no picture that can be read: it is a file of another kind")
+    refused(tmp_path / "one", "1.png: cannot be read as a picture: the file is of another kind")
 
 
 @pytest.mark.parametrize(
     ("x", "problem"),
     [
-        (X / 1.0, "is float64 from 0 to 2..: .*; divide by 255"),
-        (X / 127.5 - 1, "add 1 and divide by 2"),
-        (np.full((30, 9, 9), np.nan), "replace what is not finite"),
+        (X / 1.0, "is float64: .* from 0 to 2..; divide by 255"),
+        (X / 127.5 - 1, "subtract the least value"),
+        (np.full((30, 9, 9), np.nan), "replace NaN and infinite values"),
         (X.astype(int), r"int64: .*astype\('uint8'\)"),
         (X.astype("c16"), "complex128: expected bool"),
         (X[0], "has the shape 12 x 12: expected "),
@@ -431,7 +441,7 @@ def test_arrays_that_do_not_fit_are_named_with_a_remedy(
         name = {"save_npz": "a.npz", "save_npy": "a.npy", "save_hdf5": "a.h5"}[write.__name__]
         refused(write(tmp_path / name, x), problem)
     five = save_npz(tmp_path / "five.npz", np.zeros((30, 5, 9, 9), np.uint8))
-    refused(five, "5 channels, expected 3; only grey, RGB", ImageSettings(channels=3))
+    refused(five, "5 channels, expected 3; only grey and RGB", ImageSettings(channels=3))
 
 
 def test_a_checkpoint_is_no_data(tmp_path: Path) -> None:
@@ -439,7 +449,33 @@ def test_a_checkpoint_is_no_data(tmp_path: Path) -> None:
     refused(tmp_path / "checkpoint.pt", "got the checkpoint of a model, which --load takes")
 
 
-def test_a_later_part_that_cannot_be_prepared_is_named(tmp_path: Path) -> None:
-    save_npy(tmp_path / "x-0.npy", X / 255)
-    save_npy(tmp_path / "x-1.npy", X / 2.0)
-    refused(tmp_path, r"^[^:]*(: x|]) is float64 from . to 12.*: .*divide by 255")
+def test_prepared_images_stay_in_a_file_that_may_be_larger_than_memory(tmp_path: Path) -> None:
+    """The file is sparse: it takes no disk."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    number = 2 * memory // 900
+    x = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.uint8, (number, 1, 30, 30))
+    x[-20_000] = 7
+    del x
+    np.save(tmp_path / "test_x.npy", np.zeros((9, 30, 30), np.uint8))
+    tracemalloc.start()
+    train, test, _ = load_data(tmp_path)
+    images = to_tensor(train.x)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20e6
+    assert images.shape == (number, 30, 30)
+    assert images[torch.tensor([0, number - 20_000])].amax((1, 2)).tolist() == [0, 7]
+    assert len(test.x) == 9
+
+
+@pytest.mark.slow
+def test_training_on_a_memory_mapped_array_is_training_in_memory(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", X)
+    trained, settings = [], replace(SETTINGS, num_steps=3)
+    for x in (X[:27], load_data(tmp_path).train.x):
+        torch.manual_seed(1)
+        done = Trainer(small_air(), to_tensor(x), HeldOut(to_tensor(X[27:])), settings)
+        for _ in done.train():
+            pass
+        trained.append(weights(done))
+    assert all(map(torch.equal, *trained))

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from helpers import write_idx
 
-import air.data.digits
-from air.data.arrays import Array, DataError
-from air.data.digits import (
+import air.data.synthetic.digits
+from air.data.scenes import Array, DataError
+from air.data.synthetic.digits import (
     MNIST_FILES,
     download_mnist,
     load_embedded,
@@ -87,7 +87,7 @@ def test_a_download_is_checked_and_tries_the_next_mirror(
 ) -> None:
     served, folder = write_idx(tmp_path / "served", digits), tmp_path / "mnist"
     sums = {n: hashlib.sha256((served / f"{n}.gz").read_bytes()).hexdigest() for n in MNIST_FILES}
-    monkeypatch.setattr(air.data.digits, "MNIST_FILES", sums)
+    monkeypatch.setattr(air.data.synthetic.digits, "MNIST_FILES", sums)
     monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *arguments: None)
     handler = partial(SimpleHTTPRequestHandler, directory=str(served))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -1,43 +1,54 @@
-"""The one door for images: whatever people have, for training (`load_data`) or one by one.
+"""The single entry point for users' images, for training (`load_data`) or one by one.
 
-Taken are
+Sources are
 
 - a picture, or a folder of pictures, its subfolders included: PNG, JPEG, TIFF, BMP, WebP, GIF, PPM;
   each page of a file is an image;
-- an .npz, HDF5 or .pt file with an array of images x;
-- a .npy file of images, or a folder of x.npy or of its parts x-0.npy, x-1.npy, ...
+- an .npz, .npy, HDF5 or .pt file with an array of images x;
+- a folder with x.npy and, optionally, counts.npy, test_x.npy, ...
 
 The format of a picture is decided by its content, that of other files by their suffix. Arrays are
-[N, H, H], [N, C, H, H] or [N, H, H, C], of bool, uint8, uint16, or floats in [0, 1].
+[N, H, H], [N, C, H, H] or [N, H, H, C], of bool, uint8, uint16, or floats in [0, 1]. An .npy file
+of uint8 [N, H, H] or [N, C, H, H] in the final size may be larger than memory.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from air.data.array_files import READERS, read_arrays
-from air.data.arrays import Array, DataError, sha256
-from air.data.counts import PictureCounts
-from air.data.pictures import SUFFIXES, read_picture
-from air.data.preparation import (
-    CHUNK,
+from air.data.scenes import (
+    ARRAY_NAMES,
+    IMAGES,
+    MAX_HELD_OUT,
+    Array,
+    DataError,
+    Scenes,
+    SceneSplits,
+    pick_rows,
+    sha256,
+    split_scenes,
+)
+from air.data.user_images.array_files import holds_arrays, read_arrays
+from air.data.user_images.picture_files import SUFFIXES, read_picture
+from air.data.user_images.preparation import (
     ImageSettings,
     Placement,
+    check_size,
+    prepare,
     prepare_channels_first,
     to_channels_first,
 )
-from air.data.scenes import MAX_HELD_OUT, Scenes, SceneSplits, load_file, pick_rows
-from air.data.shards import holds_arrays, map_arrays, map_scenes, natural_order
-from air.storage.files import MAX_BYTES
+from air.data.user_images.true_counts import PictureCounts
 
-TAKEN = (
+EXPECTED = (
     "expected a picture (PNG, JPEG, TIFF, BMP, WebP, GIF or PPM), a folder of pictures, a .npz, "
-    ".npy, .h5 or .pt file, or a folder of x.npy or its parts"
+    ".npy, .h5 or .pt file, or a folder with x.npy"
 )
 HELD_OUT_FOLDER = "test"
 HOLD_OUT_EVERY = 10
@@ -54,23 +65,20 @@ class PreparedImage(NamedTuple):
 def load_data(
     path: Path | str, settings: ImageSettings | None = None, *, hold_out_all: bool = False
 ) -> SceneSplits:
-    """Loads scenes of one's own.
+    """Loads users' images as scenes, with true counts and boxes if the source has them.
 
     Args:
         path: A source of images; see the head of this file.
         settings: How to prepare the images.
-        hold_out_all: Hold out all images, unless the source says which are to be held out.
+        hold_out_all: Hold out all images, unless the source names held-out images.
 
     Raises:
         DataError: If there are no scenes; the message is one line for the user.
     """
     path, settings = Path(path), settings or ImageSettings()
     with _named_system_errors(path):
-        kind = _kind_of(path)
-        if kind == "npy":
-            return map_scenes(path, settings, hold_out_all=hold_out_all)
-        if kind == "arrays":
-            return load_file(path, settings, hold_out_all=hold_out_all)
+        if holds_arrays(path):
+            return _load_arrays(path, settings, hold_out_all)
         return _load_pictures(path, settings, hold_out_all)
 
 
@@ -78,7 +86,7 @@ def read_images(path: Path | str, settings: ImageSettings) -> Iterator[PreparedI
     """Reads and prepares the images of a source, one by one.
 
     Raises:
-        DataError: If an image cannot be read, or not be prepared.
+        DataError: If an image cannot be read or prepared.
     """
     for name, pixels in source_images(path, settings):
         yield prepare_image(name, pixels, settings)
@@ -97,9 +105,9 @@ def source_images(
 
     Args:
         path: The source.
-        settings: Of them, `alpha_over` is needed here.
-        every: Of all the files of pictures, or of the images in arrays, their number -> k, to read
-            every k-th alone.
+        settings: Only `alpha_over` is used.
+        every: Maps the number of picture files, or of images in an array, to k: only every k-th is
+            read.
 
     Yields:
         The name of an image, and its pixels, [C, h, w], of a type that `prepare` takes.
@@ -109,28 +117,18 @@ def source_images(
     """
     path = Path(path)
     with _named_system_errors(path):
-        kind = _kind_of(path)
-        if kind == "pictures":
-            files = find_pictures(path)
-            for file in files[:: every(len(files))]:
-                yield from read_picture(file, settings.alpha_over)
+        if holds_arrays(path):
+            x = to_channels_first(read_arrays(path, ("x",))["x"], f"{path}: x")
+            for i in range(0, len(x), every(len(x))):
+                yield f"{path}[{i}]", x[i]
             return
-        parts = map_arrays(path)["x"] if kind == "npy" else [read_arrays(path, ("x",))["x"]]
-        for part in parts:
-            if part.ndim < 3:
-                to_channels_first(part, f"{path}: x")  # says what is wrong
-        step = every(sum(map(len, parts)))
-        first = 0  # number of the part's first image
-        for part in parts:
-            for start in range(-first % step, len(part), CHUNK * step):
-                rows = part[start : start + CHUNK * step : step]
-                for i, pixels in enumerate(to_channels_first(rows, f"{path}: x")):
-                    yield f"{path}[{first + start + i * step}]", pixels
-            first += len(part)
+        files = find_pictures(path)
+        for file in files[:: every(len(files))]:
+            yield from read_picture(file, settings.alpha_over)
 
 
 def is_folder_of_pictures(path: Path | str) -> bool:
-    """Whether a path is a folder, and not one of arrays."""
+    """Whether a path is a folder without x.npy."""
     path = Path(path)
     with _named_system_errors(path):
         return path.is_dir() and not holds_arrays(path)
@@ -149,13 +147,13 @@ def find_pictures(path: Path | str) -> list[Path]:
         if path.is_file():
             if path.suffix.lower() in SUFFIXES or not path.suffix:
                 return [path]
-            raise DataError(f"{path} is a {path.suffix} file: {TAKEN}")
+            raise DataError(f"{path} is a {path.suffix} file: {EXPECTED}")
         if not path.is_dir():
             problem = "is neither a file nor a folder" if path.exists() else "does not exist"
-            raise DataError(f"{path} {problem}: {TAKEN}")
+            raise DataError(f"{path} {problem}: {EXPECTED}")
         files = [file for file in _files_in(path, set()) if file.suffix.lower() in SUFFIXES]
         if not files:
-            raise DataError(f"{path} holds no pictures: {TAKEN}")
+            raise DataError(f"{path} contains no pictures: {EXPECTED}")
     return sorted(files, key=natural_order)
 
 
@@ -173,13 +171,6 @@ def _files_in(folder: Path, entered: set[str]) -> Iterator[Path]:
             yield path
 
 
-def _kind_of(path: Path) -> Literal["pictures", "npy", "arrays"]:
-    if path.is_dir():
-        return "npy" if holds_arrays(path) else "pictures"
-    suffix = path.suffix.lower()
-    return "npy" if suffix == ".npy" else "arrays" if suffix in READERS else "pictures"
-
-
 @contextmanager
 def _named_system_errors(path: Path) -> Iterator[None]:
     """Turns errors of the system, as for folders that must not be read, into a `DataError`."""
@@ -190,7 +181,18 @@ def _named_system_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{where}: {error.strerror or error}") from error
 
 
-# Pictures as scenes.
+def _load_arrays(path: Path, settings: ImageSettings, hold_out_all: bool) -> SceneSplits:
+    """Loads the arrays of `ARRAY_NAMES` in a file or folder as scenes."""
+    arrays = read_arrays(path, ARRAY_NAMES)
+    try:
+        for name in IMAGES:
+            if name in arrays:
+                arrays[name], _ = prepare(arrays[name], settings, name)
+        train, test, digest = split_scenes(arrays, hold_out_all=hold_out_all)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    # Evaluations read every held-out image, so memory holds these images in any case.
+    return SceneSplits(train, test._replace(x=np.array(test.x)), digest)
 
 
 def _load_pictures(path: Path, settings: ImageSettings, hold_out_all: bool) -> SceneSplits:
@@ -211,8 +213,7 @@ def _load_pictures(path: Path, settings: ImageSettings, hold_out_all: bool) -> S
             sources.append(file)
             counts.append(known.of(name, file))
             size += prepared.pixels.nbytes
-            if size > MAX_BYTES:
-                raise DataError(f"{path} unpacks to more than {MAX_BYTES:,} bytes; lower --x-size")
+            check_size(str(path), size)
             _check_same_size(path, images, sources)
     held_out = _choose_held_out(path, sources, hold_out_all)
     if any(image.ndim == 3 for image in images):  # one picture in colour: all in colour
@@ -228,8 +229,7 @@ def _check_same_size(path: Path, images: Sequence[Array], sources: Sequence[Path
     if first != last:
         raise DataError(
             f"{path}: pictures of different sizes, {first} x {first} ({sources[0]}) and {last} x "
-            f"{last} ({sources[-1]}): --x-size H resizes all to H x H, with --crop cuts out their "
-            "middle"
+            f"{last} ({sources[-1]}): --x-size H resizes all to H x H, and with --crop crops them"
         )
 
 
@@ -257,3 +257,9 @@ def _choose_held_out(path: Path, sources: Sequence[Path], hold_out_all: bool) ->
 def _top_folder(file: Path, path: Path) -> str:
     inside = file.relative_to(path).parts if file != path else ()
     return inside[0] if len(inside) > 1 else ""
+
+
+def natural_order(file: Path | str) -> tuple[list[Any], str]:
+    """A sort key that puts x-2.png before x-10.png, and x-01.png before x-1.png."""
+    parts = re.split(r"(\d+)", str(file))
+    return [int(part) if part.isdecimal() else part for part in parts], str(file)

@@ -1,6 +1,6 @@
-"""Images of any usual type, layout, size and colour become squares of bytes, uint8 [N, (C,) H, H].
+"""Converts images of any common type, layout, size and colour to squares, uint8 [N, (C,) H, H].
 
-Every function raises a `DataError` that says which rule an array breaks and what mends it.
+Every function raises a `DataError` that says which rule an array breaks and how to mend it.
 """
 
 import re
@@ -10,11 +10,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from air.data.arrays import Array, DataError
+from air.data.scenes import Array, DataError
+from air.intensities import range_problem
 from air.settings import check_settings, setting
+from air.storage.files import MAX_BYTES
 
-TOLERANCE = 0.01  # how far floats may leave [0, 1], as after interpolation
-MAX_CHANNELS_LAST = 4  # [N, H, W, C] has at most so many channels: grey, RGB, with or without alpha
+MAX_CHANNELS_LAST = 4  # of [N, H, W, C]: grey or RGB, with or without alpha
 CHUNK = 1000  # images that are converted at once, to save memory
 ALPHA = {2: 1, 4: 3}  # number of channels with alpha -> number of colour channels
 
@@ -28,28 +29,30 @@ def _has_one_group(pattern: str) -> bool:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How images of one's own are read."""
+    """How users' images are read."""
 
-    x_size: int | None = setting(None, "side in pixels that images are brought to", low=1, flag="")
+    x_size: int | None = setting(None, "side in pixels of the prepared images", low=1, flag="")
     channels: int | None = setting(
-        None, "with --data: make images grey (1) or RGB (3) (default: as they are)", low=1
+        None,
+        "with --data: convert images to grey (1) or RGB (3) (default: keep their channels)",
+        low=1,
     )
     crop: bool | None = setting(
         None,
-        "with --data and --x-size: cut out the middle of each image; without, images are resized "
-        "in proportion and centred",
+        "with --data and --x-size: crop images to their centre; --no-crop resizes them, keeping "
+        "their aspect ratio, and pads them to a square",
     )
     alpha_over: Literal["black", "white"] = setting(
-        "black", "with --data: colour behind transparent pixels"
+        "black", "with --data: background colour of transparent pixels"
     )
     invert: bool = setting(
-        False, "with --data: turn light into dark, for dark objects on a light background"
+        False, "with --data: invert brightness, for dark objects on a light background"
     )
     count_pattern: str | None = setting(
         None,
-        "with --data FOLDER: regular expression that finds the true count in the name of a "
-        r"picture, in its one group, such as '(\d+)-objects'; counts.csv in the folder, with lines "
-        "name,count, serves too",
+        "with --data FOLDER: regular expression whose one group matches the true count in the name "
+        r"of a picture, such as '(\d+)-objects' (default: read counts.csv in the folder, if it "
+        "exists, with lines name,count)",
         accepts=_has_one_group,
         expected="a regular expression with one group",
         metavar="REGEX",
@@ -70,16 +73,31 @@ class Placement(NamedTuple):
         return [self.offset[i % 2] + self.scale[i % 2] * edge for i, edge in enumerate(box)]
 
 
+def check_size(name: str, num_bytes: int) -> None:
+    """Checks that an array fits into the memory that this program takes for it.
+
+    Raises:
+        DataError: If it has more than `MAX_BYTES`.
+    """
+    if num_bytes > MAX_BYTES:
+        raise DataError(
+            f"{name} takes {num_bytes:,} bytes of memory, more than the limit of {MAX_BYTES:,}; "
+            "save the images as uint8 [N, H, H] or [N, C, H, H] in their final size to an .npy "
+            "file, which is memory-mapped and may be larger"
+        )
+
+
 def prepare(images: Array, settings: ImageSettings, name: str = "x") -> tuple[Array, Placement]:
     """Prepares images of one size.
 
     Args:
         images: bool, uint8, uint16, or floats in [0, 1]: [N, h, w], [N, C, h, w] or [N, h, w, C].
-        settings: The size and channels to bring them to.
+        settings: The size and channels of the prepared images.
         name: Their name in messages.
 
     Returns:
-        uint8 [N, (C,) H, H], contiguous, and the place of all of them in their originals.
+        uint8 [N, (C,) H, H], contiguous, and the position of all of them in their originals.
+        Images that need no conversion are not copied, so they may stay memory-mapped.
 
     Raises:
         DataError: If they have another type or shape, or floats leave [0, 1].
@@ -102,13 +120,13 @@ def prepare_channels_first(
         return ~part if settings.invert else part
 
     first = convert(images[:CHUNK])
+    if images.flags.c_contiguous and np.may_share_memory(first, images):  # nothing to convert
+        return convert(images), placement
     if len(images) <= CHUNK:
         return np.ascontiguousarray(first), placement
-    if np.may_share_memory(first, images):  # there is nothing to convert
-        return np.ascontiguousarray(convert(images)), placement
+    check_size(name, len(images) * first[0].nbytes)
     done = np.empty((len(images), *first.shape[1:]), np.uint8)
-    done[:CHUNK] = first
-    for start in range(CHUNK, len(images), CHUNK):
+    for start in range(0, len(images), CHUNK):
         done[start : start + CHUNK] = convert(images[start : start + CHUNK])
     return done, placement
 
@@ -146,25 +164,21 @@ def to_bytes(images: Array, name: str = "x") -> Array:
         return images * np.uint8(255)
     if kind == np.uint16:
         return ((images.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    expected = "expected bool, uint8, uint16, or floats in [0, 1]"
     if kind.kind != "f":
-        remedy = "; whole numbers from 0 to 255 become uint8 by .astype('uint8')"
-        raise DataError(f"{name} is {kind}: {expected}{remedy if kind.kind in 'iu' else ''}")
+        remedy = "; convert integers from 0 to 255 with .astype('uint8')" * (kind.kind in "iu")
+        raise DataError(
+            f"{name} is {kind}: expected bool, uint8, uint16, or floats in [0, 1]{remedy}"
+        )
     if not images.size:
         return images.astype(np.uint8)
-    low, high = float(images.min()), float(images.max())
-    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
-        remedy = "replace what is not finite"
-        if low >= -TOLERANCE and high < np.inf:
-            remedy = "divide by 255" if high <= 256 else f"divide by {high:g}"
-        elif -np.inf < low and high < np.inf:
-            remedy = "add 1 and divide by 2" if min(low, -high) >= -1.01 else "scale them"
-        raise DataError(f"{name} is {kind} from {low:g} to {high:g}: {expected}; {remedy}")
+    problem = range_problem(float(images.min()), float(images.max()))
+    if problem:
+        raise DataError(f"{name} is {kind}: {problem}")
     return (np.clip(images, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
 
 
 def convert_channels(images: Array, settings: ImageSettings, name: str = "x") -> Array:
-    """Bytes [N, C, h, w] in the number of channels that is asked for."""
+    """Converts bytes [N, C, h, w] to the number of channels in the settings."""
     asked, given = settings.channels, images.shape[1]
     if asked in (None, given):
         return images
@@ -173,8 +187,8 @@ def convert_channels(images: Array, settings: ImageSettings, name: str = "x") ->
     colours = images.shape[1]
     if asked not in (1, 3) or colours not in (1, 3):
         raise DataError(
-            f"{name} has {given} channels, expected {asked}; only grey, RGB and either with alpha "
-            "can be turned into grey (--channels 1) or RGB (--channels 3)"
+            f"{name} has {given} channels, expected {asked}; only grey and RGB images, with or "
+            "without alpha, can be converted to grey (--channels 1) or RGB (--channels 3)"
         )
     return to_grey(images) if asked < colours else np.repeat(images, asked // colours, 1)
 
@@ -195,25 +209,25 @@ def to_grey(images: Array) -> Array:
 
 
 def _place(height: int, width: int, settings: ImageSettings, name: str) -> tuple[Placement, bool]:
-    """The placement of images of a size, and whether they must be padded to a square."""
+    """The placement of images of one size, and whether they must be padded to a square."""
     side = settings.x_size
     size = f"{name} has images of {width} x {height} pixels"
     if height == width and side in (None, height):
         return Placement(), False
     if side is None:
         raise DataError(
-            f"{size}, which are not square: --x-size H resizes them to H x H, or with --crop cuts "
-            "out their middle"
+            f"{size}, which are not square: --x-size H resizes them to H x H, and with --crop "
+            "crops them to H x H"
         )
     if settings.crop is None:
         raise DataError(
-            f"{size}, expected {side} x {side}: --no-crop resizes them, --crop cuts out their "
-            "middle"
+            f"{size}, expected {side} x {side}: --no-crop resizes them, --crop crops them to their "
+            "centre"
         )
     if settings.crop:
         if min(height, width) < side:
             raise DataError(
-                f"{size}, too small for --crop to cut {side} x {side} out of them; leave out --crop"
+                f"{size}, too small to crop to {side} x {side}; use --no-crop to resize them"
             )
         return Placement(((width - side) // 2, (height - side) // 2)), False
     new_width, new_height = (max(1, round(n * side / max(height, width))) for n in (width, height))

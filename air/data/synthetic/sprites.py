@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from air.data.arrays import Array
+from air.data.scenes import Array
 
 SHAPES = ("square", "ellipse", "heart")
 SAMPLES = 4  # points along each side of a pixel, for antialiasing

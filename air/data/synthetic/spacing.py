@@ -1,4 +1,4 @@
-"""Places of objects in a scene: which distances they keep."""
+"""Distances that the objects of a scene keep."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -6,8 +6,8 @@ from itertools import combinations
 Box = tuple[int, int, int, int]  # (x0, y0, x1, y1) in pixels, x1 and y1 exclusive
 
 
-def free_places(size: int, taken: Sequence[int], distance: int) -> Sequence[int]:
-    """The places 0 to size - 1 along one axis that keep a distance from those taken."""
+def free_positions(size: int, taken: Sequence[int], distance: int) -> Sequence[int]:
+    """The positions 0 to size - 1 along one axis at least `distance` from those taken."""
     if not distance:
         return range(size)
     return [p for p in range(size) if all(abs(p - other) >= distance for other in taken)]

@@ -1,5 +1,9 @@
-"""Files of arrays: .npz, HDF5 and torch's .pt. No object in them is ever unpickled."""
+"""Files of arrays: .npy, .npz, HDF5 and torch's .pt. No object in them is ever unpickled.
 
+An .npy file is memory-mapped, so that it may be larger than memory. Other files are read.
+"""
+
+import mmap
 import pickle
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -10,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from air.data.arrays import Array, DataError
-from air.storage.files import MAX_BYTES, UnusableFileError, check_unpacked_size
+from air.data.scenes import LARGE_BYTES, Array, DataError
+from air.data.user_images.preparation import check_size
+from air.storage.files import UnusableFileError, check_unpacked_size
 
 Arrays = Mapping[str, Any]  # array by name; some are read only when they are asked for
 
@@ -23,19 +28,28 @@ class _ReadLater(dict[str, Any]):
         return super().__getitem__(name)()
 
 
-def read_arrays(path: Path | str, names: Collection[str]) -> dict[str, Array]:
-    """Reads the arrays of these names that a file has.
+def holds_arrays(path: Path) -> bool:
+    """Whether a path is a file of arrays, or a folder with x.npy."""
+    return (path / "x.npy").exists() if path.is_dir() else path.suffix.lower() in READERS
+
+
+def read_arrays(path: Path, names: Collection[str]) -> dict[str, Array]:
+    """Reads the arrays of these names that a file, or a folder of .npy files, has.
 
     If a file has a single array, under none of these names, it is x.
 
     Args:
-        path: A file whose suffix is in `READERS`.
+        path: A path of which `holds_arrays` is true.
         names: The arrays to read, x among them.
 
     Raises:
-        DataError: If the file is damaged or of another kind, or has no x, or an array is too large.
+        DataError: If a file is damaged or of another kind, or has no x, or an array is too large.
     """
-    path = Path(path)
+    if (path / "x.npy").exists():  # a folder
+        files = {name: path / f"{name}.npy" for name in names}
+        return {
+            name: read_arrays(file, ("x",))["x"] for name, file in files.items() if file.exists()
+        }
     suffix = path.suffix.lower()
     try:
         with path.open("rb"):  # the system says best why a file cannot be opened
@@ -48,39 +62,40 @@ def read_arrays(path: Path | str, names: Collection[str]) -> dict[str, Array]:
                     held = ", ".join(list(arrays)[:8]) or "no array"
                     raise DataError(f"expected images under the name x, got {held}")
                 stored["x"] = next(iter(arrays))
-            return {name: _checked(name, arrays[place]) for name, place in stored.items()}
+            found = {name: np.asarray(arrays[place]) for name, place in stored.items()}
+        for name, array in found.items():  # views of a few bytes may pretend to be huge
+            if suffix != ".npy":
+                check_size(name, array.nbytes)
+        return found
     except UnusableFileError as error:  # it names the path
         raise DataError(str(error)) from error
     except (DataError, ModuleNotFoundError) as error:
         raise DataError(f"{path}: {error}") from error
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or f'damaged, or no {suffix} file'}") from error
+        reason = error.strerror or f"damaged, or not a {suffix} file"
+        raise DataError(f"{path}: {reason}") from error
     except Exception as error:  # the libraries raise errors of many types for foreign bytes
-        if "Object arrays" in str(error):
-            raise DataError(f"{path}: it holds Python objects, which are never read") from error
         reason = " ".join(str(error).split())
-        raise DataError(f"{path}: damaged, or no {suffix} file ({reason})") from error
+        if "Object arrays" in reason or "Python objects" in reason:
+            reason = "it contains Python objects, which are never read"
+        else:
+            reason = f"damaged, or not a {suffix} file ({reason})"
+        raise DataError(f"{path}: {reason}") from error
 
 
-def _checked(name: str, array: Any) -> Array:  # noqa: ANN401
-    """The array, if it is small enough: views of a few bytes may pretend to be huge."""
-    array = np.asarray(array)
-    _check_size(name, array.nbytes)
-    return array
-
-
-def _check_size(name: str, size: int) -> None:
-    if size > MAX_BYTES:
-        raise DataError(
-            f"{name} unpacks to {size:,} bytes, more than the {MAX_BYTES:,} of this program; .npy "
-            "files, which are read as they are needed, may be larger"
-        )
+@contextmanager
+def _open_npy(path: Path) -> Iterator[Arrays]:
+    # Read-only: the system would refuse a copy-on-write map that is larger than memory.
+    array: Any = np.lib.format.open_memmap(path, mode="r")
+    if array.nbytes > LARGE_BYTES and array.dtype == np.uint8 and hasattr(mmap, "MADV_RANDOM"):
+        array._mmap.madvise(mmap.MADV_RANDOM)  # else each row that is drawn reads megabytes around
+    yield {"x": array}
 
 
 @contextmanager
 def _open_npz(path: Path) -> Iterator[Arrays]:
     if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle
-        raise DataError("damaged, or no .npz file")
+        raise DataError("damaged, or not an .npz file")
     with np.load(path, allow_pickle=False) as archive:
         yield archive
 
@@ -95,7 +110,7 @@ def _open_hdf5(path: Path) -> Iterator[Arrays]:
         datasets = _ReadLater()
 
         def read(dataset: Any) -> Any:  # noqa: ANN401
-            _check_size(dataset.name, dataset.nbytes)
+            check_size(dataset.name, dataset.nbytes)
             _check_sources(dataset, path.parent)
             return dataset[()]
 
@@ -124,7 +139,7 @@ def _open_pt(path: Path) -> Iterator[Arrays]:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch would advise to run the code in the file
-        raise DataError("it holds more than tensors, or is no .pt file") from error
+        raise DataError("it holds more than tensors, or is not a .pt file") from error
     if isinstance(held, torch.Tensor):
         held = {"x": held}
     if not isinstance(held, dict):
@@ -133,7 +148,7 @@ def _open_pt(path: Path) -> Iterator[Arrays]:
         raise DataError("expected images, got the checkpoint of a model, which --load takes")
 
     def read(name: str, tensor: torch.Tensor) -> Array:
-        _check_size(name, tensor.nbytes)
+        check_size(name, tensor.nbytes)
         if tensor.dtype == torch.bfloat16:  # a type that NumPy lacks
             tensor = tensor.float()
         return tensor.numpy(force=True)  # even if it requires a gradient
@@ -143,6 +158,7 @@ def _open_pt(path: Path) -> Iterator[Arrays]:
 
 
 READERS: dict[str, Callable[[Path], AbstractContextManager[Arrays]]] = {
+    ".npy": _open_npy,
     ".npz": _open_npz,
     ".h5": _open_hdf5,
     ".hdf5": _open_hdf5,

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.random import Generator
 
-from air.data.arrays import Array
+from air.data.scenes import Array
 
 BackgroundKind = Literal["black", "uniform", "gradient", "grid", "textured", "noisy"]
 

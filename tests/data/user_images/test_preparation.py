@@ -1,15 +1,14 @@
 """Images of every type, layout, size and colour become the bytes that they show."""
 
 import re
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from air.data.arrays import Array, DataError
-from air.data.preparation import (
+from air.data.scenes import Array, DataError
+from air.data.user_images.preparation import (
     CHUNK,
     ImageSettings,
     Placement,
@@ -20,7 +19,6 @@ from air.data.preparation import (
     to_channels_first,
     to_grey,
 )
-from air.data.shards import Shards
 
 AS_THEY_ARE = ImageSettings()
 RNG = np.random.default_rng(0)
@@ -106,21 +104,19 @@ def test_the_axis_of_channels_is_found(
             RGB[0].transpose(1, 2, 0),
             r"9 x 9 x 3, as one image in colour has: .* as \[None\] makes one",
         ),
-        (GREY.astype("i8"), r"x is int64: expected bool, uint8, .* by .astype\('uint8'\)"),
-        (GREY.astype("i1"), r"x is int8: expected .* by .astype\('uint8'\)"),
+        (GREY.astype("i8"), r"x is int64: expected bool, uint8, .* with .astype\('uint8'\)"),
+        (GREY.astype("i1"), r"x is int8: expected .* with .astype\('uint8'\)"),
         (GREY.astype("u4"), "x is uint32: expected "),
         (GREY.astype("c8"), r"x is complex64: expected bool, uint8, uint16, or floats in \[0, 1\]"),
         (GREY.astype("M8[s]"), r"x is datetime64\[s\]: expected "),
         (GREY.astype("U3"), "x is <U3: expected "),
         (np.zeros((3, 9, 9), "i4,f4"), "x is .*f0.*: expected "),
         (GREY.astype(object), "x is object: expected "),
-        (GREY.astype("f4"), r"x is float32 from \d+ to 25\d: .*; divide by 255"),
-        (GREY.astype("f8") * 257, "x is float64 from .*; divide by 6[0-9]{4}"),
-        (GREY / 127.5 - 1, "x is float64 from -.* to .*; add 1 and divide by 2"),
-        (GREY / 20 - 3, "x is float64 .*; scale them"),
-        (np.where(GREY > 3, 0.5, np.nan), "x is float64 from nan to nan: .*; replace what is not"),
-        (np.where(GREY > 3, 0.5, np.inf), "x is float64 from 0.5 to inf: .*; replace what is not"),
-        (np.where(GREY > 3, 0.5, -np.inf), "x is float64 from -inf .*; replace what is not"),
+        (GREY.astype("f4"), r"x is float32: expected .* from \d+ to 25\d; divide by 255"),
+        (GREY.astype("f8") * 257, "x is float64: .*; divide by 6[0-9]{4}"),
+        (GREY / 127.5 - 1, "x is float64: .* from -.*; subtract the least value"),
+        (np.where(GREY > 3, 0.5, np.nan), "x is float64: .* from nan to nan; replace NaN"),
+        (np.where(GREY > 3, 0.5, np.inf), "x is float64: .* from 0.5 to inf; replace NaN"),
     ],
     ids=lambda given: given if isinstance(given, str) else f"{given.dtype.str}{given.shape}",
 )
@@ -131,7 +127,7 @@ def test_images_of_other_types_are_refused_with_a_remedy(images: Array, problem:
 def test_a_value_out_of_range_far_inside_is_found() -> None:
     images = np.zeros((2 * CHUNK + 5, 2, 2), np.float32)
     images[CHUNK + 7, 1, 1] = 7
-    refused(images, "x is float32 from 0 to 7: .*; divide by 255")
+    refused(images, "x is float32: .* from 0 to 7; divide by 255")
 
 
 def test_grey_is_pillows_grey() -> None:
@@ -192,7 +188,7 @@ def test_channels_are_brought_to_a_number(given: int, asked: int | None, found: 
 @pytest.mark.parametrize(("given", "asked"), [(5, 3), (5, 1), (1, 2), (3, 4), (2, 4), (4, 2)])
 def test_other_numbers_of_channels_are_refused(given: int, asked: int) -> None:
     images = np.zeros((2, given, 9, 9), np.uint8)
-    problem = f"^x has {given} channels, expected {asked}; only grey, RGB .*--channels 3"
+    problem = f"^x has {given} channels, expected {asked}; only grey and RGB .*--channels 3"
     refused(images, problem, ImageSettings(channels=asked))
 
 
@@ -244,7 +240,9 @@ def test_sizes_that_do_not_fit_are_refused_with_a_remedy() -> None:
     wide = np.zeros((2, 9, 12), np.uint8)
     refused(wide, "^x has images of 12 x 9 pixels, which are not square: --x-size H .* --crop")
     refused(wide, "^x has images of 12 x 9 .*, expected 9 x 9: --no-crop", ImageSettings(x_size=9))
-    refused(wide, "too small for --crop .* 10 x 10 .*leave", ImageSettings(x_size=10, crop=True))
+    refused(
+        wide, "too small to crop to 10 x 10; use --no-crop", ImageSettings(x_size=10, crop=True)
+    )
 
 
 def test_no_images_are_prepared_as_none() -> None:
@@ -283,8 +281,11 @@ def test_settings_out_of_bounds_are_named(name: str, value: object) -> None:
         ImageSettings(**{name: value})  # type: ignore[arg-type]
 
 
-def test_prepared_files_are_prepared_arrays(tmp_path: Path) -> None:
-    for images in (GREY, RGB.transpose(0, 2, 3, 1), GREY / 255, (GREY / 255).astype(">f4")):
-        np.save(tmp_path / "x.npy", images)
-        mapped = Shards([np.load(tmp_path / "x.npy", mmap_mode="r")])
-        assert np.array_equal(mapped, prepare(images, AS_THEY_ARE)[0])
+def test_arrays_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("air.data.user_images.preparation.MAX_BYTES", 9 * CHUNK)
+    large = np.zeros((CHUNK + 1, 3, 3), np.uint8)
+    assert prepare(large, AS_THEY_ARE)[0] is not None  # not copied
+    problem = r"x takes 9,009 bytes of memory, .* 9,000; save .* uint8 \[N, H, H\] or .* .npy file"
+    refused(large / 255, problem)
+    refused(np.asfortranarray(large), problem)
+    prepare(large, ImageSettings(x_size=2, crop=True))  # smaller

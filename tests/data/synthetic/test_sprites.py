@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from air.data.sprites import FLATNESS, SHAPES, draw_sprite, tint
+from air.data.synthetic.sprites import FLATNESS, SHAPES, draw_sprite, tint
 
 
 @pytest.mark.parametrize(

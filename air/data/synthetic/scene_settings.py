@@ -1,9 +1,9 @@
-"""The settings of scenes that are made here; `multi_mnist` makes the scenes."""
+"""The settings of the scenes that `multi_mnist` makes."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from air.data.backgrounds import BackgroundKind
+from air.data.synthetic.backgrounds import BackgroundKind
 from air.settings import SettingError, check_settings, setting, settings_of
 
 APART_SIDE, APART_DISTANCE = 24, 12  # pixels, of recipe apart
@@ -13,7 +13,7 @@ Recipe = Literal["air", "apart", "dsprites", "pyro-nearest", "pyro-bicubic"]
 
 @dataclass(frozen=True)
 class SceneSettings:
-    """Which scenes to make. A pyro recipe takes MNIST's digits and fixes all other settings.
+    """Which scenes to make. A pyro recipe uses MNIST's digits and fixes all other settings.
 
     Recipe apart fixes the sides, and with them the scale.
     """
@@ -23,10 +23,11 @@ class SceneSettings:
     )
     recipe: Recipe = setting(
         "air",
-        "kind of scenes: digits, digits far apart, coloured shapes, or the set of Pyro's example",
+        "type of scenes: digits, digits far apart, coloured shapes, or the data set of Pyro's "
+        "example",
     )
     counts: tuple[int, ...] = setting(
-        (0, 1, 2), "objects in a scene, equally likely", low=0, high=50, length=(1, None)
+        (0, 1, 2), "possible numbers of objects, equally likely", low=0, high=50, length=(1, None)
     )
     x_size: int = setting(
         50,
@@ -35,8 +36,8 @@ class SceneSettings:
         high=1000,
         group="data",
     )
-    num_scenes: int = setting(60_000, "training scenes", low=2, high=10**7)
-    num_test_scenes: int = setting(10_000, "held-out scenes", low=2, high=10**7)
+    num_scenes: int = setting(60_000, "number of training scenes", low=2, high=10**7)
+    num_test_scenes: int = setting(10_000, "number of held-out scenes", low=2, high=10**7)
     scale_mean: float = setting(
         1.3, "mean of 28 / side of an object", low=0.01, high=7.0, only_in="multi_mnist.py"
     )
@@ -45,7 +46,7 @@ class SceneSettings:
     )
     sides: tuple[int, ...] | None = setting(
         None,
-        "least and greatest side of an object in pixels (default: 28 / scale, where the scale has "
+        "minimum and maximum side of an object in pixels (default: 28 / scale, where the scale has "
         "the mean 1.3 and the standard deviation 0.1)",
         low=4,
         high=1000,
@@ -53,30 +54,27 @@ class SceneSettings:
     )
     rotation: float = setting(
         0.0,
-        "greatest rotation of an object, degrees",
+        "maximum rotation of an object in degrees",
         low=0.0,
         high=180.0,
         only_in="multi_mnist.py",
     )
     binary: bool = setting(
-        False,
-        "make every pixel 0 or 255; overlapping digits do not add up",
-        only_in="multi_mnist.py",
+        False, "set every pixel to 0 or 255; intensities of overlapping digits are not added"
     )
     background: BackgroundKind = setting(
-        "black", "background; if it is not black, objects hide what is behind them"
+        "black", "type of background; on all but black, objects hide what is behind them"
     )
     background_levels: tuple[int, ...] = setting(
         (0, 96),
-        "bounds of the levels of a background, of 255",
+        "minimum and maximum intensity of a background, 0 to 255",
         low=0,
         high=255,
         length=(2, 2),
-        only_in="multi_mnist.py",
     )
     object_levels: tuple[int, ...] = setting(
         (255, 255),
-        "least and greatest level of an object, or of its brightest channel",
+        "minimum and maximum intensity of an object, or of its brightest channel, 0 to 255",
         low=0,
         high=255,
         length=(2, 2),
@@ -84,10 +82,9 @@ class SceneSettings:
     )
     min_gap: float | None = setting(
         None,
-        "least distance of tight boxes, pixels (default: none)",
+        "minimum distance between tight boxes in pixels (default: none)",
         low=0.0,
         high=1000.0,
-        only_in="multi_mnist.py",
     )
     seed: int = setting(0, "seed of the scenes", low=0, high=2**53, key="data_seed")
 
@@ -117,20 +114,16 @@ class SceneSettings:
     def _check_bounds(self) -> None:
         """Checks that objects fit into the scene and can be seen, and the order of bounds."""
         if self.background == "black" and self.object_levels[1] == 0:
-            raise SettingError("object_levels", "expected one above 0 on black, got 0 0")
-        if self.recipe == "apart" and self.x_size < APART_SIDE:
-            least = f"expected at least {APART_SIDE} for recipe apart, got {self.x_size}"
+            raise SettingError("object_levels", "expected a level above 0 on black, got 0 0")
+        for name in ("sides", "background_levels", "object_levels"):
+            given = getattr(self, name)
+            if given and given[0] > given[1]:
+                raise SettingError(name, f"expected the minimum first, got {given}")
+        if self.sides and self.sides[1] > self.x_size:
+            least = f"expected at least the maximum side, {self.sides[1]}, got {self.x_size}"
             raise SettingError("x_size", least)
         if not self.sides and 28 / self.scale_mean > self.x_size:
             raise SettingError("scale_mean", f"expected 28 / x_size or more, got {self.scale_mean}")
-        for name, what in (
-            ("sides", "side"), ("background_levels", "level"), ("object_levels", "level")
-        ):  # fmt: skip
-            given = getattr(self, name)
-            if given and given[0] > given[1]:
-                raise SettingError(name, f"expected the least {what} first, got {given}")
-        if self.sides and self.sides[1] > self.x_size:
-            raise SettingError("sides", f"expected at most x_size, {self.x_size}, got {self.sides}")
 
     def _fixed(self) -> dict[str, Any]:
         """The settings that the recipe fixes."""
@@ -146,3 +139,8 @@ class SceneSettings:
     def is_pyros(self) -> bool:
         """Whether it is Pyro's set, bit for bit."""
         return self.recipe in ("pyro-nearest", "pyro-bicubic")
+
+    @property
+    def min_distance(self) -> int:
+        """Minimum distance of centres along both axes, in pixels; of objects of equal sides."""
+        return APART_DISTANCE if self.recipe == "apart" else 0

@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from air.data.arrays import DataError
-from air.data.pictures import COUNTS_FILE
-from air.data.scenes import MAX_COUNT
+from air.data.scenes import MAX_COUNT, DataError
+from air.data.user_images.picture_files import COUNTS_FILE
 
 
 class PictureCounts:
@@ -34,14 +33,14 @@ class PictureCounts:
         """The true count of an image, by its name and its file; None if no counts are known.
 
         Raises:
-            DataError: If its count is missing, or no number.
+            DataError: If its count is missing or not a number.
         """
         inside = file.relative_to(self.path).as_posix() if file != self.path else file.name
         page = inside + name.removeprefix(str(file))  # such as stack.tif[1]
         if self.pattern is not None:
             match = re.search(self.pattern, page)
             if match is None or not (match[1] or "").isdecimal():
-                raise DataError(f"{name}: --count-pattern finds no count in the name {page}")
+                raise DataError(f"{name}: --count-pattern matches no count in the name {page}")
             return _to_count(match[1], name)
         if self._known is None:
             return None

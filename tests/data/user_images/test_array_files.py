@@ -1,9 +1,10 @@
-"""Arrays in .npz, HDF5 and .pt files are read as they are; no object is ever unpickled."""
+"""Arrays in .npy, .npz, HDF5 and .pt files are read as they are; no object is ever unpickled."""
 
 import io
 import os
 import pickle
 import resource
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -15,8 +16,8 @@ import pytest
 import torch
 from numpy.lib import format as npy
 
-from air.data.array_files import read_arrays
-from air.data.arrays import Array, DataError
+from air.data.scenes import Array, DataError
+from air.data.user_images.array_files import read_arrays
 from air.storage.files import MAX_BYTES
 
 X = np.random.default_rng(0).integers(0, 256, (5, 9, 9), np.uint8)
@@ -25,8 +26,10 @@ NAMES = ("x", "counts", "test_x")
 
 
 def write(path: Path, arrays: dict[str, Any]) -> Path:
-    """Writes arrays in the format that the suffix says."""
-    if path.suffix == ".npz":
+    """Writes arrays in the format that the suffix says; an .npy file holds x alone."""
+    if path.suffix == ".npy":
+        np.save(path, arrays["x"])
+    elif path.suffix == ".npz":
         np.savez(path, **arrays)
     elif path.suffix in (".pt", ".pth"):
         torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
@@ -46,13 +49,14 @@ def refused(path: Path, problem: str) -> None:
     assert "\n" not in message
 
 
-SUFFIXES = pytest.mark.parametrize("suffix", [".npz", ".h5", ".hdf5", ".pt", ".pth"])
+OF_SEVERAL = [".npz", ".h5", ".hdf5", ".pt", ".pth"]
+SUFFIXES = pytest.mark.parametrize("suffix", [".npy", *OF_SEVERAL])
 
 
-@SUFFIXES
+@pytest.mark.parametrize("suffix", OF_SEVERAL)
 def test_arrays_are_read_by_name(suffix: str, tmp_path: Path) -> None:
     arrays = {"x": X, "counts": COUNTS, "mine": X / 255}
-    found = read_arrays(str(write(tmp_path / f"a{suffix}", arrays)), NAMES)
+    found = read_arrays(write(tmp_path / f"a{suffix}", arrays), NAMES)
     assert found.keys() == {"x", "counts"}
     assert np.array_equal(found["x"], X)
     assert np.array_equal(found["counts"], COUNTS)
@@ -60,7 +64,19 @@ def test_arrays_are_read_by_name(suffix: str, tmp_path: Path) -> None:
     assert read_arrays(upper, ("x",)).keys() == {"x"}
 
 
-@SUFFIXES
+def test_arrays_of_a_folder_are_memory_mapped(tmp_path: Path) -> None:
+    for name, array in {"x": X, "counts": COUNTS, "mine": X}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    found = read_arrays(tmp_path, NAMES)
+    assert found.keys() == {"x", "counts"}
+    for name, array in {"x": X, "counts": COUNTS}.items():
+        assert np.array_equal(found[name], array)
+        assert isinstance(found[name].base, np.memmap)
+    upper = (tmp_path / "x.npy").rename(tmp_path / "X.NPY")
+    assert np.array_equal(read_arrays(upper, NAMES)["x"], X)
+
+
+@pytest.mark.parametrize("suffix", OF_SEVERAL)
 def test_a_single_array_is_x(suffix: str, tmp_path: Path) -> None:
     path = write(tmp_path / f"a{suffix}", {"images": X})
     assert np.array_equal(read_arrays(path, NAMES)["x"], X)
@@ -106,10 +122,10 @@ def test_tensors_of_every_kind_are_read(tmp_path: Path) -> None:
         ({"format": 3, "model": {}}, "got the checkpoint of a model, which --load takes"),
         ({"a.weight": torch.ones(3), "a.bias": torch.ones(3)}, "got a.weight, a.bias"),
         ({"a": 1}, "got no array"),
-        (torch.eye(9).to_sparse(), "damaged, or no .pt file"),
-        (torch.ones(1, device="meta"), "damaged, or no .pt file"),
-        (torch.zeros(1).expand(1 << 40), f"more than the {MAX_BYTES:,} of this program"),
-        (torch.zeros(1, dtype=torch.bfloat16).expand(1 << 40), "x unpacks to 2,199,0"),
+        (torch.eye(9).to_sparse(), "damaged, or not a .pt file"),
+        (torch.ones(1, device="meta"), "damaged, or not a .pt file"),
+        (torch.zeros(1).expand(1 << 40), f"more than the limit of {MAX_BYTES:,}"),
+        (torch.zeros(1, dtype=torch.bfloat16).expand(1 << 40), "x takes 2,199,0"),
     ],
     ids=str,
 )
@@ -132,18 +148,19 @@ def test_no_object_is_unpickled(tmp_path: Path) -> None:
     trap = Trap(tmp_path / "sprung")
     objects = np.array([trap, trap], object)
     np.savez(tmp_path / "objects.npz", x=objects)
-    refused(tmp_path / "objects.npz", ": it holds Python objects, which are never read")
+    refused(tmp_path / "objects.npz", ": it contains Python objects, which are never read")
     np.savez(tmp_path / "structured.npz", x=np.array([(1, trap)], "i4,O"))
-    refused(tmp_path / "structured.npz", ": it holds Python objects, which are never read")
-    for suffix in ("npz", "h5", "pt"):
+    refused(tmp_path / "structured.npz", ": it contains Python objects, which are never read")
+    np.save(tmp_path / "objects.npy", objects)
+    refused(tmp_path / "objects.npy", ": it contains Python objects, which are never read")
+    for suffix in ("npy", "npz", "h5", "pt"):
         (tmp_path / f"raw.{suffix}").write_bytes(pickle.dumps(trap))
         refused(tmp_path / f"raw.{suffix}", "")
-        np.save(tmp_path / "a.npy", objects)
-        (tmp_path / "a.npy").rename(tmp_path / f"npy.{suffix}")
+        shutil.copy(tmp_path / "objects.npy", tmp_path / f"npy.{suffix}")
         refused(tmp_path / f"npy.{suffix}", "")
     for new in (True, False):
         torch.save({"x": trap}, tmp_path / "a.pt", _use_new_zipfile_serialization=new)
-        refused(tmp_path / "a.pt", ": it holds more than tensors, or is no .pt file")
+        refused(tmp_path / "a.pt", ": it holds more than tensors, or is not a .pt file")
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("x", data=np.void(pickle.dumps(trap)))
     assert read_arrays(tmp_path / "a.h5", NAMES)["x"].dtype.kind == "V"
@@ -254,5 +271,5 @@ def test_a_small_file_that_declares_a_huge_array_takes_no_memory(tmp_path: Path)
         refused(path, "")
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert after - before < 100_000  # KiB
-    refused(tmp_path / "chunks.h5", f"more than the {MAX_BYTES:,} of this program; .npy files")
+    refused(tmp_path / "chunks.h5", f"more than the limit of {MAX_BYTES:,}; save the images")
     refused(tmp_path / "three.npz", " unpacks to 12,884,901,882 bytes, more than the ")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from air.data.arrays import DataError
-from air.data.counts import PictureCounts
+from air.data.scenes import DataError
+from air.data.user_images.true_counts import PictureCounts
 
 FILES = ["a.png", "b 2.png", "sub/a.png", "sub/c.png", "stack.tif"]
 
@@ -103,4 +103,4 @@ def test_a_pattern_finds_counts_in_names_pages_and_folders(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("pattern", [r"b (\d)", "(a)", r"(\d)?", r"(x)|a"])
 def test_a_name_in_which_a_pattern_finds_no_count_is_told(pattern: str, tmp_path: Path) -> None:
-    refused(tmp_path, "a.png: --count-pattern finds no count in the name a.png", pattern)
+    refused(tmp_path, "a.png: --count-pattern matches no count in the name a.png", pattern)

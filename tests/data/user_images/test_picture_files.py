@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from air.data.arrays import Array, DataError
-from air.data.pictures import MAX_PIXELS, read_picture, write_pictures
-from air.data.scenes import Scenes
+from air.data.scenes import Array, DataError, Scenes
+from air.data.user_images.picture_files import MAX_PIXELS, read_picture, write_pictures
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (9, 12), np.uint8)
@@ -35,7 +34,7 @@ def refused(path: Path, problem: str = "") -> None:
     with pytest.raises(DataError) as error:
         list(read_picture(path))
     message = str(error.value)
-    assert message.startswith(f"{path}: no picture that can be read: ")
+    assert message.startswith(f"{path}: cannot be read as a picture: ")
     assert problem in message
     assert "\n" not in message
 
@@ -192,9 +191,15 @@ def test_other_spaces_of_colours_become_rgb(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pixels", "problem"),
     [
-        (np.float32(GREY), "the picture is float32 from 0 to 248: expected "),
-        (np.float32(GREY / 127.5 - 1), "add 1 and divide by 2"),
-        (np.full((9, 12), np.nan, np.float32), "replace what is not finite"),
+        (
+            np.float32(GREY),
+            "the picture is float32: expected floats in [0, 1], got values from 0 to 248; ",
+        ),
+        (
+            np.float32(GREY / 127.5 - 1),
+            "from -1 to 0.9451; subtract the least value and divide by the range",
+        ),
+        (np.full((9, 12), np.nan, np.float32), "replace NaN and infinite values"),
         (np.int32(GREY) - 200, "expected pixels of 8 or 16 bits, got numbers from -"),
         (np.int32(GREY) * 999, "expected pixels of 8 or 16 bits, got numbers from 0 to 24"),
     ],
@@ -314,7 +319,7 @@ def test_a_folder_of_pictures_is_written_as_a_whole_or_not_at_all(
     with pytest.raises(DataError, match=r"old: expected a new folder, got one that exists"):
         write_pictures(tmp_path / "old", scenes)
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"file/new: cannot be written .*; name another place"):
+    with pytest.raises(DataError, match=r"file/new: cannot be written .*; choose another path"):
         write_pictures(str(tmp_path / "file" / "new"), scenes)
 
     def interrupt(*_: object) -> None:

@@ -1,0 +1,1 @@
+"""Makes scenes: digits, sprites, backgrounds, and the places of objects."""

@@ -1,0 +1,1 @@
+"""Reads users' images: pictures and files of arrays, prepared for a model."""
