@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import programs
 import pytest
 import torch
 from helpers import ROOT, SMALL, run
@@ -33,10 +34,9 @@ def block(before: str, language: str) -> str:
 
 
 def start(program: Path, *arguments: str, environment: dict[str, str]) -> None:
-    command = [sys.executable, str(program), *arguments]
-    subprocess.run(
-        command, cwd=program.parent, env={**environment, "PYTHONPATH": str(ROOT)}, check=True
-    )
+    command = [sys.executable, program, *arguments]
+    own = {**environment, "PYTHONPATH": str(ROOT)}
+    programs.run(command, cwd=program.parent, env=own, check=True)
 
 
 def module_from(path: Path) -> ModuleType:
