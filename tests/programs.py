@@ -298,7 +298,7 @@ def serve(listener: socket.socket) -> Request | None:
 
 
 def keep(connection: socket.socket) -> Request:
-    """Forks the program, and returns its request there; here, waits for it and tells how it ended."""
+    """Forks the program and returns its request there; here, waits for its end and reports it."""
     descriptors = socket.recv_fds(connection, 1, 3)[1]
     with connection.makefile() as line:
         request = Request(*json.loads(line.readline()))

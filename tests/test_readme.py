@@ -98,16 +98,12 @@ def test_the_python_example_runs(tmp_path: Path, environment: dict[str, str]) ->
     start(program, environment=environment)
 
 
-@pytest.mark.parametrize("estimator", ["marginal", "score"])
-def test_a_net_of_ones_own_trains_resumes_and_detects(
-    estimator: str,
-    tmp_path: Path,
-    environment: dict[str, str],
-    capsys: pytest.CaptureFixture[str],
+def test_the_example_of_a_user_defined_net_trains_resumes_and_detects(
+    tmp_path: Path, environment: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = tmp_path / "my_air.py"
     program.write_text(block("## Your own net", "python"))
-    flags = f"{SMALL} --estimator {estimator} --output-dir run"
+    flags = f"{SMALL} --estimator score --output-dir run"
     start(program, *flags.split(), environment=environment)
     my_air = module_from(program)
     resumed = run("--resume run -n 6", tmp_path, environment, nets=my_air.nets)
