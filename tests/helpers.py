@@ -1,4 +1,4 @@
-"""What tests share: small models and trainers, scenes, servers, the program in this process."""
+"""Shared by tests: small models and trainers, scenes, servers, the program in this process."""
 
 import contextlib
 import gzip
@@ -185,7 +185,7 @@ def visdom_server(
 
 
 def panes(port: int, env: str) -> dict[str, Any]:
-    """What the server holds in an environment, by name; nothing if there is none."""
+    """The panes of an environment on the server, by name; empty if there is no such environment."""
     query = json.dumps({"win": None, "eid": env}).encode()
     try:
         return dict(json.loads(ask(f"{port}/win_data", query)))
@@ -194,7 +194,7 @@ def panes(port: int, env: str) -> dict[str, Any]:
 
 
 def ask(url: str, body: bytes | None = None) -> str:
-    """What a server on this machine answers, at port/path."""
+    """The answer of a server on this machine; the URL is port/path."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(f"http://127.0.0.1:{url}", body, timeout=20) as answer:
         return str(answer.read().decode())

@@ -39,7 +39,7 @@ TINY = (
 
 
 def start(script: str, line: str, folder: Path) -> tuple[object, str, str]:
-    """A script from flags to exit code, what it prints and what it complains, in this process."""
+    """Runs a script in this process; returns its exit code, output and errors."""
     said, complained, code = io.StringIO(), io.StringIO(), None
     with (
         contextlib.chdir(folder),
@@ -58,7 +58,7 @@ def start(script: str, line: str, folder: Path) -> tuple[object, str, str]:
 
 
 def run(script: str, line: str, folder: Path) -> str:
-    """What a script prints; it must end well."""
+    """The output of a script, which must succeed."""
     code, said, complained = start(script, line, folder)
     assert not code, (code, complained)
     return said
