@@ -1,6 +1,6 @@
 """Whatever is given, the program succeeds or says in one line, with exit code 2, what is wrong.
 
-About 1,000 cases: flags, files of scenes and folders of them, pictures, files of digits,
+About 1,600 cases: flags, files of scenes and folders of them, pictures, files of digits,
 checkpoints. Of training, only one step is taken.
 """
 
@@ -162,7 +162,7 @@ def use(path: Path) -> None:
         evaluate(small_air(channels=channels), held_out)
 
 
-@cases(150)
+@cases(400)
 @given(st.data())
 def test_damaged_files_of_scenes(scenes: Path, data: st.DataObject) -> None:
     path = scenes.with_name("damaged.npz")
@@ -170,7 +170,7 @@ def test_damaged_files_of_scenes(scenes: Path, data: st.DataObject) -> None:
     use(path)
 
 
-@cases(40)
+@cases(100)
 @given(st.data())
 def test_damaged_folders_of_scenes(scenes: Path, data: st.DataObject) -> None:
     folder = scenes.with_name("folder")
@@ -228,7 +228,7 @@ def whole_files(tmp_path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("suffixes", "number"),
-    [(".png .jpg .bmp .pgm .tif .tiff .gif .webp", 100), (".pt .pth", 50), (".h5", 50)],
+    [(".png .jpg .bmp .pgm .tif .tiff .gif .webp", 200), (".pt .pth", 100), (".h5", 100)],
 )
 def test_damaged_files_of_images(
     suffixes: str, number: int, whole_files: dict[str, bytes], tmp_path: Path
@@ -255,7 +255,7 @@ def load_or_refuse(path: Path) -> None:
         assert found.test.x.shape[-2:] == (12, 12)
 
 
-@cases(100)
+@cases(300)
 @given(st.data())
 def test_damaged_idx_files(tmp_path: Path, data: st.DataObject) -> None:
     images = np.full((20, 28, 28), 9, np.uint8)
