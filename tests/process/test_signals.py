@@ -22,7 +22,7 @@ LINE = f"{SMALL} -t 1 -n 6 --compile --output-dir run"
 
 
 @pytest.fixture(autouse=True)
-def _handlers_are_restored() -> Iterator[None]:
+def _handlers_are_restored(_ordinary_signals: None) -> Iterator[None]:
     before = [signal.getsignal(number) for number in ALL]
     yield
     assert [signal.getsignal(number) for number in ALL] == before
