@@ -1,4 +1,4 @@
-"""Fixtures; what tests import is in helpers.py."""
+"""Fixtures. Functions that tests import are in helpers.py and programs.py."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
+import programs
 import pyro
 import pytest
 import torch
@@ -19,7 +20,7 @@ from air import AIR
 def _reproducible() -> Iterator[None]:
     """Seeds the generators, empties Pyro's store, and keeps torch to one thread.
 
-    Afterwards what the program changes in torch and Pyro is as before.
+    Afterwards, the settings of torch and Pyro that the program changes are restored.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two on a busy machine can be ten times slower
@@ -33,9 +34,9 @@ def _reproducible() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_call_stacks() -> Iterator[None]:
-    """To capture a step, torch makes a mode of fake tensors for each tensor, as if it were alone.
+    """Lets torch's modes of fake tensors keep no call stacks, which take a fifth of a capture.
 
-    Each keeps its call stack, for a message about mixed modes; they take a fifth of the time.
+    A capture makes one mode for each tensor; a call stack is for a message about mixed modes.
     """
     without = mock.Mock(wraps=traceback, extract_stack=list)
     with mock.patch("torch._subclasses.fake_tensor.traceback", without, create=True):
@@ -44,14 +45,9 @@ def _no_call_stacks() -> Iterator[None]:
 
 @pytest.fixture
 def default_signals() -> Iterator[None]:
-    """Signals as in the foreground, for programs that a test starts too.
-
-    nohup and a shell without job control let the tests ignore SIGHUP or SIGINT.
-    """
-    defaults = {signal.SIGINT: signal.default_int_handler}
-    if hasattr(signal, "SIGHUP"):
-        defaults[signal.SIGHUP] = signal.SIG_DFL
-    former = {number: signal.signal(number, default) for number, default in defaults.items()}
+    """The handlers of a program in a terminal, where pytest runs by nohup or in the background."""
+    former = {number: signal.getsignal(number) for number in programs.SIGNALS}
+    programs.default_signals()
     yield
     for number, handler in former.items():
         signal.signal(number, handler)
@@ -69,7 +65,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """One cache of scenes for all."""
+    """The environment of programs, which share one cache of scenes."""
     cache = tmp_path_factory.mktemp("cache")
     return {**os.environ, "AIR_CACHE": str(cache)}
 
@@ -81,7 +77,7 @@ def refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[[str], str]:
-    """Gives the line with which the program refuses these flags; in this process, to be fast."""
+    """Runs the program in this process; returns the line with which it refuses these flags."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AIR_CACHE", environment["AIR_CACHE"])
 

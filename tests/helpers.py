@@ -1,4 +1,4 @@
-"""What tests share: small models and trainers, scenes, servers, the program in this process."""
+"""Shared by tests: small models and trainers, scenes, servers, the program in this process."""
 
 import contextlib
 import gzip
@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import programs
 import pyro
 import torch
 from PIL import Image
@@ -77,12 +78,12 @@ def run(
     line: str,
     folder: Path,
     environment: dict[str, str],
-    dpi: int = 50,
+    dpi: int | None = None,
     **options: Any,  # noqa: ANN401  # of main
 ) -> subprocess.CompletedProcess[str]:
-    """The program from flags to exit code, in this process: to start one costs five seconds.
+    """Runs the program from flags to exit code in this process, which is faster than to start it.
 
-    Its figures are drawn coarsely, in two thirds of the time, where nothing looks at them.
+    Its figures are laid out; they are painted only where their resolution is given.
     """
     import viz
     from main import main  # here, for most tests do without
@@ -91,7 +92,7 @@ def run(
     with (
         contextlib.chdir(folder),
         mock.patch.dict(os.environ, environment),
-        mock.patch.object(viz, "DPI", dpi),
+        mock.patch.object(viz, "DPI", dpi) if dpi else programs.paint_no_figures(),
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(complained),
     ):
@@ -167,7 +168,7 @@ def write_pictures(folder: Path) -> None:
 @contextlib.contextmanager
 def visdom_server(
     folder: Path, port: int | None = None, site: Path | None = None, login: str | None = None
-) -> Iterator[tuple[int, "subprocess.Popen[bytes]"]]:
+) -> Iterator[tuple[int, "programs.Program | subprocess.Popen[bytes]"]]:
     """A real server, with its environments in that folder.
 
     Args:
@@ -192,7 +193,8 @@ def visdom_server(
     (folder / ".visdom").mkdir(parents=True, exist_ok=True)  # for a cookie
     environment = {**os.environ, "PYTHONPATH": str(site or ""), "HOME": str(folder)}
     command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, stdout=-3, stderr=-3, env=environment) as server:
+    start = subprocess.Popen if site else programs.start  # a fork has imported visdom
+    with start(command, stdout=-3, stderr=-3, env=environment) as server:
         for _ in range(300):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break

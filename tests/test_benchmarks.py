@@ -1,4 +1,7 @@
-"""The scripts under tests/benchmarks, on scenes and nets too small for their figures to matter."""
+"""The scripts under tests/benchmarks, on scenes and nets too small for their figures to matter.
+
+By default only their help, and what they compute without a run; the rest by ``-m benchmark``.
+"""
 
 import contextlib
 import io
@@ -10,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import programs
 import pyro
 import pytest
 import torch
@@ -25,6 +29,7 @@ from tests.benchmarks import downstream
 from tests.benchmarks.plain_torch import LOSSES
 
 pytestmark = pytest.mark.slow
+in_full = pytest.mark.benchmark
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 TINY = (
@@ -34,14 +39,14 @@ TINY = (
 
 
 def start(script: str, line: str, folder: Path) -> tuple[object, str, str]:
-    """A script from flags to exit code, what it prints and what it complains, in this process."""
+    """Runs a script in this process; returns its exit code, output and errors."""
     said, complained, code = io.StringIO(), io.StringIO(), None
     with (
         contextlib.chdir(folder),
         mock.patch.object(sys, "argv", [script, *line.split()]),
         mock.patch.object(sys, "path", [*sys.path]),
         mock.patch.dict(os.environ),
-        mock.patch("viz.DPI", 50),  # nothing looks at the figures of a run
+        programs.paint_no_figures(),
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(complained),
     ):
@@ -53,7 +58,7 @@ def start(script: str, line: str, folder: Path) -> tuple[object, str, str]:
 
 
 def run(script: str, line: str, folder: Path) -> str:
-    """What a script prints; it must end well."""
+    """The output of a script, which must succeed."""
     code, said, complained = start(script, line, folder)
     assert not code, (code, complained)
     return said
@@ -68,6 +73,16 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIR_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.parametrize(
+    "script", [path.name for path in BENCHMARKS.glob("*.py") if "argparse" in path.read_text()]
+)
+def test_every_script_shows_its_help(script: str, tmp_path: Path) -> None:
+    code, said, complained = start(script, "--help", tmp_path)
+    assert (code, complained) == (0, "")
+    assert said.startswith(f"usage: {script}")
+
+
+@in_full
 def test_table_counts_every_seed_and_runs_none_twice(tmp_path: Path) -> None:
     flags = f"-n 2 -b 4 --iwae-samples 2 {TINY}"
     line = f"--out out --seeds 2 --estimators marginal -- {flags}"
@@ -95,6 +110,7 @@ def test_table_counts_every_seed_and_runs_none_twice(tmp_path: Path) -> None:
     assert "was begun with num_steps 2, not 3" in str(code)
 
 
+@in_full
 def test_gradient_variance_of_every_part_of_a_loaded_model(tmp_path: Path) -> None:
     air = AIR(
         rnn_hidden_size=16, z_what_size=5, encoder_net=[12], decoder_net=[12], predict_net=[8],
@@ -133,6 +149,7 @@ def test_the_floor_has_the_gradients_of_the_pyro_program(estimator: str, num_ste
         torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-7, msg=name)
 
 
+@in_full
 def test_forms_of_a_step_take_turns(tmp_path: Path) -> None:
     line = "--forms eager --estimators marginal --batch-sizes 4 --model-steps 1 --turns 1 --steps 1"
     _, _, plain, eager = run("bench_step.py", line, tmp_path).splitlines()
@@ -144,6 +161,7 @@ def test_forms_of_a_step_take_turns(tmp_path: Path) -> None:
     )
 
 
+@in_full
 def test_generalisation_counts_every_run_and_draws(tmp_path: Path) -> None:
     line = (
         "--out out --seeds 1 --estimators marginal --guides difference -- -n 2 -b 4 "
@@ -174,6 +192,7 @@ def test_generalisation_counts_every_run_and_draws(tmp_path: Path) -> None:
     assert [sum(row) for row in confusion] == [0, 0, 12]
 
 
+@in_full
 def test_scaling_of_two_ranks_and_a_model_of_many(tmp_path: Path) -> None:
     line = "--ranks 2 --batch-sizes 4 --steps 10 --device cpu --latency 0 --node-bandwidth 1e9"
     rows = [cells(row) for row in run("bench_scaling.py", line, tmp_path).splitlines() if row]
@@ -190,6 +209,7 @@ def test_scaling_of_two_ranks_and_a_model_of_many(tmp_path: Path) -> None:
     assert eight[4] == "100%"
 
 
+@in_full
 def test_downstream_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_weights(AIR(), tmp_path / "weights.pt")

@@ -2,13 +2,12 @@
 
 import csv
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from helpers import ROOT, run
 from PIL import Image
@@ -21,18 +20,15 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_pictures_suggestion_training_and_objects_in_four_commands(
-    tmp_path: Path, environment: dict[str, str]
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
 ) -> None:
     block = re.search(r"^<!-- pictures -->\n```sh\n(.*?)^```$", README, re.M | re.S)
     assert block
     commands = block[1].replace(" multi_mnist.py", f" {ROOT}/multi_mnist.py")
     commands = commands.replace(" main.py", f" {ROOT}/main.py")
     assert len(re.findall(r"^\w", commands, re.M)) == 4
-    own = {
-        **environment,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-    }
+    own = {**environment, **programs.stand_in(tmp_path_factory.mktemp("bin"))}
+    own |= {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["bash", "-e", "-c", commands], cwd=tmp_path, env=own, capture_output=True, text=True
     )
@@ -76,19 +72,26 @@ def write_mixed_pictures(folder: Path, number: int) -> dict[str, int]:
     return counts
 
 
-def test_five_hundred_pictures_of_mixed_formats_train_and_are_searched(
+def test_objects_in_five_hundred_pictures_of_mixed_formats_are_counted(
     tmp_path: Path, environment: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     counts = write_mixed_pictures(tmp_path / "pictures", 500)
     with (tmp_path / "pictures/counts.csv").open("w", newline="") as file:
         csv.writer(file).writerows(counts.items())
-    done = run("--data pictures -n 5 --output-dir run", tmp_path, environment)
+    line = (
+        "--data pictures -n 60 -b 32 -lr 3e-3 --guide glimpse --clip-grad-norm 100 "
+        "--window-size 10 --scale-prior-mean 2.4 --scale-prior-sd 0.5 --decoder-output-bias -3 "
+        "--encoder-latent-size 5 --rnn-hidden-size 64 --encoder-net 64 --decoder-net 64 "
+        "--predict-net 64 --output-dir run"
+    )
+    done = run(line, tmp_path, environment)
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert (config["x_size"], config["channels"]) == (24, 1)
     assert "50 held-out scenes" in done.stdout
-    assert "count accuracy" in done.stdout
     checkpoint = str(tmp_path / "run/checkpoint.pt")
     assert air.detect.main(["--load", checkpoint, str(tmp_path / "pictures")]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {Path(each["image"]).name for each in found} == counts.keys()
+    found_counts = {Path(each["image"]).name: each["count"] for each in found}
+    assert found_counts.keys() == counts.keys()
+    assert np.mean([found_counts[name] == count for name, count in counts.items()]) >= 0.9

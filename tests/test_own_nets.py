@@ -1,4 +1,4 @@
-"""Nets of one's own: with both estimators, captured, resumed, loaded, detecting."""
+"""User-defined nets: with both estimators, captured, resumed, loaded, detecting."""
 
 import io
 from collections.abc import Mapping
@@ -68,7 +68,7 @@ def nets(settings: ModelSettings) -> dict[str, nn.Module]:
 SETTINGS = ModelSettings(x_size=12, window_size=9, z_what_size=5, rnn_hidden_size=11)
 
 
-def test_the_contract_of_pyros_svi_holds_with_nets_of_ones_own(images: Tensor) -> None:
+def test_the_contract_of_pyros_svi_holds_with_user_defined_nets(images: Tensor) -> None:
     air = AIR.from_settings(SETTINGS, nets)
     assert isinstance(air.encode, ConvEncoder)
     svi = SVI(air.model, air.guide, pyro.optim.Adam({"lr": 1e-3}), TraceGraph_ELBO())
@@ -80,7 +80,7 @@ def test_the_contract_of_pyros_svi_holds_with_nets_of_ones_own(images: Tensor) -
         assert not torch.equal(p, before[name]), name
 
 
-def test_the_baseline_embeds_by_a_copy_of_ones_own_embedding() -> None:
+def test_the_baseline_has_a_copy_of_a_user_defined_embedding() -> None:
     air = AIR(**{"x_size": 12, "window_size": 9}, embed=Narrow(SETTINGS))  # type: ignore[arg-type]
     assert air.rnn.weight_ih.shape[1] == 6 + 1 + 3 + 50
     own, copied = air.embed.linear.weight, air.bl_embed.linear.weight
@@ -119,9 +119,7 @@ def test_a_net_with_other_outputs_is_refused(name: str, net: nn.Module, message:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags", ["", "--estimator score", "--compile", "--estimator score --compile"]
-)
+@pytest.mark.parametrize("flags", ["", "--compile", "--estimator score --compile"])
 def test_a_run_trains_resumes_loads_and_detects(
     flags: str, tmp_path: Path, environment: dict[str, str]
 ) -> None:

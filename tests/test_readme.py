@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import programs
 import pytest
 import torch
 from helpers import ROOT, SMALL, run
@@ -33,10 +34,9 @@ def block(before: str, language: str) -> str:
 
 
 def start(program: Path, *arguments: str, environment: dict[str, str]) -> None:
-    command = [sys.executable, str(program), *arguments]
-    subprocess.run(
-        command, cwd=program.parent, env={**environment, "PYTHONPATH": str(ROOT)}, check=True
-    )
+    command = [sys.executable, program, *arguments]
+    own = {**environment, "PYTHONPATH": str(ROOT)}
+    programs.run(command, cwd=program.parent, env=own, check=True)
 
 
 def module_from(path: Path) -> ModuleType:
@@ -98,16 +98,12 @@ def test_the_python_example_runs(tmp_path: Path, environment: dict[str, str]) ->
     start(program, environment=environment)
 
 
-@pytest.mark.parametrize("estimator", ["marginal", "score"])
-def test_a_net_of_ones_own_trains_resumes_and_detects(
-    estimator: str,
-    tmp_path: Path,
-    environment: dict[str, str],
-    capsys: pytest.CaptureFixture[str],
+def test_the_example_of_a_user_defined_net_trains_resumes_and_detects(
+    tmp_path: Path, environment: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = tmp_path / "my_air.py"
     program.write_text(block("## Your own net", "python"))
-    flags = f"{SMALL} --estimator {estimator} --output-dir run"
+    flags = f"{SMALL} --estimator score --output-dir run"
     start(program, *flags.split(), environment=environment)
     my_air = module_from(program)
     resumed = run("--resume run -n 6", tmp_path, environment, nets=my_air.nets)

@@ -57,7 +57,7 @@ def test_the_page_shows_the_text_and_the_code() -> None:
 
 
 def test_the_page_shows_what_the_code_prints(quick: Run) -> None:
-    """Its numbers are those of a whole run."""
+    """Its numbers are those of a complete run."""
     shown = re.findall(r"^```text\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     printed = [output for output in quick.outputs if output]
     assert [*map(without_numbers, shown)] == [*map(without_numbers, printed)]

@@ -1,11 +1,10 @@
-"""What the latents know: the paper's tasks on two-digit scenes, learnt from few labels (section 4).
+"""Tasks of the paper's section 4 on two-digit scenes, learnt from the latents and few labels.
 
     python tests/benchmarks/downstream.py --load runs/RUN/checkpoint.pt
 
-The sum of both digits, and whether they ascend from left to right, by classifiers on what AIR
-infers and by a small convolutional net on the pixels; and which digit it is, by a linear probe of
-the code of a single object. Labels are of scenes made for this; scenes to test on have other
-digits.
+The tasks are the sum of both digits, whether they ascend from left to right, and which digit a
+single object is. Classifiers on the latents that AIR infers are compared with a small convolutional
+net on the pixels. The labels are those of scenes made here; the test scenes have other digits.
 """
 
 import argparse
@@ -36,7 +35,7 @@ Array = NDArray[Any]
 
 
 class Task(NamedTuple):
-    """Scenes with what to tell of them."""
+    """Scenes, their latents and the targets of the tasks."""
 
     x: Array  # uint8 [N, H, H]
     latents: Array  # [N, features]

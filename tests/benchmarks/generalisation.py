@@ -4,8 +4,8 @@
 
 Trains on scenes of 0, 1 and 2 digits, and of 0, 1 and 3, and asks for the count of scenes with 3
 and with 2, of digits that were never trained on. Prints a table that counts every run and writes
-``figure.png`` into ``--out``. What stands behind ``--`` goes to ``main.py``. Runs that are done are
-not done again, so the command can be given again until the table is whole.
+``figure.png`` into ``--out``. Words behind ``--`` are passed to ``main.py``. Finished runs are not
+repeated, so the command can be given again until the table is complete.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
-from air.cli.flags import FLAGS
 from air.data.scene_settings import SceneSettings
+
+from air.cli.flags import FLAGS
 from air.settings import settings_of
 from tests.benchmarks.seeds import MAIN, check_flags, read_lines, train
 
@@ -47,7 +48,7 @@ class Case(NamedTuple):
 
 
 def arguments_of(case: Case, flags: Sequence[str]) -> list[str]:
-    """What main.py is called with to train, but for the run's folder."""
+    """The flags of main.py for a training run, without the run's folder."""
     own = ["--guide", case.guide, "--estimator", case.estimator, "--seed", str(case.seed)]
     counts = ["--counts", *map(str, EXPERIMENTS[case.experiment][0])]
     return [*own, *counts, "--evaluate", "--iwae-samples", "5", *flags]

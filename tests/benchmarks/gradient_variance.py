@@ -1,4 +1,4 @@
-"""How noisy the gradients of both estimators are, for each part of the model.
+"""The noise of the gradients of both estimators, for each part of the model.
 
     python tests/benchmarks/gradient_variance.py                        untrained weights
     python tests/benchmarks/gradient_variance.py --load RUN/checkpoint.pt

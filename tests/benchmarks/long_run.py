@@ -1,4 +1,4 @@
-"""Whether a long run stays as it began: its memory and the time of a step, by the number of steps.
+"""Memory and time per step during a long run, to see whether they grow.
 
     python tests/benchmarks/long_run.py                     20,000 steps of a tiny model
     python tests/benchmarks/long_run.py -- --compile --viz  with further flags of main.py

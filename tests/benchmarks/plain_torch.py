@@ -78,7 +78,7 @@ def marginal_loss(model: AIR, images: Tensor, presence: Tensor) -> Tensor:
 
 
 def score_loss(model: AIR, images: Tensor, presence: Tensor) -> Tensor:
-    """What has the gradient of minus the ELBO per image, and of the baseline's regression."""
+    """A loss with the gradients of minus the ELBO per image and of the baseline's regression."""
     path = run_guide(model, images, sampled=True)
     reached = torch.cat((torch.ones_like(path.present[:, :1]), path.present[:, :-1]), 1)
     score = Bernoulli(path.continue_probs).log_prob(path.present) * reached

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/seeds.py --out seeds --seeds 10 --jobs 2
 
-What stands behind ``--`` goes to ``main.py``. Each run has a folder of its own below ``--out``; a
-run that is done is not done again and one that was stopped goes on, so the command can be given
-again until the table is whole. Nothing is left out: a seed that fails stands in the table. The rows
-below ours are published figures of other programs, each by its own protocol.
+Words behind ``--`` are passed to ``main.py``. Each run has its own folder in ``--out``. Finished
+runs are not repeated and stopped runs are resumed, so the command can be given again until the
+table is complete. The table counts every seed, including those that failed. The rows below ours are
+published results of other programs, each with its own protocol.
 """
 
 import argparse
@@ -33,7 +33,7 @@ COLUMNS = (
     *("estimator", "seeds", "count accuracy", "worst seed", "seeds ≥ 98 %", "digits apart"),
     *("to 95 %", "to 98 %", "ELBO", "bound of log p(x)", "box F1"),
 )
-# What others report, by their papers and repositories; a dash where they give no figure.
+# Results from papers and repositories; a dash where they give no figure.
 PUBLISHED = """\
 | Pyro's tutorial (training data, 200,000 steps, 4 h on a K80) | 1 | 98.7 % | — | 1 | — | — | — | ≈ 657 | — | — |
 | Pyro's example, as timed for GenJAX (training data) | 1 | ≈ 98.5 % | — | — | — | — | — | ≈ 645 | — | — |
@@ -47,7 +47,7 @@ PUBLISHED = """\
 
 
 class Result(NamedTuple):
-    """What one run reached; steps and seconds are None where it never did."""
+    """Results of a run; steps and seconds are None for accuracies that it did not reach."""
 
     accuracy: float  # by mode, on all held-out scenes, at the end
     apart: float  # the same over the scenes whose digits share no pixel
@@ -59,7 +59,7 @@ class Result(NamedTuple):
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl."""
+    """The complete lines of a run's metrics.jsonl."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -80,14 +80,14 @@ def check_flags(folder: Path, arguments: Sequence[str]) -> None:
 
 
 def arguments_of(run: tuple[Path, str, int], flags: Sequence[str]) -> list[str]:
-    """What main.py is called with for a run, but for its folder."""
+    """The flags of main.py for a run, without its folder."""
     _, estimator, seed = run
     own = ["--estimator", estimator, "--seed", str(seed)]
     return [*own, "--eval-every", "250", "--evaluate", *flags]
 
 
 def train(folder: Path, arguments: Sequence[str]) -> int:
-    """Trains one seed, or goes on with it; returns the exit code, 0 where nothing is left."""
+    """Trains one seed, or resumes its run; returns the exit code, 0 for a finished run."""
     if is_done(folder):
         return 0
     goes_on = (folder / "checkpoint.pt").exists()
@@ -101,7 +101,7 @@ def train(folder: Path, arguments: Sequence[str]) -> int:
 
 
 def read_result(folder: Path) -> Result:
-    """What a run that is done reached; NaN where the scenes do not tell."""
+    """Results of a finished run; NaN for measures that its scenes do not allow."""
     lines, final = read_lines(folder), json.loads((folder / "evaluation.json").read_text())
     final["digits_apart"] = (final["accuracy_by_overlap"] or [None])[0]
     evaluations = [line for line in lines if "eval_elbo" in line]
