@@ -34,12 +34,12 @@ from air.data.scenes import DataError
 from air.data.user_images.sources import load_data
 from air.data.user_images.survey import data_hints
 from air.evaluation import HeldOut
-from air.images import to_tensor
-from air.model_settings import NetFactory
-from air.settings import as_arguments
 from air.storage.checkpoint import check_image_size, load_weights_strict, read_weights
 from air.storage.files import quoted
 from air.storage.run_folder import RunFolder, versions
+from air.support.fields import as_arguments
+from air.support.images import to_tensor
+from air.support.model_settings import NetFactory
 from air.terminal.signals import Signals, interrupt_on_signals
 from air.terminal.streams import steady_streams
 from air.training import Trainer, TrainingSettings

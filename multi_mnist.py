@@ -40,7 +40,7 @@ from air.data.synthetic.spacing import Box, free_positions, keep_gap
 from air.data.synthetic.sprites import SHAPES, draw_sprite, tint
 from air.data.user_images.picture_files import write_pictures
 from air.data.user_images.sources import HELD_OUT_FOLDER, load_data
-from air.settings import (
+from air.support.fields import (
     add_flags,
     as_arguments,
     check_settings,

@@ -16,18 +16,24 @@ import torch
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor, nn
 
-from air import arguments
 from air.background import Background
-from air.distributions import Presence
-from air.images import as_batch, check_range, to_intensities
 from air.likelihoods import make_likelihood
 from air.looks import Place, make_look
-from air.model_settings import ModelSettings, NetFactory
-from air.priors import DEFAULT_COUNT_RATIO, PresencePrior, geometric_presence, presence_probs
-from air.settings import as_arguments
+from air.priors import (
+    DEFAULT_COUNT_RATIO,
+    PresencePrior,
+    check_presence_prior,
+    geometric_presence,
+    presence_probs,
+)
 from air.spatial_transformer import image_to_window, window_to_image
-from air.subsampling import subsample_indices
-from air.support_handlers import register_parameters
+from air.support import checks
+from air.support.distributions import Presence
+from air.support.fields import as_arguments
+from air.support.handlers import register_parameters
+from air.support.images import as_batch, check_range, to_intensities
+from air.support.model_settings import ModelSettings, NetFactory
+from air.support.subsampling import subsample_indices
 from modules import MLP, Decoder, Encoder, ImageLSTMCell, Predict, Projection, make_embed
 
 Latents = tuple[list[Tensor], list[Tensor]]  # z_where, T times [B, 3]; z_pres, T times [B, 1]
@@ -122,7 +128,7 @@ class AIR(nn.Module):
         embed_layers = s.embed_channels or (), s.embed_net or (), nl
         side = self.look.side
         self.embed = make_embed(s.channels, side, *embed_layers) if embed is None else embed
-        embedded_size = arguments.embedding_size(self.embed, s.channels * side**2)
+        embedded_size = checks.embedding_size(self.embed, s.channels * side**2)
         self.rnn = ImageLSTMCell(embedded_size, latent_size, hidden)
         self.predict: nn.Module = Predict(hidden, s.predict_net, Z_PRES_SIZE, Z_WHERE_SIZE, nl)
         self.encode: nn.Module = Encoder(window_pixels, s.encoder_net, s.z_what_size, nl)
@@ -134,7 +140,7 @@ class AIR(nn.Module):
         self.bl_embed = make_embed(s.channels, s.x_size, *embed_layers)
         if embed is not None and side == s.x_size:
             self.bl_embed = copy.deepcopy(embed)
-        bl_size = arguments.embedding_size(self.bl_embed, s.channels * s.x_size**2)
+        bl_size = checks.embedding_size(self.bl_embed, s.channels * s.x_size**2)
         self.bl_rnn = ImageLSTMCell(bl_size, latent_size, hidden)
         self.bl_predict = MLP(hidden, [*s.bl_predict_net, 1], nl)
         self.bl_h_init = nn.Parameter(torch.zeros(1, hidden))
@@ -146,7 +152,7 @@ class AIR(nn.Module):
             ("predict", predict, hidden, [Z_PRES_SIZE, Z_WHERE_SIZE, Z_WHERE_SIZE]),
         ):
             if net is not None:
-                arguments.check_net(name, net, in_size, out_sizes)
+                checks.check_net(name, net, in_size, out_sizes)
                 setattr(self, name, net)
         if use_cuda:
             self.cuda()
@@ -182,7 +188,8 @@ class AIR(nn.Module):
         Raises:
             ValueError: As `guide`.
         """
-        arguments.check_call(data, batch_size, z_pres_prior_p, num_images)
+        checks.check_call(data, batch_size, num_images)
+        check_presence_prior(z_pres_prior_p)
         register_parameters(self)
         indices = subsample_indices(data, batch_size if draw else None, num_images)
         size = num_images or len(data)
@@ -215,8 +222,8 @@ class AIR(nn.Module):
         Raises:
             ValueError: If `n` is negative, or the prior is no function from steps to probabilities.
         """
-        arguments.check_whole("n", n, 0)
-        arguments.refuse_outer_plates(batch=n)
+        checks.check_whole("n", n, 0)
+        checks.refuse_outer_plates(batch=n)
         presence = self.presence(z_pres_prior_p)
         background = None if self.background is None else self.background.model(self.h_init, n)
         z_pres = self.h_init.new_ones(n, Z_PRES_SIZE)
@@ -254,7 +261,7 @@ class AIR(nn.Module):
 
         With a model of the background [T, B, C + 1, H, H], see `likelihoods.PixelLikelihood`.
         """
-        arguments.check_as_many(z_where=z_where, z_what=z_what)
+        checks.check_as_many(z_where=z_where, z_what=z_what)
         where, windows = torch.cat(tuple(z_where)), self.decode(torch.cat(tuple(z_what)))
         painted = window_to_image(where, self.window_size, self.x_size, windows)
         return painted.view(len(z_where), len(z_where[0]), *painted.shape[1:])

@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from air.model_settings import ModelSettings
+from air.support.model_settings import ModelSettings
 from modules import MLP, Decoder, Encoder, NonLinearity
 
 

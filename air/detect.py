@@ -40,13 +40,13 @@ from air.data.user_images.sources import (
 )
 from air.data.user_images.survey import brightness_hints
 from air.evaluation.boxes import tight_boxes
-from air.images import to_tensor
 from air.inference import infer
-from air.model_settings import NetFactory
 from air.priors import at_least_probs
-from air.settings import from_config
 from air.storage.checkpoint import load_air, read_weights
 from air.storage.files import write_atomically
+from air.support.fields import from_config
+from air.support.images import to_tensor
+from air.support.model_settings import NetFactory
 from air.terminal.signals import exit_code, interrupt_on_signals
 from air.terminal.streams import steady_streams
 from air.visualization.drawing import draw_boxes, enlarge, tile

@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from air.air import AIR, Latents
-from air.arguments import check_whole
-from air.images import to_tensor
 from air.priors import presence_from_counts
 from air.refinement import refine_scene
 from air.scene import infer_scene, paint, paint_objects
 from air.spatial_transformer import window_boxes
-from air.support_handlers import closed
+from air.support.checks import check_whole
+from air.support.handlers import closed
+from air.support.images import to_tensor
 
 # The least probability of a count in a learnt prior. A count of probability zero could not recover.
 MIN_LEARNT_PROB = 1e-6

@@ -7,20 +7,16 @@ canvas.
 import math
 from abc import ABC, abstractmethod
 from functools import reduce
-from typing import Literal
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-Likelihood = Literal["normal", "bernoulli"]
+from air.support.model_settings import Likelihood
 
 # The probability that a pixel differs from the canvas. It bounds the cost of a pixel, to 6.9 nats,
 # and the gradient where the canvas contradicts the image.
 FLIP_PROB = 1e-3
-
-# Of a Normal pixel. A learnt standard deviation begins at the default and stays above the least.
-DEFAULT_SD, LEAST_SD = 0.3, 0.05
 
 
 class PixelLikelihood(nn.Module, ABC):
@@ -75,20 +71,13 @@ class NormalLikelihood(PixelLikelihood):
     """Each pixel is Normal around the canvas; without a background, intensities add up.
 
     Args:
-        sd: Standard deviation of every pixel; "learn" for a parameter, at first `DEFAULT_SD`.
+        sd: Standard deviation of every pixel.
         covers: See `PixelLikelihood`.
     """
 
-    def __init__(self, sd: float | Literal["learn"], covers: bool = False) -> None:
+    def __init__(self, sd: float, covers: bool = False) -> None:
         super().__init__(covers)
-        self.fixed_sd = None if sd == "learn" else sd
-        if self.fixed_sd is None:
-            self.raw_sd = nn.Parameter(torch.tensor(math.log(DEFAULT_SD - LEAST_SD)))
-
-    @property
-    def sd(self) -> float | Tensor:
-        """The standard deviation of a pixel."""
-        return LEAST_SD + self.raw_sd.exp() if self.fixed_sd is None else self.fixed_sd
+        self.sd = sd
 
     def prepare(self, images: Tensor) -> Tensor:
         return images
@@ -97,15 +86,13 @@ class NormalLikelihood(PixelLikelihood):
         return canvas + painted
 
     def distribution(self, canvas: Tensor) -> dist.TorchDistribution:
-        sd = self.sd  # of a fixed one, no copy from the host
-        return dist.Normal(canvas, sd if isinstance(sd, Tensor) else canvas.new_full((), sd))
+        return dist.Normal(canvas, canvas.new_full((), self.sd))  # without a copy from the host
 
     def log_prob(self, images: Tensor, canvas: Tensor) -> Tensor:
         # ``dist.Normal`` would take the logarithm of the same sd for every pixel.
-        squares, sd = (images - canvas).flatten(1).square().sum(1), self.sd
-        log_sd = sd.log() if isinstance(sd, Tensor) else math.log(sd)
-        constant = math.prod(images.shape[1:]) * (log_sd + math.log(2 * math.pi) / 2)
-        return -squares / (2 * sd**2) - constant
+        squares = (images - canvas).flatten(1).square().sum(1)
+        constant = math.prod(images.shape[1:]) * (math.log(self.sd) + math.log(2 * math.pi) / 2)
+        return -squares / (2 * self.sd**2) - constant
 
 
 class BernoulliLikelihood(PixelLikelihood):
@@ -135,13 +122,13 @@ class BernoulliLikelihood(PixelLikelihood):
 
 
 def make_likelihood(
-    name: Likelihood, sd: float | Literal["learn"], bounded: bool = True, covers: bool = False
+    name: Likelihood, sd: float, bounded: bool = True, covers: bool = False
 ) -> PixelLikelihood:
     """Makes a likelihood by its name.
 
     Args:
         name: "normal" or "bernoulli".
-        sd: Standard deviation of each Normal pixel, or "learn".
+        sd: Standard deviation of each Normal pixel.
         bounded: Whether the intensities of painted objects are in [0, 1].
         covers: See `PixelLikelihood`.
 
@@ -149,7 +136,7 @@ def make_likelihood(
         ValueError: If the name is unknown, the standard deviation is not above zero and finite, or
             the likelihood needs bounded intensities.
     """
-    if sd != "learn" and not (isinstance(sd, int | float) and 0 < sd < math.inf):
+    if not (isinstance(sd, int | float) and 0 < sd < math.inf):
         raise ValueError(f"likelihood_sd: expected a number above 0, got {sd}")
     if name == "normal":
         return NormalLikelihood(sd, covers)

@@ -16,8 +16,8 @@ at one place holds for every place.
 import torch
 from torch import Tensor, nn
 
-from air.model_settings import ModelSettings
 from air.spatial_transformer import image_to_window, peak_centres, where_at
+from air.support.model_settings import ModelSettings
 
 # The side of a glimpse, in sides of the window of mean scale, which is at most that of the image.
 GLIMPSE_SIDE = 1.5

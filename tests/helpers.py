@@ -30,8 +30,8 @@ from air.evaluation.counting import CountScores
 from air.evaluation.metrics import Evaluation, HeldOut
 from air.storage.checkpoint import FORMAT, load_weights_strict, read_weights, write_state
 from air.training.events import Progress
-from air.training.settings import TrainingSettings
 from air.training.trainer import Trainer
+from air.training.training_settings import TrainingSettings
 from air.visualization.snapshots import InferredScenes, Snapshot
 
 ROOT = Path(__file__).parent.parent

@@ -23,7 +23,7 @@ from air.likelihoods import FLIP_PROB, BernoulliLikelihood
 from air.looks import Glimpse
 from air.marginal import MarginalAIR
 from air.priors import geometric_presence
-from air.support_handlers import LocalParameters
+from air.support.handlers import LocalParameters
 from modules import ImageLSTMCell
 
 
@@ -158,8 +158,7 @@ def by_hand(
         chosen.append(log_p - log_q + (rest if masking else 0))
         sampled.append(log_p - log_q + rest)
         scores.append(log_q)
-    learnt = dict(air.likelihood.named_parameters())
-    pixels: Any = Normal(canvas, 0.05 + learnt["raw_sd"].exp() if learnt else 0.3)
+    pixels: Any = Normal(canvas, 0.3)
     if isinstance(air.likelihood, BernoulliLikelihood):
         pixels = Bernoulli(canvas * (1 - FLIP_PROB) + (1 - canvas) * FLIP_PROB)
     likelihood = pixels.log_prob(x).flatten(1).sum(1)
@@ -195,7 +194,7 @@ def by_hand(
         {"background_model": "vae", "z_background_size": 4, "background_net": [6, 5]},
         {"background_model": "constant", "likelihood": "bernoulli"},
         {"background_model": "constant", "channels": 3, "guide_input": "difference"},
-        {"background_model": "vae", "use_masking": False, "likelihood_sd": "learn"},
+        {"background_model": "vae", "use_masking": False},
     ],
     ids=str,
 )

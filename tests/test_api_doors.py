@@ -17,9 +17,9 @@ from air.evaluation.alarms import empty_canvas_elbo
 from air.inference import infer, mean_count_probs, sample_prior
 from air.likelihoods import make_likelihood
 from air.marginal import MarginalAIR
-from air.model_settings import ModelSettings
 from air.priors import AnnealedPresencePrior, geometric_count_prior
-from air.subsampling import draw_indices
+from air.support.model_settings import ModelSettings
+from air.support.subsampling import draw_indices
 
 X = torch.rand(6, 12, 12)
 

@@ -18,7 +18,7 @@ from air.detect import detect, draw
 from air.evaluation.elbo import sample_elbo
 from air.evaluation.metrics import HeldOut, evaluate
 from air.inference import infer, sample_prior
-from air.likelihoods import DEFAULT_SD, LEAST_SD, NormalLikelihood, make_likelihood
+from air.likelihoods import make_likelihood
 from air.marginal import MarginalAIR
 from air.storage.checkpoint import load_air, write_state
 from air.training import Trainer, TrainingSettings
@@ -72,7 +72,7 @@ def test_backgrounds_have_the_shape_of_images(kind: Any, channels: int) -> None:
 @pytest.mark.parametrize(("kind", "channels"), KINDS)
 @pytest.mark.parametrize("estimator", ["marginal", "score"])
 def test_every_parameter_has_a_gradient(kind: str, channels: int, estimator: str) -> None:
-    air = small_air(background_model=kind, channels=channels, likelihood_sd="learn")
+    air = small_air(background_model=kind, channels=channels)
     program = MarginalAIR(air) if estimator == "marginal" else air
     TraceGraph_ELBO().loss_and_grads(program.model, program.guide, scenes(40, channels))
     for name, parameter in air.named_parameters():
@@ -132,30 +132,6 @@ def test_the_terms_of_the_elbo_add_up_to_pyros(options: dict[str, Any]) -> None:
     without = small_air(**options)
     assert evaluate(without, HeldOut(images)).kl_background is None
     assert (sample_elbo(without, images).kl_background == 0).all()
-
-
-def sd_of(likelihood: NormalLikelihood) -> float:
-    assert isinstance(likelihood.sd, Tensor)
-    return likelihood.sd.item()
-
-
-@pytest.mark.parametrize("residual", [0.2, 0.01])
-def test_a_learnt_standard_deviation_becomes_that_of_the_residuals(residual: float) -> None:
-    torch.manual_seed(0)
-    likelihood = NormalLikelihood("learn")
-    assert sd_of(likelihood) == pytest.approx(DEFAULT_SD)
-    canvas = torch.rand(20, 12, 12)
-    images = canvas + residual * torch.randn(20, 12, 12)
-    adam = torch.optim.Adam(likelihood.parameters(), lr=0.05)
-    for _ in range(400):
-        adam.zero_grad()
-        (-likelihood.log_prob(images, canvas).sum()).backward()  # type: ignore[no-untyped-call]
-        adam.step()
-    rms = (images - canvas).square().mean().sqrt().item()
-    assert sd_of(likelihood) == pytest.approx(max(rms, LEAST_SD), rel=0.02)
-    assert sd_of(likelihood) > LEAST_SD
-    by_torch = likelihood.distribution(canvas).log_prob(images).sum((1, 2))
-    torch.testing.assert_close(likelihood.log_prob(images, canvas), by_torch)
 
 
 def test_sums_of_scenes_with_backgrounds_are_refused() -> None:
@@ -226,18 +202,16 @@ def test_detect_draws_backgrounds_below_the_images(tmp_path: Path) -> None:
 
 def test_a_checkpoint_brings_its_background(tmp_path: Path) -> None:
     options = {"background_model": "vae", "z_background_size": 4, "background_net": [6]}
-    air, images = small_air(**options, likelihood_sd="learn"), scenes(5, 1)
+    air, images = small_air(**options), scenes(5, 1)
     sizes = {
         "x_size": 12, "window_size": 7, "encoder_latent_size": 5, "rnn_hidden_size": 11,
         "encoder_net": [9], "decoder_net": [8], "predict_net": [6], "bl_predict_net": [4],
     }  # fmt: skip
-    config = {**sizes, **options, "likelihood_sd": "learn"}
+    config = {**sizes, **options}
     state = {"format": 3, "model": air.state_dict(), "optimizer": {}, "step": 1, "config": config}
     write_state(tmp_path / "checkpoint.pt", state)
     loaded = load_air(tmp_path / "checkpoint.pt")
     assert torch.equal(infer(loaded, images).backgrounds, infer(air, images).backgrounds)
-    learnt = [dict(each.likelihood.named_parameters())["raw_sd"] for each in (loaded, air)]
-    assert torch.equal(*learnt)
 
 
 @pytest.mark.parametrize("options", [{}, {"channels": 3}, {"likelihood": "bernoulli"}])
@@ -281,7 +255,7 @@ def test_the_first_steps_train_the_background_and_nothing_else(estimator: Any) -
 
     def trainer() -> Trainer:
         torch.manual_seed(0)
-        air = small_air(background_model="constant", likelihood_sd="learn")
+        air = small_air(background_model="constant")
         settings = TrainingSettings(
             **sizes, estimator=estimator, background_steps=4, save_every=3, eval_every=0
         )
@@ -295,7 +269,7 @@ def test_the_first_steps_train_the_background_and_nothing_else(estimator: Any) -
         if isinstance(event, Progress):
             now = dict(whole.air.named_parameters())
             changed = {name for name in now if not torch.equal(now[name], before[name])}
-            of_background = {n for n in now if n.startswith(("background.", "likelihood."))}
+            of_background = {n for n in now if n.startswith("background.")}
             assert of_background <= changed
             assert (changed == of_background) == (event.step <= 4)
     resumed = trainer()

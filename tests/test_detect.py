@@ -21,8 +21,8 @@ from air.data.user_images.sources import read_images
 from air.detect import detect, load_air, main
 from air.evaluation.boxes import tight_boxes
 from air.inference import infer
-from air.model_settings import ModelSettings
-from air.settings import from_config
+from air.support.fields import from_config
+from air.support.model_settings import ModelSettings
 
 
 def write_png(path: Path, channels: int = 1, side: int = 12) -> torch.Tensor:

@@ -55,7 +55,7 @@ DAILY = [
     (f"{PRESET} dsprites -n 1000", 0.9, None),
     (
         "--guide difference --recipe dsprites -n 150 -b 32 -lr 2e-3 --clip-grad-norm 100 -t 2 "
-        "--x-size 32 --sides 9 14 --rotation 180 --num-scenes 5000 --num-test-scenes 500 "
+        "--x-size 32 --sides 9 14 --num-scenes 5000 --num-test-scenes 500 "
         "--window-size 14 --scale-prior-mean 2 --scale-prior-sd 0.5 --decoder-output-bias -3 "
         f"--likelihood-sd 0.5 --encoder-latent-size 10 {MANY_AT_FIRST} 200",
         0.8,

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from air.looks import Glimpse, Place
 from air.marginal import MarginalAIR
-from air.model_settings import ModelSettings
+from air.support.model_settings import ModelSettings
 
 SIDE = 40
 

@@ -51,7 +51,7 @@ LINES = [
     f"{SMALL} -t 1 --estimator score --no-baselines --no-masking --embed-net 20 10 "
     "--embed-channels 4 --non-linearity Tanh --jit",
     f"{SMALL} -t 5 --estimator marginal --window-size 20 --no-decoder-output-use-sigmoid "
-    "--likelihood-sd learn --compile",
+    "--likelihood-sd 0.4 --compile",
     f"{SMALL} --added-scenes 9 --z-pres-prior 0.9 --z-pres-prior-raw "
     "--anneal-prior exp --anneal-prior-to 1e-3 "
     "--anneal-prior-begin 1 --anneal-prior-duration 1e6 --no-viz --no-refine --scale-prior-mean 2 "

@@ -63,7 +63,6 @@ def draw_noise(num_steps: int, n: int) -> dict[str, Tensor]:
         (2, {"background_model": "vae", "z_background_size": 3}),
         (3, {"background_model": "constant", "channels": 3, "guide_input": "difference"}),
         (2, {"background_model": "vae", "z_background_size": 3, "likelihood": "bernoulli"}),
-        (3, {"likelihood_sd": "learn"}),
     ],
 )
 def test_value_and_gradients_equal_the_sum_over_all_counts(

@@ -15,8 +15,8 @@ from torch.nn.functional import softplus
 
 from air import AIR
 from air.detect import detect
-from air.model_settings import ModelSettings
 from air.storage.checkpoint import CheckpointError, load_air
+from air.support.model_settings import ModelSettings
 
 
 class ConvEncoder(nn.Module):

@@ -23,9 +23,9 @@ from air.marginal import MarginalAIR
 from air.training import trainer as trainer_module
 from air.training.compiled_svi import CompiledSVI, Compiler
 from air.training.ranks import any_rank, is_main, joined_ranks, rank, shard
-from air.training.settings import TrainingSettings
 from air.training.svi import SVI, make_optimizer
 from air.training.trainer import Trainer
+from air.training.training_settings import TrainingSettings
 from tests.helpers import capture_only
 
 CASES = list(product(("marginal", "score"), (False, True)))  # estimator, captured

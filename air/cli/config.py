@@ -11,10 +11,10 @@ from typing import Any
 from air.cli.flags import DEFAULTS, FLAGS, SETTINGS, ProgramSettings, settings_named_by_flag
 from air.cli.presets import PRESETS, preset_settings
 from air.data.user_images.preparation import ImageSettings
-from air.model_settings import ModelSettings
-from air.settings import from_config, settings_of
 from air.storage.checkpoint import CheckpointError
-from air.training.settings import TrainingSettings
+from air.support.fields import from_config, settings_of
+from air.support.model_settings import ModelSettings
+from air.training.training_settings import TrainingSettings
 from multi_mnist import FolderSettings, SceneSettings
 
 COMPILE_MIN_STEPS = 5000  # some 2,500 steps save the time that compiling takes (tests/benchmarks)

@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 
 from air.cli.presets import PRESETS
 from air.data.user_images.preparation import ImageSettings
-from air.model_settings import ModelSettings
-from air.settings import Setting, SettingError, check_settings, setting, settings_of
+from air.support.fields import Setting, SettingError, check_settings, setting, settings_of
+from air.support.model_settings import ModelSettings
 from air.training.ranks import rank, world_size
-from air.training.settings import TrainingSettings
+from air.training.training_settings import TrainingSettings
 from multi_mnist import FolderSettings, SceneSettings
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from air.training.settings import TrainingSettings
+from air.training.training_settings import TrainingSettings
 
 _MANY_OBJECTS_AT_FIRST: dict[str, Any] = {
     "z_pres_prior": 0.99,

@@ -23,8 +23,8 @@ from air.data.user_images.survey import (
     sample_images,
     survey,
 )
-from air.settings import from_config
 from air.storage.run_folder import program
+from air.support.fields import from_config
 
 MAX_SIDE = 64  # pixels; smaller images keep their size
 OBJECT_SIDE = 12  # pixels that a typical object has in images that are made smaller

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from air.air import AIR
-from air.arguments import check_whole
-from air.images import to_tensor
 from air.priors import PresencePrior
-from air.support_handlers import closed
+from air.support.checks import check_whole
+from air.support.handlers import closed
+from air.support.images import to_tensor
 
 
 class ElboTerms(NamedTuple):

@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from air.air import AIR
-from air.arguments import check_whole
 from air.evaluation.boxes import BoxScores, score_boxes, tight_boxes
 from air.evaluation.counting import CountScores, score_counts
 from air.evaluation.elbo import ElboTerms, importance_weighted_bound, sample_elbo
-from air.images import to_tensor
 from air.inference import forked_rng, infer
 from air.priors import PresencePrior, at_least_probs
+from air.support.checks import check_whole
+from air.support.images import to_tensor
 
 MAX_OBJECTS = 1000  # in one scene; a larger count is an error in the data
 

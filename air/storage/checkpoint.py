@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from air.air import AIR
-from air.model_settings import ModelSettings, NetFactory
 from air.priors import counts_from_presence
-from air.settings import from_config
 from air.storage.files import UnusableFileError, check_unpacked_size, write_atomically
+from air.support.fields import from_config
+from air.support.model_settings import ModelSettings, NetFactory
 
 FORMAT = 4  # of checkpoint.pt; raise it when earlier and later programs cannot read each other's
 NO_SETTINGS = (

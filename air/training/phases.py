@@ -14,10 +14,10 @@ from torch import Tensor
 
 from air.air import AIR
 from air.marginal import MarginalAIR
-from air.settings import SettingError
-from air.training.settings import TrainingSettings
+from air.support.fields import SettingError
 from air.training.svi import SVI
 from air.training.teacher import Teacher
+from air.training.training_settings import TrainingSettings
 
 MakeSVI = Callable[..., SVI]  # of a model, a guide, and whether the step may be compiled
 

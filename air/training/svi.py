@@ -8,7 +8,7 @@ from pyro.infer import TraceGraph_ELBO
 from torch import Tensor, nn
 
 from air.air import AIR
-from air.support_handlers import LocalParameters
+from air.support.handlers import LocalParameters
 from air.training.ranks import sum_over_ranks, world_size
 from air.training.step_stats import StepStats
 

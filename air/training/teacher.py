@@ -30,8 +30,8 @@ from air.marginal import AllStepsActive
 from air.priors import count_log_probs
 from air.refinement import BADLY_EXPLAINED, closest_windows, merge, relative_residual
 from air.scene import infer_scene, paint
-from air.settings import SettingError
-from air.support_handlers import closed
+from air.support.fields import SettingError
+from air.support.handlers import closed
 
 PARTNERS = 6  # scenes to which each scene is added, to see whether the sum can be used
 BATCH_PER_SUM = 4  # scenes in the batch for each sum that is used

@@ -18,16 +18,16 @@ from air.evaluation.alarms import (
 from air.evaluation.metrics import HeldOut, check_scenes, evaluate
 from air.inference import mean_count_probs
 from air.priors import CountPrior, geometric_presence, presence_from_counts
-from air.settings import SettingError
+from air.support.fields import SettingError
 from air.training.compiled_svi import CompiledSVI, Compiler, inductor
 from air.training.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
 from air.training.phases import Phase, make_phases, phase_at
 from air.training.ranks import any_rank, seed_of_step, shard, sum_over_ranks, world_size
 from air.training.schedules import is_due, is_early, learning_rate_factor
-from air.training.settings import LEARN_PRIOR_EVERY, LEARN_PRIOR_SCENES, TrainingSettings
 from air.training.step_stats import StepStats
 from air.training.svi import SVI, make_optimizer
 from air.training.teacher import Teacher
+from air.training.training_settings import LEARN_PRIOR_EVERY, LEARN_PRIOR_SCENES, TrainingSettings
 
 MAX_SKIPPED = 20  # skipped steps in a row that end training
 # Steps, at most, between two checks whether steps were skipped and whether a rank is to stop. Each

@@ -33,8 +33,8 @@ from air.cli.device import pick_device
 from air.evaluation.metrics import HeldOut
 from air.training.events import Progress
 from air.training.ranks import any_rank, is_main, joined_ranks, local_rank, sum_over_ranks
-from air.training.settings import TrainingSettings
 from air.training.trainer import Trainer
+from air.training.training_settings import TrainingSettings
 
 SCENES = 6_000
 WARM_UP = 10  # steps

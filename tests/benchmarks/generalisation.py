@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is n
 from air.data.scene_settings import SceneSettings
 
 from air.cli.flags import FLAGS
-from air.settings import settings_of
+from air.support.fields import settings_of
 from tests.benchmarks.seeds import MAIN, check_flags, read_lines, train
 
 EXPERIMENTS = {"0, 1, 2 to 3": ((0, 1, 2), 3), "0, 1, 3 to 2": ((0, 1, 3), 2)}

@@ -14,10 +14,10 @@ from air import AIR
 from air.cli.config import COMPILE_MIN_STEPS, check_config, config_hints, resolve_config
 from air.cli.flags import DEFAULTS, SETTINGS
 from air.cli.presets import PRESETS
-from air.model_settings import ModelSettings
-from air.settings import settings_of
 from air.storage.checkpoint import CheckpointError
-from air.training.settings import TrainingSettings
+from air.support.fields import settings_of
+from air.support.model_settings import ModelSettings
+from air.training.training_settings import TrainingSettings
 
 RESUME = {"resume": "run"}
 

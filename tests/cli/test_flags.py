@@ -5,7 +5,7 @@ import re
 import pytest
 
 from air.cli import flags
-from air.training.settings import TrainingSettings
+from air.training.training_settings import TrainingSettings
 
 TUTORIAL = (
     "-n 200000 -blr 0.1 --z-pres-prior 0.01 --scale-prior-sd 0.2 --predict-net 200 "

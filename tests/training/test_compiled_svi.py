@@ -26,7 +26,7 @@ from air.evaluation.metrics import HeldOut
 from air.inference import infer
 from air.marginal import MarginalAIR
 from air.priors import AnnealedPresencePrior
-from air.subsampling import draw_indices
+from air.support.subsampling import draw_indices
 from air.training.compiled_svi import CompiledSVI, inductor
 from air.training.svi import SVI, make_optimizer
 from air.training.trainer import Trainer
@@ -81,7 +81,7 @@ CASES: list[tuple[int, int | None, dict[str, Any]]] = [  # number of steps, batc
     (5, 7, {"embed_channels": [3, 2], "embed_net": [5]}),
     (2, 3, {"guide_input": "difference"}),
     (2, 3, {"guide_input": "glimpse"}),
-    (2, 3, {"background_model": "vae", "likelihood_sd": "learn"}),
+    (2, 3, {"background_model": "vae"}),
 ]
 
 
@@ -245,7 +245,7 @@ class OffTheHost(TorchDispatchMode):
     [
         ({}, {"added_scenes": 5.0, "added_scenes_from": 1, "clip_grad_norm": 10.0}),
         ({"guide_input": "glimpse", "embed_channels": [2, 3]}, {}),
-        ({"background_model": "vae", "likelihood_sd": "learn"}, {"background_steps": 1}),
+        ({"background_model": "vae"}, {"background_steps": 1}),
         ({"channels": 3, "likelihood": "bernoulli", "guide_input": "difference"}, {}),
         ({}, {"estimator": "score", "clip_grad_norm": 10.0}),
         ({"use_masking": False, "guide_input": "difference"}, {"estimator": "score"}),

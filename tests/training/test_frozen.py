@@ -9,8 +9,8 @@ import torch
 from helpers import SETTINGS, capture_only, trainer, weights
 
 from air.air import AIR
-from air.training.settings import Estimator
 from air.training.trainer import Trainer
+from air.training.training_settings import Estimator
 
 FOUR_STEPS = replace(SETTINGS, num_steps=4, progress_every=0, eval_every=0, save_every=0)
 

@@ -16,9 +16,9 @@ from helpers import ROOT, SETTINGS, SMALL, as_rank, trainer
 from helpers import run as run_main
 from two_ranks import CASES, STEPS, make_trainer, one_step, train
 
-from air.settings import SettingError
 from air.storage.checkpoint import read_state
-from air.subsampling import draw_indices
+from air.support.fields import SettingError
+from air.support.subsampling import draw_indices
 from air.training import ranks
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]

@@ -17,7 +17,6 @@ from air.marginal import MarginalAIR
 from air.refinement import BADLY_EXPLAINED, closest_windows, merge, relative_residual
 from air.scene import infer_scene, paint
 from air.training import teacher
-from air.training.settings import TrainingSettings
 from air.training.svi import SVI, make_optimizer
 from air.training.teacher import (
     BATCH_PER_MERGED,
@@ -28,6 +27,7 @@ from air.training.teacher import (
     infer_counts,
     make_sums,
 )
+from air.training.training_settings import TrainingSettings
 
 WEIGHT = 7.0
 

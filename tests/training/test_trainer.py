@@ -16,8 +16,8 @@ from air.priors import continue_probs_from_counts, geometric_count_prior
 from air.storage.checkpoint import check_progress
 from air.training.events import CheckpointDue, Evaluated, Progress, SnapshotDue
 from air.training.schedules import learning_rate_factor
-from air.training.settings import Estimator, TrainingSettings
 from air.training.trainer import MAX_SKIPPED, SYNC_EVERY, Trainer
+from air.training.training_settings import Estimator, TrainingSettings
 
 
 def without_times(event: Any) -> Any:  # noqa: ANN401

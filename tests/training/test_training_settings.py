@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from helpers import SETTINGS, trainer
 
-from air.settings import SettingError
-from air.training.settings import TrainingSettings
+from air.support.fields import SettingError
+from air.training.training_settings import TrainingSettings
 
 
 def test_raw_prior_is_the_probability_at_each_step() -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from air.data.synthetic.backgrounds import BackgroundKind
-from air.settings import SettingError, check_settings, setting, settings_of
+from air.support.fields import SettingError, check_settings, setting, settings_of
 
 APART_SIDE, APART_DISTANCE = 24, 12  # pixels, of recipe apart
 
@@ -60,7 +60,9 @@ class SceneSettings:
         only_in="multi_mnist.py",
     )
     binary: bool = setting(
-        False, "set every pixel to 0 or 255; intensities of overlapping digits are not added"
+        False,
+        "set every pixel to 0 or 255; intensities of overlapping digits are not added",
+        only_in="multi_mnist.py",
     )
     background: BackgroundKind = setting(
         "black", "type of background; on all but black, objects hide what is behind them"
@@ -78,7 +80,6 @@ class SceneSettings:
         low=0,
         high=255,
         length=(2, 2),
-        only_in="multi_mnist.py",
     )
     min_gap: float | None = setting(
         None,

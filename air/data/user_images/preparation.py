@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from air.data.scenes import Array, DataError
-from air.intensities import range_problem
-from air.settings import check_settings, setting
 from air.storage.files import MAX_BYTES
+from air.support.fields import check_settings, setting
+from air.support.intensities import range_problem
 
 MAX_CHANNELS_LAST = 4  # of [N, H, W, C]: grey or RGB, with or without alpha
 CHUNK = 1000  # images that are converted at once, to save memory

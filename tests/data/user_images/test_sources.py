@@ -26,7 +26,7 @@ from air.data.user_images.sources import (
     read_images,
 )
 from air.evaluation import HeldOut
-from air.images import to_tensor
+from air.support.images import to_tensor
 from air.training import Trainer
 
 RNG = np.random.default_rng(0)

@@ -8,8 +8,6 @@ import torch
 from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
 
-from air.priors import PresencePrior, check_presence_prior
-
 
 def check_whole(name: str, value: object, least: int, hint: str = "") -> None:
     """Checks a number of things.
@@ -23,12 +21,7 @@ def check_whole(name: str, value: object, least: int, hint: str = "") -> None:
         )
 
 
-def check_call(
-    data: Tensor,
-    batch_size: int | None,
-    z_pres_prior_p: PresencePrior | None,
-    num_images: int | None,
-) -> None:
+def check_call(data: Tensor, batch_size: int | None, num_images: int | None) -> None:
     """Checks the arguments of a model or guide; see `AIR.guide`.
 
     Raises:
@@ -50,7 +43,6 @@ def check_call(
                 f"batch_size: expected None with num_images, because data is one batch of "
                 f"{len(data)} images then, got {batch_size}"
             )
-    check_presence_prior(z_pres_prior_p)
     refuse_outer_plates()
 
 

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from air.model_settings import ModelSettings, is_activation
-from air.settings import (
+from air.support.fields import (
     SettingError,
     add_flags,
     as_arguments,
@@ -17,6 +16,7 @@ from air.settings import (
     setting,
     settings_of,
 )
+from air.support.model_settings import ModelSettings, is_activation
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pyro.distributions import is_validation_enabled
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from air.intensities import range_problem
+from air.support.intensities import range_problem
 
 
 def to_tensor(images: object) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import pyro.distributions as dist
 import torch
 
-from air.distributions import Presence
+from air.support.distributions import Presence
 
 
 def test_it_draws_what_a_bernoulli_draws_on_a_cpu() -> None:

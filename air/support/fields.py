@@ -95,7 +95,6 @@ class Setting:
     is_list: bool
     is_optional: bool
     choices: tuple[str, ...]
-    words: tuple[str, ...] = ()  # accepted in place of a number
 
     @property
     def flags(self) -> list[str]:
@@ -123,7 +122,7 @@ class Setting:
             text += f" of at least {_number(self.about['low'])}"
         if self.about["high"] < math.inf:
             text += f", at most {_number(self.about['high'])}"
-        return " or ".join((text, *self.words))
+        return text
 
     def add_flag(self, group: "argparse._ArgumentGroup") -> None:
         """Adds its flag, if it has one. A flag that is not given leaves no value."""
@@ -150,7 +149,7 @@ class Setting:
             argparse.ArgumentTypeError: If it stands for none.
         """
         value: Any = text
-        if text not in self.words and self.scalar in (int, float):
+        if self.scalar in (int, float):
             try:
                 value = float(text)
             except ValueError:
@@ -183,8 +182,6 @@ class Setting:
 
     def _accepts(self, value: Any) -> bool:  # noqa: ANN401
         """Whether the setting can have this value, or its list this element."""
-        if isinstance(value, str) and value in self.words:
-            return True
         if self.scalar is bool or isinstance(value, bool):
             return self.scalar is bool and isinstance(value, bool)
         if self.scalar is str:
@@ -203,11 +200,7 @@ def settings_of(cls: type) -> tuple[Setting, ...]:
     for spec in fields(cls):
         hint = hints[spec.name]
         options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        is_optional, words = NoneType in options, ()
-        options = tuple(option for option in options if option is not NoneType)
-        if len(options) > 1:  # a number, or one of a few words: float | Literal["learn"]
-            options, words = options[:1], get_args(options[1])
-        (hint,) = options
+        (hint,) = (option for option in options if option is not NoneType)
         is_list = isinstance(get_origin(hint), type)  # tuple[int, ...] or Sequence[int]
         choices = get_args(hint) if get_origin(hint) is Literal else ()
         scalar = str if choices else get_args(hint)[0] if is_list else hint
@@ -220,9 +213,8 @@ def settings_of(cls: type) -> tuple[Setting, ...]:
                 spec.metadata,
                 scalar,
                 is_list,
-                is_optional,
+                NoneType in options,
                 choices,
-                words,
             )
         )
     return tuple(declared)

@@ -6,10 +6,10 @@ from typing import Literal
 
 from torch import nn
 
-from air.likelihoods import DEFAULT_SD, Likelihood
-from air.settings import check_settings, model_setting, setting
+from air.support.fields import check_settings, model_setting, setting
 
 BackgroundModel = Literal["none", "constant", "vae"]
+Likelihood = Literal["normal", "bernoulli"]
 GuideInput = Literal["image", "difference", "glimpse"]
 
 
@@ -113,10 +113,8 @@ class ModelSettings:
         "distribution of a pixel: normal with the canvas as its mean, or bernoulli (images are "
         "binarised at 1/2)",
     )
-    likelihood_sd: float | Literal["learn"] = model_setting(
-        DEFAULT_SD,
-        "standard deviation of a pixel, or learn to make it a parameter (normal likelihood only)",
-        above=0,
+    likelihood_sd: float = model_setting(
+        0.3, "standard deviation of a pixel (normal likelihood only)", above=0
     )
     guide_input: GuideInput = model_setting(
         "image",

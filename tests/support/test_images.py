@@ -17,9 +17,9 @@ from torch import Tensor
 from air import AIR
 from air.evaluation import HeldOut, evaluate, importance_weighted_bound, sample_elbo
 from air.evaluation.alarms import empty_canvas_elbo
-from air.images import to_tensor
 from air.inference import infer, mean_count_probs
 from air.marginal import MarginalAIR
+from air.support.images import to_tensor
 from air.training.compiled_svi import CompiledSVI
 from air.training.svi import make_optimizer
 from air.training.trainer import Trainer

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from air.subsampling import draw_indices
+from air.support.subsampling import draw_indices
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from air import AIR
 from air.evaluation.elbo import sample_elbo
 from air.inference import infer, sample_prior
 from air.marginal import MarginalAIR
-from air.support_handlers import closed, register_parameters
+from air.support.handlers import closed, register_parameters
 from air.training.compiled_svi import CompiledSVI
 from air.training.svi import SVI, make_optimizer
 

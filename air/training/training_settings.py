@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from air.priors import DEFAULT_COUNT_RATIO, Annealing
-from air.settings import SettingError, check_settings, setting
+from air.support.fields import SettingError, check_settings, setting
 from air.training.schedules import Schedule
 
 Estimator = Literal["score", "marginal"]

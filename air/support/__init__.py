@@ -1,0 +1,1 @@
+"""Plumbing below the model: checks, images, indices, handlers of Pyro, settings."""
