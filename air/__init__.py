@@ -19,21 +19,29 @@ Glossary of shapes, used throughout:
 
 ELBOs are in nats per image; higher is better.
 
-The paper is at the top of this package, some 1,600 lines. Read it in this order:
+The paper, in the order in which to read it:
 
     modules.py                  the nets
-    air/spatial_transformer.py  the geometry of z_where
+    air/spatial_transformer.py  the geometry of z_where, both ways
     air/air.py                  the generative model, the guide and its baseline
-    air/glimpse.py              where the guide looks, with --guide glimpse
     air/likelihoods.py          from objects to pixels
-    air/background.py           what is behind the objects
     air/priors.py               the prior over the count
     air/marginal.py             the exact expectation over the count
     air/inference.py            the objects in an image; samples of the prior
 
-Then, for training, air/training/trainer.py, air/training/svi.py and main.py. Below the paper:
-`data` (scenes, pictures, files), `evaluation`, `storage` (checkpoints, runs), `training`,
-`visualization`, `cli` (flags, errors), `terminal` (streams, signals). Imports run downwards only.
+Then training: air/training/trainer.py, air/training/svi.py, main.py. Beyond the paper:
+
+    air/looks.py                what a step of the guide sees: image, difference or glimpse
+    air/background.py           what is behind the objects
+    air/scene.py                what a pass of the guide returns
+    air/refinement.py           better scenes than those of one pass
+    air/training/phases.py      which objective until which step
+    air/training/teacher.py     sums of scenes teach the guide to count
+    air/detect.py               the command line of inference
+
+One floor down: `support` (plumbing below the model), `data`, `evaluation`, `storage` (checkpoints,
+run folders), `training`, `visualization`, `cli` (flags, errors), `terminal` (signals, streams) and
+`tutorial`. Imports run downwards only.
 """
 
 from importlib import import_module
