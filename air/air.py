@@ -8,6 +8,7 @@ paper's. Shapes are those of ``air/__init__.py``. ``air/tutorial`` explains all 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
 import pyro
@@ -87,6 +88,16 @@ class AIR(nn.Module):
 
     z_where_loc_prior: Tensor
     z_where_scale_prior: Tensor
+    # For help(AIR), notebooks and editors: the arguments of `ModelSettings` by name.
+    __signature__ = signature(ModelSettings).replace(
+        parameters=[
+            *signature(ModelSettings).parameters.values(),
+            *(
+                Parameter(name, Parameter.KEYWORD_ONLY, default=None)
+                for name in ("use_cuda", "encode", "decode", "predict", "embed")
+            ),
+        ]
+    )
 
     def __init__(
         self,

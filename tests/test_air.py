@@ -1,5 +1,6 @@
 """The model, the guide and the baseline, against a second computation in plain torch."""
 
+import inspect
 import math
 from itertools import pairwise
 from typing import Any
@@ -389,6 +390,14 @@ def test_the_contract_of_pyros_example() -> None:
     assert [t.shape for t in z_where] == [(10, 3)] * 3
     assert [t.shape for t in z_pres] == [(10, 1)] * 3
     torch.testing.assert_close(latents_to_tensor((z_where, z_pres))[:, 1, 3:], z_pres[1])
+
+
+def test_help_shows_every_argument() -> None:
+    arguments = inspect.signature(AIR).parameters
+    assert [*arguments][:3] == ["num_steps", "x_size", "window_size"]
+    assert (arguments["num_steps"].default, arguments["embed"].default) == (3, None)
+    with pytest.raises(TypeError, match="no_such_argument"):
+        AIR(no_such_argument=1)
 
 
 def test_weights_keep_the_names_of_pyros_example() -> None:
