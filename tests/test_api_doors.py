@@ -17,7 +17,7 @@ from air.evaluation.alarms import empty_canvas_elbo
 from air.inference import infer, mean_count_probs, sample_prior
 from air.likelihoods import make_likelihood
 from air.marginal import MarginalAIR
-from air.priors import AnnealedPresencePrior, geometric_count_prior
+from air.priors import CountPrior, geometric_presence
 from air.support.model_settings import ModelSettings
 from air.support.subsampling import draw_indices
 
@@ -73,7 +73,7 @@ PROGRAMS: list[Callable[[AIR], Any]] = [
     lambda air: air.model,
     lambda air: MarginalAIR(air).guide,
     lambda air: pyro.poutine.condition(
-        MarginalAIR(air).model, {"continue_probs": torch.full((6, 3), 0.5)}
+        MarginalAIR(air).model, {"presence": torch.full((6, 3), 0.5)}
     ),
 ]
 
@@ -138,11 +138,11 @@ def test_priors_are_checked(call: Callable[..., Any], prior: Any, message: str, 
         (lambda air: empty_canvas_elbo(air, X[:0]), "there are no images"),
         (lambda air: draw_indices(5, 6, torch.device("cpu")), "from 1 to 5, the size, got 6"),
         (lambda air: draw_indices(5, 0, torch.device("cpu")), "from 1 to 5, the size, got 0"),
-        (lambda air: geometric_count_prior(0.5, 0), "num_steps must be at least 1"),
+        (lambda air: geometric_presence(0.5, 0), "num_steps must be at least 1"),
         (lambda air: make_likelihood("normal", 0.0), "likelihood_sd: expected .* got 0.0"),
-        (lambda air: AnnealedPresencePrior([0.5], "linear"), "kind must be one of .*'linear'"),  # type: ignore[arg-type]
-        (lambda air: AnnealedPresencePrior([0.5], duration=0), "duration of one step or more"),
-        (lambda air: AnnealedPresencePrior([1.5]), r"probabilities in \[0, 1\]"),
+        (lambda air: CountPrior([0.5], "linear"), "kind must be one of .*'linear'"),  # type: ignore[arg-type]
+        (lambda air: CountPrior([0.5], duration=0), "duration of one step or more"),
+        (lambda air: CountPrior([1.5]), r"probabilities in \[0, 1\]"),
         (lambda air: window_to_image(torch.rand(2, 2), 5, 9, X), r"z_where must be \[B, 3\]"),
         (lambda air: window_to_image(torch.rand(6, 3), 0, 9, X), "at least 1, got 0 and 9"),
         (lambda air: image_to_window(torch.rand(3), 5, 12, X), r"z_where must be \[B, 3\]"),

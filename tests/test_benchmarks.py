@@ -141,7 +141,7 @@ def test_the_floor_has_the_gradients_of_the_pyro_program(estimator: str, num_ste
     expected = {name: p.grad.clone() for name, p in air.named_parameters() if p.grad is not None}
     air.zero_grad()
     pyro.set_rng_seed(2)
-    presence = torch.tensor(air.default_continue_probs).double()
+    presence = torch.tensor(air.default_presence).double()
     LOSSES[estimator](air, images, presence).backward()
     found = {name: 6 * p.grad for name, p in air.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()

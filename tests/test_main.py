@@ -33,7 +33,7 @@ from helpers import (
 
 import viz
 from air.evaluation.metrics import evaluate
-from air.priors import continue_probs_from_counts
+from air.priors import presence_from_counts
 from air.storage.run_folder import RunFolder
 from air.training.compiled_svi import inductor
 from main import build_parser, main
@@ -227,7 +227,7 @@ def test_a_run_of_a_preset_goes_on_and_is_loaded(
     learnt = torch.load(tmp_path / "second" / "checkpoint.pt", weights_only=True)["learnt_prior"]
     assert learnt is None  # a hundred steps are not over
     expected = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["presence"]
-    assert continue_probs_from_counts(config["count_prior"]) == pytest.approx(expected)
+    assert presence_from_counts(config["count_prior"]) == pytest.approx(expected)
 
 
 def test_a_loaded_model_is_evaluated_as_it_was_trained_on_all_of_a_file(

@@ -108,7 +108,7 @@ def main() -> None:
             trainer = make_trainer(STEPS, estimator=estimator, learn_count_prior_from=20)
             found[f"elbos {estimator}"] = list(train(trainer))
             found[f"weights {estimator}"] = trainer.air.state_dict()
-            found[f"prior {estimator}"] = trainer.learnt_prior
+            found[f"prior {estimator}"] = trainer.prior.learnt
         found["drawn"] = torch.rand(4)
         uninterrupted, first, second = (make_trainer(n) for n in (10, 5, 10))
         list(train(uninterrupted))

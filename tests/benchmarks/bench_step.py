@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is n
 from air import AIR
 from air import air as program
 from air.marginal import MarginalAIR
-from air.priors import DEFAULT_COUNT_RATIO, AnnealedPresencePrior, geometric_count_prior
+from air.priors import DEFAULT_COUNT_RATIO, CountPrior, geometric_presence
 from air.spatial_transformer import positive_scale
 from air.training.compiled_svi import CompiledSVI
 from air.training.svi import SVI, make_optimizer
@@ -126,8 +126,8 @@ def build(case: Case) -> Callable[[], Any]:
     score = case.estimator == "score"
     model = AIR(num_steps=case.model_steps, use_baselines=score).to(case.device)
     data = torch.randint(256, (SCENES, 50, 50), dtype=torch.uint8).to(case.device)
-    probs = geometric_count_prior(DEFAULT_COUNT_RATIO, case.model_steps)
-    prior = AnnealedPresencePrior(probs, device=case.device)
+    probs = geometric_presence(DEFAULT_COUNT_RATIO, case.model_steps)
+    prior = CountPrior(probs, device=case.device)
     arguments = {"batch_size": case.batch_size, "z_pres_prior_p": prior}
     if case.form == "plain":
         adam = pyro.optim.Adam(lambda name: {"lr": 1e-2 if "bl_" in name else 1e-3})

@@ -23,9 +23,8 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
-from air.data.scene_settings import SceneSettings
-
 from air.cli.flags import FLAGS
+from air.data.synthetic.scene_settings import SceneSettings
 from air.support.fields import settings_of
 from tests.benchmarks.seeds import MAIN, check_flags, read_lines, train
 

@@ -12,7 +12,6 @@ from unittest import mock
 import pyro
 import pytest
 import torch
-from air.training.added_scenes import AddedScenes
 from helpers import SETTINGS, as_rank, gradients, small_air
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor, fx
@@ -25,10 +24,11 @@ from air.evaluation.elbo import sample_elbo
 from air.evaluation.metrics import HeldOut
 from air.inference import infer
 from air.marginal import MarginalAIR
-from air.priors import AnnealedPresencePrior
+from air.priors import CountPrior
 from air.support.subsampling import draw_indices
 from air.training.compiled_svi import CompiledSVI, inductor
 from air.training.svi import SVI, make_optimizer
+from air.training.teacher import Teacher
 from air.training.trainer import Trainer
 
 
@@ -46,16 +46,14 @@ def compare_with_eager(
 ) -> None:
     """Loss and gradients of a few steps, from the same weights and noise, while weights change.
 
-    So do the prior and, if there is one, the weight of added scenes.
+    So does the prior.
     """
     optimizer = make_optimizer(air, 0.01, 0.1)
     eager = SVI(program.model, program.guide, optimizer, TraceGraph_ELBO())
     compiled = CompiledSVI(program.model, program.guide, optimizer, TraceGraph_ELBO(), compiler)
-    prior = AnnealedPresencePrior([0.5] * air.num_steps, "lin", 1e-3, 0, 10)
+    prior = CountPrior([0.5] * air.num_steps, "lin", 1e-3, 0, 10)
     for step in range(3):
         prior.set_step(step)
-        if isinstance(program, MarginalAIR) and isinstance(program.count_term, AddedScenes):
-            program.count_term.set_weight(10.0 * step)
         losses, grads = [], []
         for svi in (eager, compiled):
             pyro.set_rng_seed(step)
@@ -89,8 +87,8 @@ CASES: list[tuple[int, int | None, dict[str, Any]]] = [  # number of steps, batc
     ("estimator", "num_steps", "batch_size", "options"),
     [
         *((estimator, *case) for estimator in ("score", "marginal") for case in CASES),
-        ("added scenes", 3, 9, {"use_baselines": False}),
-        ("added scenes", 2, 9, {"guide_input": "difference", "embed_channels": [3]}),
+        ("teacher", 3, 9, {"use_baselines": False}),
+        ("teacher", 2, 9, {"guide_input": "difference", "embed_channels": [3]}),
     ],
 )
 def test_captured_gradients_equal_eager_ones(
@@ -99,19 +97,10 @@ def test_captured_gradients_equal_eager_ones(
     air = small_air(num_steps=num_steps, **options).double()
     program: AIR | MarginalAIR = air
     if estimator != "score":
-        program = MarginalAIR(air, AddedScenes(air) if estimator == "added scenes" else None)
+        program = MarginalAIR(air, Teacher(air, 10.0) if estimator == "teacher" else None)
     data = torch.randint(256, (10, 12, 12), dtype=torch.uint8)
     with pyro.validation_enabled(False):
         compare_with_eager(air, program, data, as_it_is, 1e-10, batch_size=batch_size)
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # in Inductor itself
-def test_a_compiled_step_reads_the_present_weight_of_added_scenes() -> None:
-    term = AddedScenes(small_air())
-    compiled = inductor(make_fx(lambda x: x * term.weight)(torch.ones(3)))
-    for weight in (0.0, 2.0, 3.0):
-        term.set_weight(weight)
-        assert compiled(torch.ones(3)).tolist() == [weight] * 3
 
 
 @pytest.mark.slow
@@ -387,7 +376,7 @@ def test_on_a_gpu_compiled_steps_are_those_of_uncompiled_ones(
         air = small_air(num_steps=2).double().cuda()
         program = MarginalAIR(air) if estimator == "marginal" else air
         optimizer = make_optimizer(air, 1e-3, 1e-2, clip_grad_norm=100.0)
-        prior = AnnealedPresencePrior([0.5, 0.5], "lin", 1e-3, 0, 10, "cuda")
+        prior = CountPrior([0.5, 0.5], "lin", 1e-3, 0, 10, "cuda")
         svi = kind(program.model, program.guide, optimizer, TraceGraph_ELBO(), **options)
         with pyro.validation_enabled(False):
             taken = []

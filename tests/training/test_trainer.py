@@ -12,7 +12,7 @@ import torch
 from helpers import SETTINGS, capture_only, trainer, weights
 
 from air.inference import infer
-from air.priors import continue_probs_from_counts, geometric_count_prior
+from air.priors import geometric_presence, presence_from_counts
 from air.storage.checkpoint import check_progress
 from air.training.events import CheckpointDue, Evaluated, Progress, SnapshotDue
 from air.training.schedules import learning_rate_factor
@@ -60,14 +60,14 @@ def test_progress_tells_of_rates_prior_and_gradients() -> None:
     norms, told = [], []
     for event in running.train():
         if isinstance(event, Progress):
-            norms.append(float(running.svi.grad_norm))
+            norms.append(float(running.phase.svi.grad_norm))
             told.append(event)
     factors = [learning_rate_factor("cosine", step, 3) for step in range(3)]
     assert [event.learning_rate for event in told] == pytest.approx([0.5 * f for f in factors])
     rates = [group["lr"].item() for group in running.optimizer.param_groups]
     assert rates == pytest.approx([0.5 * factors[-1], 1e-2 * factors[-1]])
     assert [event.grad_norm for event in told] == pytest.approx(norms)
-    assert told[-1].z_pres_prior_p == pytest.approx(running.prior.probs.tolist())
+    assert told[-1].z_pres_prior_p == pytest.approx([float(running.prior(t)) for t in range(3)])
     assert told[0].z_pres_prior_p[0] > told[-1].z_pres_prior_p[0]
     assert all(event.images_per_second == 4 * event.steps_per_second for event in told)
 
@@ -128,8 +128,9 @@ def test_resumed_is_as_if_never_stopped(
     assert found == expected
     assert all(torch.equal(x, y) for x, y in zip(weights(whole), weights(resumed), strict=True))
     assert whole.miscounted == resumed.miscounted
-    if whole.added_scenes and resumed.added_scenes:
-        ours, theirs = (each.added_scenes.teacher.parameters() for each in (whole, resumed))
+    teachers = [each.phases[-1].teacher for each in (whole, resumed)]
+    if all(teachers):
+        ours, theirs = (each.air.parameters() for each in teachers if each)
         assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
 
 
@@ -141,12 +142,12 @@ def test_a_learnt_count_prior_is_the_mean_of_q(
     settings = replace(SETTINGS, anneal_prior="none", learn_count_prior_from=5, estimator=estimator)
     whole = trainer(settings)
     told = [e for e in whole.train() if isinstance(e, Progress)]
-    before = geometric_count_prior(0.5, 3)
+    before = geometric_presence(0.5, 3)
     assert [e.z_pres_prior_p == before for e in told] == [True, False, False, False]
     expected = infer(whole.air, whole.images).count_probs.mean(0).tolist()
-    assert whole.learnt_prior == pytest.approx(expected, rel=1e-5)
-    assert whole.prior.now == continue_probs_from_counts(whole.learnt_prior or [])
-    assert whole.prior.probs.tolist() == pytest.approx(whole.prior.now)
+    assert whole.prior.learnt == pytest.approx(expected, rel=1e-5)
+    assert whole.prior.now == presence_from_counts(whole.prior.learnt or [])
+    assert [float(whole.prior(t)) for t in range(3)] == pytest.approx(whole.prior.now)
 
     stopped = trainer(settings)
     list(trainer_events_until(stopped, 7))
@@ -154,7 +155,7 @@ def test_a_learnt_count_prior_is_the_mean_of_q(
     resumed = trainer(settings, seed=7)
     resumed.load_state_dict(state)
     list(resumed.train())
-    assert resumed.learnt_prior == whole.learnt_prior
+    assert resumed.prior.learnt == whole.prior.learnt
     assert all(torch.equal(x, y) for x, y in zip(weights(whole), weights(resumed), strict=True))
 
 
@@ -165,7 +166,7 @@ def test_annealing_goes_on_from_a_count_prior_that_was_given() -> None:
     list(trainer_events_until(stopped, 5))
     resumed = trainer(settings)
     resumed.load_state_dict(stopped.state_dict())
-    assert resumed.prior.now == stopped.prior.now != resumed.prior.initial
+    assert resumed.prior.now == stopped.prior.now != list(resumed.prior.start)
     list(resumed.train())
     assert resumed.prior.now == whole.prior.now == pytest.approx([1e-3] * 3)
 
@@ -176,7 +177,7 @@ def test_a_prior_is_learnt_after_it_was_annealed(monkeypatch: pytest.MonkeyPatch
     whole = trainer(settings)
     told = [e.z_pres_prior_p for e in whole.train() if isinstance(e, Progress)]
     assert told[10] == pytest.approx([1e-3] * 3)
-    assert told[11] == told[13] == continue_probs_from_counts(whole.learnt_prior or [])
+    assert told[11] == told[13] == presence_from_counts(whole.prior.learnt or [])
     assert told[11] != told[10]
 
 
