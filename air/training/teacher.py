@@ -31,7 +31,7 @@ from air.priors import count_log_probs
 from air.refinement import BADLY_EXPLAINED, closest_windows, merge, relative_residual
 from air.scene import infer_scene, paint
 from air.support.fields import SettingError
-from air.support.handlers import closed
+from air.support.handlers import LocalParameters, closed
 
 PARTNERS = 6  # scenes to which each scene is added, to see whether the sum can be used
 BATCH_PER_SUM = 4  # scenes in the batch for each sum that is used
@@ -105,7 +105,7 @@ class Teacher:
         """
         counts, explained = infer_counts(self.air, images)
         sums = make_sums(self.student, images, counts, explained)
-        with poutine.block(), AllStepsActive(detach=True) as steps:
+        with poutine.block(), LocalParameters(), AllStepsActive(detach=True) as steps:
             self.student.guide(sums.images)
         log_q_sums = count_log_probs(torch.cat(steps.presence, 1))
         of_batch, of_sums = (

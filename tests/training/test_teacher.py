@@ -255,6 +255,15 @@ def test_the_teacher_leaves_pyros_store_to_the_model() -> None:
     }
 
 
+def test_models_with_teachers_train_side_by_side() -> None:
+    for _ in range(2):
+        air = small_air(use_baselines=False)
+        program = MarginalAIR(air, Teacher(air, WEIGHT))
+        svi = SVI(program.model, program.guide, make_optimizer(air, 0.01, 0.01), TraceGraph_ELBO())
+        svi.step(torch.rand(4, 12, 12))
+        assert not pyro.get_param_store().keys()
+
+
 def test_the_teacher_is_a_running_mean_of_the_weights() -> None:
     air = small_air()
     term = Teacher(air, WEIGHT)
