@@ -245,8 +245,11 @@ def test_same_settings_give_the_same_bytes(tmp_path: Path) -> None:
     line = "--num-scenes 3e2 --num-test-scenes 40 --cache-dir two --out"
     words = [sys.executable, str(ROOT / "multi_mnist.py"), *line.split()]
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    both = [programs.start([*words, name], cwd=tmp_path, **pipes) for name in ("a.npz", "b.npz")]
-    assert [process.communicate(timeout=60)[1] for process in both] == ["", ""]
+    with (
+        programs.start([*words, "a.npz"], cwd=tmp_path, **pipes) as first,
+        programs.start([*words, "b.npz"], cwd=tmp_path, **pipes) as second,
+    ):
+        assert [each.communicate(timeout=60)[1] for each in (first, second)] == ["", ""]
     assert files(tmp_path / "one") == files(tmp_path / "two")
     paths = [*tmp_path.glob("*/scenes-*.npz"), *tmp_path.glob("?.npz")]
     assert [len(paths), len({path.read_bytes() for path in paths})] == [4, 1]
@@ -418,11 +421,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 numpy.save = lambda file, array, allow_pickle: print(file.write(b"x"), flush=True) or time.sleep(60)
 multi_mnist.main("--out out.npz --cache-dir . --num-scenes 300 --num-test-scenes 40".split())"""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = programs.start([sys.executable, "-c", code], cwd=tmp_path, **pipes)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "1\n"  # one byte of the file is written
-    process.send_signal(end)
-    process.communicate(timeout=60)
+    with programs.start([sys.executable, "-c", code], cwd=tmp_path, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "1\n"  # one byte of the file is written
+        process.send_signal(end)
+        process.communicate(timeout=60)
     assert process.returncode == (130 if end == signal.SIGINT else -end)
     assert not list(tmp_path.glob("*.npz"))
     assert end == signal.SIGKILL or not files(tmp_path)
