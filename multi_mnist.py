@@ -19,6 +19,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,6 @@ from air.data.synthetic.digits import (
     rotate_digit,
 )
 from air.data.synthetic.scene_settings import SceneSettings
-from air.data.synthetic.spacing import Box, free_positions, keep_gap
 from air.data.synthetic.sprites import SHAPES, draw_sprite, tint
 from air.data.user_images.picture_files import write_pictures
 from air.data.user_images.sources import HELD_OUT_FOLDER, load_data
@@ -54,6 +54,8 @@ from air.terminal.streams import steady_streams
 __all__ = ["DataError", "SceneSettings", "SceneSplits", "Scenes", "load_scenes"]
 
 MAX_ATTEMPTS = 5_000  # to draw one scene
+
+Box = tuple[int, int, int, int]  # (x0, y0, x1, y1) in pixels, x1 and y1 exclusive
 
 
 def _load_digits(settings: SceneSettings, folder: Path) -> list[Array]:
@@ -91,8 +93,7 @@ class _SceneGenerator:
         """Draws a whole number from 0 to n - 1."""
         return int(self.random.randint(n) if self.settings.is_pyros else n * self.random.random())
 
-    def draw_side(self) -> int:
-        """Draws the side of an object in pixels."""
+    def draw_side(self) -> int:  # pixels
         settings = self.settings
         if settings.sides:
             least, greatest = settings.sides
@@ -100,24 +101,18 @@ class _SceneGenerator:
         scale = settings.scale_sd * self.random.standard_normal() + settings.scale_mean
         return max(4, int(28 / max(scale, 28 / settings.x_size)))
 
-    def draw_angle(self) -> float:
-        """Draws the rotation of an object in degrees."""
+    def draw_angle(self) -> float:  # degrees
         greatest = self.settings.rotation
         return greatest * (2 * self.random.random() - 1) if greatest else 0.0
 
     def draw_level(self) -> int:
-        """Draws the level of an object."""
         least, greatest = self.settings.object_levels
         return least + self.randint(greatest - least + 1) if least < greatest else least
 
     def draw_digit(self) -> _Object:
         """Draws one of the digits, with a size, a rotation and a level."""
-        index = self.randint(len(self.images))
-        side = self.draw_side()
-        angle = self.draw_angle()
-        digit = self.images[index]
-        if angle:
-            digit = rotate_digit(digit, angle)
+        index, side, angle = self.randint(len(self.images)), self.draw_side(), self.draw_angle()
+        digit = rotate_digit(self.images[index], angle) if angle else self.images[index]
         digit = resize_digit(digit, side, self.settings.recipe)
         if self.settings.binary:
             digit = np.where(digit >= digit.max() / 2, 255, 0).astype(np.uint8)
@@ -126,9 +121,8 @@ class _SceneGenerator:
 
     def draw_sprite(self) -> _Object:
         """Draws a coloured shape with a level."""
-        label = self.randint(len(SHAPES))
-        side = self.draw_side()
-        coverage = draw_sprite(SHAPES[label], side, math.radians(self.draw_angle()))
+        label, side, angle = self.randint(len(SHAPES)), self.draw_side(), self.draw_angle()
+        coverage = draw_sprite(SHAPES[label], side, math.radians(angle))
         color = self.random.random(3)
         color = np.floor(self.draw_level() * color / color.max() + 0.5).astype(np.uint8)
         if self.settings.binary:
@@ -157,6 +151,7 @@ class _SceneGenerator:
         """
         h = self.settings.x_size
         kind, levels = self.settings.background, self.settings.background_levels
+        distance = self.settings.min_distance
         canvas = draw_background(kind, self.random, self.channels, h, levels)
         ink = np.zeros((h, h), np.uint16)  # the coverages, added up
         edge = 0 if self.settings.is_pyros else 1  # Pyro's never touch the lower and right edges
@@ -169,7 +164,9 @@ class _SceneGenerator:
             side = len(item.coverage)
             covered = np.asarray(item.coverage > 0)
             for taken in corners:
-                free = free_positions(h - side + edge, taken, self.settings.min_distance)
+                free: Sequence[int] = range(h - side + edge)
+                if distance:
+                    free = [p for p in free if all(abs(p - other) >= distance for other in taken)]
                 if not free:
                     return None
                 taken.append(free[self.randint(len(free))])
@@ -185,6 +182,14 @@ class _SceneGenerator:
         if self.channels == 1 and not self.settings.binary and ink.max() > 255:
             return None
         return canvas, shared, labels, boxes
+
+
+def _least_gap(boxes: Sequence[Box]) -> float:
+    """The least distance of two boxes, along x or along y, whichever is larger."""
+    gaps = (
+        max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3]) for a, b in combinations(boxes, 2)
+    )
+    return min(gaps, default=math.inf)
 
 
 def _draw(settings: SceneSettings, test: bool, images: Array, labels: Array) -> Scenes:
@@ -205,7 +210,7 @@ def _draw(settings: SceneSettings, test: bool, images: Array, labels: Array) -> 
             if scene is None:
                 continue
             canvas, shared, object_labels, boxes = scene
-            if keep_gap(boxes, settings.min_gap):
+            if settings.min_gap is None or _least_gap(boxes) >= settings.min_gap:
                 break
         else:
             raise ValueError(
@@ -282,10 +287,28 @@ class FolderSettings:
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes scenes to disk; ends with one line and exit code 2 if that fails."""
     with steady_streams(), interrupt_on_signals():
-        _main(argv)
+        parser = _build_parser()
+        args = vars(parser.parse_args(argv))
+        out = args["out"]
+        try:
+            if out.exists():
+                raise DataError(f"--out: expected a new file or folder, got {out}, which exists")
+            settings = from_config(SceneSettings, args)
+            splits = load_scenes(settings, **as_arguments(from_config(FolderSettings, args)))
+            if out.suffix == ".npz":
+                write_scenes(out, splits.train, splits.test)
+            else:
+                write_pictures(out, {"": splits.train, HELD_OUT_FOLDER: splits.test})
+        except ValueError as error:
+            parser.error(" ".join(str(error).splitlines()))
+        except KeyboardInterrupt as interrupt:
+            parser.exit(
+                exit_code(interrupt), f"{parser.prog}: interrupted; {out} is not complete\n"
+            )
+        print(f"{out}: {settings}, SHA-256 {splits.sha256}")
 
 
-def _main(argv: Sequence[str] | None) -> None:
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Makes scenes.", usage=argparse.SUPPRESS)
     parser.add_argument(
         "--out",
@@ -303,22 +326,7 @@ def _main(argv: Sequence[str] | None) -> None:
         default=argparse.SUPPRESS,
         help="short for --data-seed",
     )
-    args = vars(parser.parse_args(argv))
-    out = args["out"]
-    try:
-        if out.exists():
-            raise DataError(f"--out: expected a new file or folder, got {out}, which exists")
-        settings = from_config(SceneSettings, args)
-        splits = load_scenes(settings, **as_arguments(from_config(FolderSettings, args)))
-        if out.suffix == ".npz":
-            write_scenes(out, splits.train, splits.test)
-        else:
-            write_pictures(out, {"": splits.train, HELD_OUT_FOLDER: splits.test})
-    except ValueError as error:
-        parser.error(" ".join(str(error).splitlines()))
-    except KeyboardInterrupt as interrupt:
-        parser.exit(exit_code(interrupt), f"{parser.prog}: interrupted; {out} is not complete\n")
-    print(f"{out}: {settings}, SHA-256 {splits.sha256}")
+    return parser
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ from air.data.user_images.picture_files import SUFFIXES
 from air.data.user_images.preparation import ImageSettings, Placement
 from air.data.user_images.sources import (
     PreparedImage,
-    find_pictures,
-    is_folder_of_pictures,
+    find_files,
     read_images,
 )
 from air.data.user_images.survey import brightness_hints
@@ -147,7 +146,7 @@ def read_sources(
     sources: list[Path] = []
     for path in paths:
         try:
-            sources += find_pictures(path) if is_folder_of_pictures(path) else [path]
+            sources += find_files(path)
         except DataError as error:
             report(error)
     are_pictures = all(source.suffix.lower() in SUFFIXES for source in sources)

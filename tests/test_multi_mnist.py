@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import programs
 import pytest
 from helpers import ROOT, write_idx
 from PIL import Image
@@ -43,11 +44,6 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def start(cwd: Path, *words: str) -> subprocess.Popen[str]:
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *words], cwd=cwd, **pipes)
-
-
 def cut(image: Array) -> Array:
     """The part of an image [H, H] within the tight box of its light pixels."""
     ys, xs = (np.flatnonzero(image.any(axis)) for axis in (1, 0))
@@ -56,9 +52,9 @@ def cut(image: Array) -> Array:
 
 def script(cwd: Path, line: str) -> tuple[int, str, str]:
     """Exit code, output and errors."""
-    process = start(cwd, str(ROOT / "multi_mnist.py"), *line.split())
-    out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
+    words = [sys.executable, str(ROOT / "multi_mnist.py"), *line.split()]
+    done = programs.run(words, cwd=cwd, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_arrays_have_their_types_and_shapes_and_uniform_counts(tmp_path: Path) -> None:
@@ -133,28 +129,12 @@ def test_digits_of_recipe_apart_are_apart_along_both_axes(
     assert x.max() == 200
 
 
-def test_digits_of_recipe_apart_never_add_up_to_more_than_255() -> None:
+def test_recipe_apart_never_adds_up_to_more_than_255() -> None:
     light = np.full((1, 28, 28), 128, np.uint8), np.zeros(1, np.uint8)
-    x, _, overlaps, *_ = multi_mnist._draw(
-        SMALL(recipe="apart", counts=(2,), num_scenes=60), False, *light
-    )
+    settings = SMALL(recipe="apart", counts=(2,), num_scenes=60)
+    x, _, overlaps, *_ = multi_mnist._draw(settings, False, *light)
     assert not np.asarray(overlaps).any()  # such scenes are drawn again
     assert np.all(x.sum((1, 2), dtype=int) == 2 * 128 * 24**2)
-
-
-def test_recipe_apart_is_deterministic_and_splits_the_digits(
-    digits: list[Array], tmp_path: Path
-) -> None:
-    splits = [load_scenes(SMALL(recipe="apart"), cache_dir=tmp_path / part) for part in "ab"]
-    assert splits[0].sha256 == splits[1].sha256
-    assert splits[0].sha256.startswith("4f3587381121")
-    assert load_scenes(SMALL(recipe="apart", seed=1), cache_dir=tmp_path).sha256 != splits[0].sha256
-    one = SMALL(recipe="apart", counts=(1,), num_test_scenes=300)
-    alone = load_scenes(one, cache_dir=tmp_path)
-    for (x, _, _, labels, _), bank in ((alone.train, digits[:2]), (alone.test, digits[2:])):
-        small = [resize_digit(image, 24) for image in bank[0]]
-        known = {cut(image).tobytes(): label for image, label in zip(small, bank[1], strict=True)}
-        assert [[known[cut(image).tobytes()]] for image in x] == np.asarray(labels).tolist()
 
 
 def test_the_side_of_a_digit_follows_the_scale() -> None:
@@ -241,14 +221,20 @@ def test_backgrounds_are_darker_than_objects_and_hidden_behind_sprites(
             assert ink.max() == 255
 
 
-def test_each_split_shows_its_own_digits(digits: list[Array], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "side"),
+    [({"x_size": 28, "scale_mean": 1.0, "scale_sd": 0.0}, 28), ({"recipe": "apart"}, 24)],
+)
+def test_each_split_shows_its_own_digits(
+    settings: dict[str, Any], side: int, digits: list[Array], tmp_path: Path
+) -> None:
     assert [np.bincount(labels).tolist() for labels in digits[1::2]] == [[400] * 10, [100] * 10]
     assert not {image.tobytes() for image in digits[0]} & {image.tobytes() for image in digits[2]}
-    as_they_are = {"counts": (1,), "x_size": 28, "scale_mean": 1.0, "scale_sd": 0.0}
-    splits = load_scenes(SMALL(num_test_scenes=300, **as_they_are), cache_dir=tmp_path)  # type: ignore[arg-type]
+    splits = load_scenes(SMALL(num_test_scenes=300, counts=(1,), **settings), cache_dir=tmp_path)
     for (x, _, _, labels, _), bank in ((splits.train, digits[:2]), (splits.test, digits[2:])):
-        known = {image.tobytes(): label for image, label in zip(*bank, strict=True)}
-        assert [[known[image.tobytes()]] for image in x] == np.asarray(labels).tolist()
+        small = [resize_digit(image, side) for image in bank[0]]
+        known = {cut(image).tobytes(): label for image, label in zip(small, bank[1], strict=True)}
+        assert [[known[cut(image).tobytes()]] for image in x] == np.asarray(labels).tolist()
         assert len({image.tobytes() for image in x}) > 200
 
 
@@ -257,9 +243,13 @@ def test_same_settings_give_the_same_bytes(tmp_path: Path) -> None:
     train(tmp_path / "one", counts=(2, 0, 1))
     assert (str(np.random.get_state()), random.getstate()) == before  # noqa: NPY002
     line = "--num-scenes 3e2 --num-test-scenes 40 --cache-dir two --out"
-    command = [str(ROOT / "multi_mnist.py"), *line.split()]
-    both = [start(tmp_path, *command, name) for name in ("a.npz", "b.npz")]
-    assert [process.communicate(timeout=60)[1] for process in both] == ["", ""]
+    words = [sys.executable, str(ROOT / "multi_mnist.py"), *line.split()]
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with (
+        programs.start([*words, "a.npz"], cwd=tmp_path, **pipes) as first,
+        programs.start([*words, "b.npz"], cwd=tmp_path, **pipes) as second,
+    ):
+        assert [each.communicate(timeout=60)[1] for each in (first, second)] == ["", ""]
     assert files(tmp_path / "one") == files(tmp_path / "two")
     paths = [*tmp_path.glob("*/scenes-*.npz"), *tmp_path.glob("?.npz")]
     assert [len(paths), len({path.read_bytes() for path in paths})] == [4, 1]
@@ -271,6 +261,7 @@ def test_same_settings_give_the_same_bytes(tmp_path: Path) -> None:
     [
         ({}, "2770e9a9fb51"),
         ({"counts": (0, 1, 3), "scale_sd": 0.2, "min_gap": 1.0}, "0cdd7791c71a"),
+        ({"recipe": "apart"}, "4f3587381121"),
     ],
 )
 def test_scenes_are_the_same_on_every_machine(
@@ -326,33 +317,31 @@ def test_pyro_sets_have_their_published_pixel_sums(name: str, total: int, tmp_pa
     assert splits.train.x.sum(dtype=np.int64) == total
 
 
-def test_a_setting_out_of_bounds_is_named() -> None:
-    cases: list[tuple[str, str, list[object]]] = [
+@pytest.mark.parametrize(
+    ("name", "expected", "values"),
+    [
         ("digits", "embedded or mnist", ["emnist"]),
         ("recipe", "air or apart or dsprites or pyro-nearest or pyro-bicubic", ["pyro", None]),
         (
             "counts",
-            "a list of values, each a whole number of at least 0, at most 50",
+            "a list of values, each .* at least 0, at most 50",
             [(), (0, -1), (1.5,), (51,)],
         ),
         ("x_size", "a whole number of at least 8, at most 1000", [7, 50.0, "50", None]),
         ("num_scenes", "a whole number of at least 2, at most", [1, 10**9]),
         ("scale_mean", "a number of at least 0.01, at most 7", [0, float("nan"), None]),
         ("scale_mean", "28 / x_size or more", [0.4]),
-        ("scale_sd", "a number of at least 0, at most 7", [-0.1, 8]),
-        ("sides", "a list of 2, each a whole number of at least 4, at most 1000", [(3, 9), (9,)]),
-        ("sides", "a list of 2, each a whole number", [(9.5, 12), (), (9, 10, 11)]),
+        ("sides", "a list of 2, each .* at least 4, at most 1000", [(3, 9), (9,), (9.5, 12), ()]),
         ("sides", "the minimum first", [(12, 9)]),
-        ("rotation", "a number of at least 0, at most 180", [-1, 181]),
         ("binary", "yes or no", [2, "yes"]),
         ("background", "black or uniform or gradient or grid or", ["white", None]),
         ("min_gap", "a number of at least 0, at most 1000", [-1, float("inf")]),
-        ("seed", "a whole number of at least 0", [-1, 0.5]),
-    ]
-    for name, expected, values in cases:
-        for value in values:
-            with pytest.raises(ValueError, match=f"^{name}: expected {expected}.*, got "):
-                SceneSettings(**{name: value})  # type: ignore[arg-type]
+    ],
+)
+def test_a_setting_out_of_bounds_is_named(name: str, expected: str, values: list[object]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"^{name}: expected {expected}.*, got "):
+            SceneSettings(**{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -367,12 +356,7 @@ def test_a_setting_out_of_bounds_is_named() -> None:
         ({"sides": (9, 51)}, "x_size: expected at least the maximum side, 51, got 50"),
         ({"recipe": "apart", "x_size": 23}, "x_size: expected at least the maximum side, 24, got"),
         ({"recipe": "apart", "sides": (9, 18)}, r"sides: expected \(24, 24\), which apart fixes"),
-        ({"recipe": "apart", "sides": (24, 25)}, r"sides: expected \(24, 24\), which apart fixes"),
         ({"recipe": "apart", "scale_mean": 1.2}, "scale_mean: expected 1.16.*, which apart fixes"),
-        (
-            {"recipe": "apart", "scale_sd": 0.2},
-            "scale_sd: expected 0.0, which apart fixes, got 0.2",
-        ),
     ],
     ids=str,
 )
@@ -436,29 +420,38 @@ import multi_mnist, numpy
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 numpy.save = lambda file, array, allow_pickle: print(file.write(b"x"), flush=True) or time.sleep(60)
 multi_mnist.main("--out out.npz --cache-dir . --num-scenes 300 --num-test-scenes 40".split())"""
-    process: Any = start(tmp_path, "-c", code)
-    assert process.stdout.readline() == "1\n"  # one byte of the file is written
-    process.send_signal(end)
-    process.communicate(timeout=60)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with programs.start([sys.executable, "-c", code], cwd=tmp_path, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "1\n"  # one byte of the file is written
+        process.send_signal(end)
+        process.communicate(timeout=60)
     assert process.returncode == (130 if end == signal.SIGINT else -end)
     assert not list(tmp_path.glob("*.npz"))
     assert end == signal.SIGKILL or not files(tmp_path)
     assert len(train(tmp_path)[0]) == 300
 
 
-def test_command_line_writes_a_file_once(tmp_path: Path) -> None:
-    line = "--out s.npz --num-scenes 2e2 --num-test-scenes 30 --counts 1 3 --cache-dir c --seed 4"
-    code, out, err = script(tmp_path, f"{line} --x-size 60 --min-gap 1")
-    splits, before = load_data(tmp_path / "s.npz"), (tmp_path / "s.npz").read_bytes()
+def test_command_line_writes_a_file_once_and_has_a_flag_for_every_setting(tmp_path: Path) -> None:
+    line = "--out s.npz --data-seed 1e1 --counts 0 2 --scale-sd 0.2 --num-scenes 9 --sides 9 12"
+    line += " --num-test-scenes 2 --binary --recipe dsprites --min-gap 1 --x-size 40 --cache-dir c"
+    code, out, err = script(tmp_path, f"{line} --rotation 9")
+    settings = SceneSettings(
+        seed=10, counts=(0, 2), scale_sd=0.2, num_scenes=9, sides=(9, 12), num_test_scenes=2,
+        binary=True, recipe="dsprites", min_gap=1.0, x_size=40, rotation=9.0,
+    )  # fmt: skip
+    before = (tmp_path / "s.npz").read_bytes()
     assert (code, out.count("\n"), err) == (0, 1, "")
-    assert all(f in out for f in ("s.npz", "num_scenes=200", "counts=(1, 3)", splits.sha256))
-    assert splits.train.x.shape == (200, 60, 60)
-    code, out, err = script(tmp_path, line)
+    for part in ("s.npz", str(settings), load_data(tmp_path / "s.npz").sha256):
+        assert part in out
+    code, out, err = script(tmp_path, "--out s.npz --seed 4")
     assert (code, out) == (2, "")
-    assert err.startswith(
-        "multi_mnist.py: error: --out: expected a new file or folder, got s.npz, which"
-    )
+    assert err.startswith("multi_mnist.py: error: --out: expected a new file or folder, got s.npz")
     assert (tmp_path / "s.npz").read_bytes() == before
+    shown = script(tmp_path, "--help")[1]
+    assert "(default: 60000)" in shown
+    for field in fields(SceneSettings):
+        assert f"--{field.name.replace('_', '-')}" in shown
 
 
 @pytest.mark.parametrize("recipe", ["air", "dsprites"])
@@ -488,26 +481,9 @@ def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
     for line, problem in (
         ("", "--out"),
         ("--out s.npz --x-size big", f"{x_size}, got 'big'"),
-        ("--out s.npz --x-size 50.5", f"{x_size}, got '50.5'"),
         ("--out s.npz --recipe pyro", "argument --recipe: invalid choice: 'pyro'"),
         ("--out s.npz --digits mnist --mnist-dir none", "No such file"),
     ):
         code, out, err = script(tmp_path, line)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert re.match(f"multi_mnist.py: error: .*{problem}", err)
-
-
-def test_every_setting_has_a_flag(tmp_path: Path) -> None:
-    line = "--out s.npz --data-seed 1e1 --counts 0 2 --scale-sd 0.2 --num-scenes 9 --sides 9 12"
-    line += " --num-test-scenes 2 --binary --recipe dsprites --min-gap 1 --x-size 40 --cache-dir c"
-    code, out, err = script(tmp_path, f"{line} --rotation 9")
-    settings = SceneSettings(
-        seed=10, counts=(0, 2), scale_sd=0.2, num_scenes=9, sides=(9, 12), num_test_scenes=2,
-        binary=True, recipe="dsprites", min_gap=1.0, x_size=40, rotation=9.0,
-    )  # fmt: skip
-    assert (code, err) == (0, "")
-    assert str(settings) in out
-    shown = script(tmp_path, "--help")[1]
-    assert "(default: 60000)" in shown
-    for field in fields(SceneSettings):
-        assert f"--{field.name.replace('_', '-')}" in shown

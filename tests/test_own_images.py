@@ -55,7 +55,7 @@ def test_a_run_on_pictures_records_how_they_are_read(
         assert found[key] == config[key]
     assert "where x_size is 32, got 40" in refused("--resume run --x-size 40")
     (tmp_path / "pictures").rename(tmp_path / "moved")
-    assert "if it has moved, say by --data where it is now" in refused("--resume run -n 4")
+    assert "if it has moved, give its new path by --data" in refused("--resume run -n 4")
     done = run("--resume run -n 4 --data moved", tmp_path, environment)
     assert done.returncode == 0, done.stderr
     capsys.readouterr()
@@ -71,10 +71,11 @@ def test_a_model_of_images_of_another_size_is_refused_with_both_sizes(
         write_scenes(tmp_path / f"{size}.npz", size=size)
     line = f"{tiny} --data 30.npz --output-dir run --save weights.pt"
     assert run(line, tmp_path, environment).returncode == 0
-    for file in ("run/checkpoint.pt", "weights.pt"):
-        said = refused(f"--load {file} --data 20.npz {tiny}")
-        assert "30 x 30" in said
-        assert "20 x 20" in said
+    said = refused(f"--load run/checkpoint.pt --data 20.npz {tiny}")
+    assert "trained on images of [1, 30, 30]" in said
+    assert "these images are [1, 20, 20]" in said
+    said = refused(f"--load weights.pt --data 20.npz {tiny}")  # weights alone do not tell the size
+    assert "the weights in weights.pt do not fit" in said
 
 
 def test_probable_mistakes_are_reported(

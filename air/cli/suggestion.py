@@ -17,9 +17,7 @@ from air.data.user_images.survey import (
     BACKGROUND,
     LIGHT,
     SAMPLE,
-    Spots,
     Survey,
-    find_spots,
     sample_images,
     survey,
 )
@@ -34,7 +32,6 @@ MARGIN = 1.2  # side of a window divided by that of a large object, so that wind
 WINDOW_SIDES = 10, 28  # least and greatest side of the attention window in pixels
 SMALL = 0.25  # side of an object relative to its image, below which windows must search for it
 FEW_SPOTS = 3  # in an image, above which the preset for many objects is suggested
-FEW_IMAGES = 1000  # below which a model begins to overfit
 
 Advice = dict[str, tuple[str, str]]  # key of a setting -> flag with its values, and the reason
 
@@ -57,7 +54,7 @@ def suggest(cli_args: Mapping[str, Any], words: Sequence[str], start: str) -> st
         raise ValueError("--suggest: expected --data, the images to inspect, got no --data")
     settings: ImageSettings = from_config(ImageSettings, {"crop": False, **cli_args})
     images = sample_images(Path(cli_args["data"]), settings, SAMPLE)
-    found, spots = survey(images), find_spots(images)
+    found = survey(images)
     advice: Advice = {}
     if found.background > LIGHT and "invert" not in cli_args:
         reason = f"the background is light ({found.background:.0f} of 255); AIR paints on black"
@@ -65,14 +62,15 @@ def suggest(cli_args: Mapping[str, Any], words: Sequence[str], start: str) -> st
         found = found._replace(background=255 - found.background)
     if not found.is_coloured and len(images[0]) > 1:
         advice["channels"] = "--channels 1", "all channels are equal"
-    advice |= _advise_size(found, spots) | _advise_model(found, spots, cli_args)
+    advice |= _advise(found, cli_args)
     added = {key: value for key, value in advice.items() if key not in cli_args}
     flags = [flag for flag, _ in added.values()]
     width = max(map(len, flags), default=0)
     reasons = [f"# {flag:{width}}  {reason}" for flag, reason in added.values()]
-    kept = _join([word for word in words if word != "--suggest"])
+    join = shlex.join if os.name == "posix" else subprocess.list2cmdline
+    kept = join([word for word in words if word != "--suggest"])
     command = " ".join([start, kept, *flags])
-    return "\n".join([*_describe(found, spots), *reasons, command])
+    return "\n".join([*_describe(found), *reasons, command])
 
 
 def print_suggestion(
@@ -88,53 +86,43 @@ def print_suggestion(
     return 0
 
 
-def _describe(found: Survey, spots: Spots) -> list[str]:
+def _describe(found: Survey) -> list[str]:
     """Lines about the images."""
+    number = len(found.sides)
     one_size = found.widths[0] == found.widths[1] and found.heights[0] == found.heights[1]
     size = f"{'' if one_size else 'up to '}{found.widths[1]} x {found.heights[1]}"
-    numbers = ", ".join(f"{n}: {k}" for n, k in sorted(Counter(spots.counts).items()))
+    numbers = ", ".join(f"{n}: {k}" for n, k in sorted(Counter(found.counts).items()))
     lines = [
-        f"# Inspected {found.images} images of {size} pixels, "
-        f"{'in colour' if found.is_coloured else 'in grey'}. Spots cover "
-        f"{spots.coverage:.0%} of the pixels.",
+        f"# Inspected {number} images of {size} pixels, in "
+        f"{'colour' if found.is_coloured else 'grey'}. Spots cover {found.coverage:.0%} of the "
+        "pixels.",
         f"# Number of spots: number of images. {numbers}",
     ]
-    if found.images < min(FEW_IMAGES, SAMPLE):
-        lines.append(f"# Only {found.images} images: the model may overfit.")
-    return lines
+    return lines + [f"# Only {number} images: the model may overfit."] * (number < SAMPLE)
 
 
-def _advise_size(found: Survey, spots: Spots) -> Advice:
-    """Advice about the size of the images."""
-    side, sizes = _side(found, spots), {*found.widths, *found.heights}
-    if sizes == {side}:
-        return {}
-    reason = (
-        f"a typical object is then {spots.side(TYPICAL) * side:.0f} pixels long; large images are "
-        "slow"
-    )
-    if len(sizes) > 1:
-        reason = f"all images must be squares of one size; {reason}"
-    return {"x_size": (f"--x-size {side}", reason)}
-
-
-def _side(found: Survey, spots: Spots) -> int:
+def _side(found: Survey) -> int:
     """The side that images should have in pixels."""
     longest = max(*found.widths, *found.heights)
     if longest <= MAX_SIDE:
         return longest
-    typical = spots.side(TYPICAL)
+    typical = found.side(TYPICAL)
     wanted = OBJECT_SIDE / typical if typical else MAX_SIDE
     stepped = SIDE_STEP * math.ceil(wanted / SIDE_STEP)
     return min(max(stepped, MAX_SIDE // 2), LARGEST_SIDE, longest)
 
 
-def _advise_model(found: Survey, spots: Spots, cli_args: Mapping[str, Any]) -> Advice:
-    """Advice about preset, windows and steps."""
-    side = cli_args.get("x_size", _side(found, spots))
-    large = spots.side(LARGE)
+def _advise(found: Survey, cli_args: Mapping[str, Any]) -> Advice:
+    """Advice about size, preset, windows and steps."""
     advice: Advice = {}
-    preset, reason = _choose_preset(found, spots)
+    side, large, most = _side(found), found.side(LARGE), max(1, found.most)
+    sizes = {*found.widths, *found.heights}
+    if sizes != {side}:
+        typical = f"a typical object is then {found.side(TYPICAL) * side:.0f} pixels long"
+        squares = "all images must be squares of one size; " * (len(sizes) > 1)
+        advice["x_size"] = f"--x-size {side}", f"{squares}{typical}; large images are slow"
+    side = cli_args.get("x_size", side)
+    preset, reason = _choose_preset(found)
     if preset:
         advice["preset"] = f"--preset {preset}", reason
     window = round(min(max(MARGIN * large * side, WINDOW_SIDES[0]), WINDOW_SIDES[1]))
@@ -147,7 +135,6 @@ def _advise_model(found: Survey, spots: Spots, cli_args: Mapping[str, Any]) -> A
         f"--scale-prior-mean {scale:.1f}",
         f"a window initially covers {side / scale:.0f} of {side} pixels, {MARGIN} such objects",
     )
-    most = max(1, spots.most)
     advice["model_steps"] = (
         f"-t {most}",
         f"99 % of the images have at most {most} separate spots; increase this if objects usually "
@@ -163,20 +150,16 @@ def _advise_model(found: Survey, spots: Spots, cli_args: Mapping[str, Any]) -> A
     return advice
 
 
-def _choose_preset(found: Survey, spots: Spots) -> tuple[str, str]:
+def _choose_preset(found: Survey) -> tuple[str, str]:
     """The preset that suits the images, "" for none, and the reason."""
     if found.background > BACKGROUND:
         return "background", f"the background is not black ({found.background:.0f} of 255)"
     if found.is_coloured:
         return "dsprites", "for objects in colour"
-    if spots.most > FEW_SPOTS:
-        return "many", f"for up to {spots.most} objects"
-    typical = spots.side(TYPICAL)
+    if found.most > FEW_SPOTS:
+        return "many", f"for up to {found.most} objects"
+    typical = found.side(TYPICAL)
     if typical < SMALL:
         reason = f"for small objects: a typical one has {typical:.0%} of the image's side"
         return "small-digits", reason
     return "", ""
-
-
-def _join(words: Sequence[str]) -> str:
-    return shlex.join(words) if os.name == "posix" else subprocess.list2cmdline(words)

@@ -117,7 +117,9 @@ def split_scenes(arrays: Mapping[str, Array], *, hold_out_all: bool = False) -> 
     if "test_x" in arrays:
         test_x = arrays["test_x"]
         if (not len(x) and not hold_out_all) or not len(test_x):
-            raise DataError(f"expected images in x and test_x, got {len(x)} and {len(test_x)}")
+            raise DataError(
+                f"expected training and held-out images, got {len(x)} and {len(test_x)}"
+            )
         if test_x.shape[1:] != x.shape[1:]:
             raise DataError(
                 "expected x and test_x of one size and number of channels, got "

@@ -38,9 +38,18 @@ def as_batch(images: Tensor, channels: int, x_size: int) -> Tensor:
     """Images, [B, (C,) H, H] or [B, 1, H, H], without an axis for a single channel.
 
     Raises:
-        ValueError: If the images have another shape, or a type that `check_type` refuses.
+        ValueError: If the images are not bool, uint8 or floats, or have another shape.
     """
-    check_type(images)
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"images: expected a torch.Tensor, got {type(images).__name__}; use torch.as_tensor"
+        )
+    if not images.is_floating_point() and images.dtype not in (torch.bool, torch.uint8):
+        kind = str(images.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"images: expected uint8 in [0, 255], floats in [0, 1] or bool, got {kind}; convert "
+            "them to one of these"
+        )
     shape = [channels, x_size, x_size] if channels > 1 else [x_size, x_size]
     if list(images.shape[1:]) == [1, *shape]:
         images = images[:, 0]
@@ -51,7 +60,7 @@ def as_batch(images: Tensor, channels: int, x_size: int) -> Tensor:
 
 
 def to_intensities(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Images of any type that `check_type` accepts as floats in [0, 1].
+    """Images of any type that `as_batch` accepts as floats in [0, 1].
 
     The range of floats is checked while Pyro's validation is enabled. The check waits for the
     device, and a program that is being captured has no values to check.
@@ -65,24 +74,6 @@ def to_intensities(images: Tensor, dtype: torch.dtype) -> Tensor:
     if is_validation_enabled() and get_proxy_mode() is None and not images.is_meta:
         check_range(images)
     return intensities
-
-
-def check_type(images: Tensor) -> None:
-    """Checks that images are bool, uint8 or floats.
-
-    Raises:
-        ValueError: If they are not.
-    """
-    if not isinstance(images, Tensor):
-        raise ValueError(
-            f"images: expected a torch.Tensor, got {type(images).__name__}; use torch.as_tensor"
-        )
-    if not images.is_floating_point() and images.dtype not in (torch.bool, torch.uint8):
-        kind = str(images.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"images: expected uint8 in [0, 255], floats in [0, 1] or bool, got {kind}; convert "
-            "them to one of these"
-        )
 
 
 def check_range(images: Tensor) -> None:

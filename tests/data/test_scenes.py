@@ -12,7 +12,7 @@ from helpers import ROOT
 
 import air.data.scenes
 from air.data.scenes import MAX_COUNT, DataError, Scenes, sha256, split_scenes, write_scenes
-from air.data.user_images.preparation import ImageSettings, prepare
+from air.data.user_images.preparation import ImageSettings
 from air.data.user_images.sources import load_data
 
 X = np.random.default_rng(0).integers(0, 256, (30, 12, 12), np.uint8)
@@ -82,21 +82,12 @@ def test_all_scenes_of_a_file_can_be_held_out(tmp_path: Path) -> None:
     assert len(load_data(tmp_path / "x.npz", hold_out_all=True).test.x) == 30
 
 
-def test_images_are_prepared_as_the_settings_say(tmp_path: Path) -> None:
-    colours = X.reshape(10, 12, 12, 3)
-    np.savez(tmp_path / "x.npz", x=colours / 255, test_x=colours[:3] / 255)
-    settings = ImageSettings(x_size=8, crop=False, channels=1, invert=True)
-    train, test, sha256 = load_data(tmp_path / "x.npz", settings)
-    expected, _ = prepare(colours, settings)
-    assert np.array_equal(train.x, expected)
-    assert np.array_equal(test.x, expected[:3])
-    assert sha256 != load_data(tmp_path / "x.npz", ImageSettings(x_size=8, crop=True)).sha256
-
-
-def test_an_axis_of_one_channel_is_dropped(tmp_path: Path) -> None:
-    np.savez(tmp_path / "one.npz", x=X[:, None], test_x=X[..., None])
-    train, test, _ = load_data(tmp_path / "one.npz")
-    assert train.x.shape == test.x.shape == X.shape
+def test_held_out_images_are_prepared_as_training_images_are(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=X[:, None] / 255, test_x=X[..., None])
+    train, test, sha256 = load_data(tmp_path / "x.npz", ImageSettings(invert=True))
+    assert np.array_equal(train.x, 255 - X)
+    assert np.array_equal(test.x, 255 - X)
+    assert sha256 != load_data(tmp_path / "x.npz").sha256
 
 
 def test_optional_arrays_may_be_missing_and_other_arrays_are_ignored(tmp_path: Path) -> None:
@@ -125,14 +116,11 @@ def test_counts_of_every_whole_type_become_int64(kind: str, tmp_path: Path) -> N
 
 CASES: list[tuple[dict[str, Any], str]] = [
     ({"y": X, "z": X}, "expected images under the name x, got y, z"),
-    ({"x": X.astype("i2")}, r"x is int16: expected bool, uint8, .*astype\('uint8'\)"),
     ({"x": X, "test_x": X * 1.0}, "test_x is float64: expected .* from 0 to 255; divide"),
-    ({"x": X[:, :9]}, "x has images of 12 x 9 pixels, which are not square: --x-size"),
     ({"x": X[:1]}, "expected at least 2 images, one of them to hold out, got 1"),
     ({"x": X[:0]}, "expected at least 2 images, one of them to hold out, got 0"),
-    ({"x": X[:0], "test_x": X}, "expected images in x and test_x, got 0 and 30"),
-    ({"x": X, "test_x": X[:0]}, "expected images in x and test_x, got 30 and 0"),
-    ({"x": X.astype(object)}, "it contains Python objects, which are never read"),
+    ({"x": X[:0], "test_x": X}, "expected training and held-out images, got 0 and 30"),
+    ({"x": X, "test_x": X[:0]}, "expected training and held-out images, got 30 and 0"),
     ({"x": X, "counts": COUNTS.astype(object)}, "it contains Python objects, which are never read"),
     (
         {"x": X, "counts": COUNTS[1:]},
@@ -143,7 +131,6 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"x": X, "counts": COUNTS[:, None]}, r"expected counts int64 \[30\], got int64 \[30, 1\]"),
     ({"x": X, "counts": np.int64(3)}, r"expected counts int64 \[30\], got int64 \[\]"),
     ({"x": X, "counts": COUNTS.astype("m8[s]")}, r"expected counts .*, got timedelta64\[s\]"),
-    ({"x": X, "counts": COUNTS.astype("U")}, "expected counts .*, got <U"),
     ({"x": X, "counts": -COUNTS}, "expected counts of at least 0, at most 10,000, got -2"),
     ({"x": X, "counts": COUNTS + MAX_COUNT}, "expected counts of .* at most 10,000, got 10002"),
     ({"x": X, "counts": COUNTS.astype("u8") - 1}, "at most 10,000, got 18446744073709551615"),
@@ -152,9 +139,6 @@ CASES: list[tuple[dict[str, Any], str]] = [
         {"x": X, "labels": LABELS[:, :1], "boxes": BOXES},
         r"expected boxes float32 \[30, 1, 4\], got float64 \[30, 2, 4\]",
     ),
-    ({"x": X[:, None][:, :0]}, "x has the shape 30 x 0 x 12 x 12: .* no axis of length 0"),
-    ({"x": X[:, :0, :0]}, "x has the shape 30 x 0 x 0: .* no axis of length 0"),
-    ({"x": X[0]}, r"x has the shape 12 x 12: expected \[N, H, H\]"),
     (
         {"x": X[:, None], "test_x": X.reshape(10, 3, 12, 12)},
         "x and test_x of one size and number of channels, got 12 x 12 x 1 and 12 x 12 x 3",

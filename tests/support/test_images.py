@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,31 +55,12 @@ DOORS: list[Callable[[AIR, Tensor], Any]] = [
     train,
     lambda air, images: train(air, GOOD, images),
 ]
-WRONG_RANGES = [
-    (GOOD * 255, "from 0 to 255; divide by 255"),
-    (GOOD * 65535, r"from 0 to 6\.\S+; divide by 65535"),
-    (GOOD * 2 - 1, "from -1 to 1; subtract the least value and divide by the range"),
-    (GOOD - 0.1, "from -0.1 to 0.9; subtract the least value"),
-    (GOOD.where(GOOD > 0, torch.nan), "from nan to nan; replace NaN and infinite values"),
-    (GOOD.where(GOOD < 1, torch.inf), "to inf; replace NaN and infinite values"),
-    ((GOOD * 255).half(), "divide by 255"),
-    ((GOOD * 255).double(), "divide by 255"),
-]
 
 
 @pytest.mark.parametrize("door", IN_A_STEP + DOORS)
 def test_every_door_refuses_other_types(door: Callable[[AIR, Tensor], Any], air: AIR) -> None:
     with pyro.validation_enabled(False), pytest.raises(ValueError, match="got int16; convert "):
         door(air, BYTES.to(torch.int16))
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.int8, torch.uint16, torch.uint32, torch.int64, torch.complex64]
-)
-def test_other_types_are_named(dtype: torch.dtype, air: AIR) -> None:
-    name = str(dtype).removeprefix("torch.")
-    with pytest.raises(ValueError, match=rf"expected uint8 in \[0, 255\], .* bool, got {name}; "):
-        infer(air, BYTES.to(dtype))
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -93,14 +73,6 @@ def test_every_door_refuses_floats_outside_0_to_1(
         pytest.raises(ValueError, match="from 0 to 255; divide by 255"),
     ):
         door(air, GOOD * 255)
-
-
-@pytest.mark.parametrize(("images", "message"), WRONG_RANGES)
-def test_floats_outside_0_to_1_are_refused_with_a_remedy(
-    images: Tensor, message: str, air: AIR
-) -> None:
-    with pytest.raises(ValueError, match=rf"images: expected floats in \[0, 1\], got .*{message}"):
-        infer(air, images)
 
 
 @pytest.mark.parametrize("step", IN_A_STEP)
@@ -131,8 +103,7 @@ def test_the_range_check_breaks_no_capturing() -> None:
 def test_floats_of_every_type_are_taken(dtype: torch.dtype, air: AIR) -> None:
     images = GOOD.to(dtype)
     assert torch.equal(air.to_images(images), images.to(torch.float32))
-    for door in DOORS:
-        door(air, images)
+    infer(air, images)
     overshoot = GOOD.float() * 1.015 - 0.0075  # as resampling leaves it
     assert torch.equal(air.to_images(overshoot), overshoot)
 
@@ -145,13 +116,6 @@ def test_bool_is_0_and_1_and_uint8_is_up_to_255(air: AIR) -> None:
         door(air, mask)
     for first, second in zip(infer(air, mask), infer(air, mask.float()), strict=True):
         assert torch.equal(first, second)
-
-
-def test_an_array_shares_its_memory(tmp_path: Path) -> None:
-    """So a memory-mapped array stays in its file."""
-    np.save(tmp_path / "x.npy", BYTES.numpy())
-    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
-    assert to_tensor(mapped).data_ptr() == mapped.ctypes.data
 
 
 @pytest.mark.parametrize(
@@ -169,6 +133,9 @@ def test_an_array_shares_its_memory(tmp_path: Path) -> None:
 def test_arrays_are_taken_as_tensors_are(array: Any, air: AIR) -> None:  # noqa: ANN401
     if isinstance(array, np.ndarray):
         array.flags.writeable = False
+        # So a memory-mapped array stays in its file.
+        can_share = array.dtype.isnative and array.flags.c_contiguous
+        assert (to_tensor(array).data_ptr() == array.ctypes.data) == can_share
     tensor = torch.tensor(np.ascontiguousarray(array).astype(np.float64))
     assert torch.equal(to_tensor(array).double(), tensor)
     found = infer(air, array)
@@ -181,15 +148,22 @@ def test_arrays_are_taken_as_tensors_are(array: Any, air: AIR) -> None:  # noqa:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (BYTES.numpy().astype(np.uint16) * 257, "got uint16; convert them to one of these"),
+        (BYTES.numpy().astype(np.uint16), r"expected uint8 in \[0, 255\], .* got uint16; convert"),
+        (BYTES.to(torch.int64), "got int64; convert them to one of these"),
+        (BYTES.to(torch.complex64), "got complex64; convert them to one of these"),
         (BYTES.numpy().astype(object), "expected a tensor or an array of numbers, got object"),
         ("a.png", "expected a tensor or an array of numbers, got str"),
         (None, "expected a tensor or an array of numbers, got NoneType"),
         (GOOD[0], r"images must be \['B', 12, 12\], got \[12, 12\]; make a batch of a single"),
-        (GOOD[0].numpy(), r"images must be \['B', 12, 12\], got \[12, 12\]; make a batch of a"),
         (GOOD[:, :11], r"images must be \['B', 12, 12\], got \[2, 11, 12\]$"),
         ([], r"images must be \['B', 12, 12\], got \[0\]"),
         (torch.tensor(0.5), r"images must be \['B', 12, 12\], got \[\]"),
+        (GOOD * 65535, r"images: expected floats in \[0, 1\], got .* 6\.\S+; divide by 65535"),
+        (GOOD * 2 - 1, "from -1 to 1; subtract the least value and divide by the range"),
+        (GOOD - 0.1, "from -0.1 to 0.9; subtract the least value"),
+        (GOOD.where(GOOD > 0, torch.nan), "from nan to nan; replace NaN and infinite values"),
+        (GOOD.where(GOOD < 1, torch.inf), "to inf; replace NaN and infinite values"),
+        ((GOOD * 255).half(), "divide by 255"),
     ],
 )
 def test_what_are_no_images_is_refused(images: Any, message: str, air: AIR) -> None:  # noqa: ANN401

@@ -4,9 +4,8 @@ import csv
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -43,18 +42,20 @@ def read_picture(path: Path | str, alpha_over: str = "black") -> Iterator[tuple[
     page = 0
     try:
         # Pillow gets no path: it would map plain TIFF files, and garble those that are turned.
-        with open(path, "rb") as content, _open(content) as file:
+        with open(path, "rb") as content:
             # Warnings are ignored where Pillow works only: a `with` around a yield outlasts it.
             with warnings.catch_warnings(action="ignore"):
+                file = Image.open(content, formats=FORMATS)
+                _check_size(file)
                 pages = getattr(file, "n_frames", 1) if file.format in PAGED else 1
             for page in range(pages):
                 with warnings.catch_warnings(action="ignore"):
-                    if pages > 1:
-                        file.seek(page)
-                    is_left_out = page > 0 and _is_side_image(file)
-                    pixels = None if is_left_out else _pixels(file, alpha_over)
-                if pixels is not None:
-                    yield (f"{path}[{page}]" if pages > 1 else str(path)), pixels
+                    file.seek(page)
+                    kind = getattr(file, "tag_v2", {}).get(_SUBFILE_TYPE, 0)
+                    if page and kind & (_PREVIEW | _TRANSPARENCY_MASK):
+                        continue
+                    pixels = _pixels(file, alpha_over)
+                yield (f"{path}[{page}]" if pages > 1 else str(path)), pixels
     except Exception as error:  # Pillow raises errors of many types for foreign bytes
         where = f"{path}[{page}]" if page else path
         raise DataError(f"{where}: cannot be read as a picture: {_reason(error)}") from error
@@ -76,35 +77,23 @@ def write_pictures(folder: Path | str, scenes: Mapping[str, Scenes]) -> None:
     if folder.exists():
         raise DataError(f"{folder}: expected a new folder, got one that exists")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    lines: list[Sequence[object]] = [("name", "count")]
     try:
-        temporary.mkdir(parents=True)
-        _write_pictures(temporary, scenes)
+        for subfolder, (x, counts, *_) in scenes.items():
+            (temporary / subfolder).mkdir(parents=True, exist_ok=True)
+            for i, pixels in enumerate(x):
+                name = (Path(subfolder) / f"{i:05}.png").as_posix()
+                image = pixels if pixels.ndim == 2 else pixels.transpose(1, 2, 0)
+                Image.fromarray(image).save(temporary / name)
+                if counts is not None:
+                    lines.append((name, counts[i]))
+        with (temporary / COUNTS_FILE).open("x", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(lines)
         temporary.rename(folder)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error}); choose another path") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_pictures(folder: Path, scenes: Mapping[str, Scenes]) -> None:
-    with (folder / COUNTS_FILE).open("x", newline="", encoding="utf-8") as file:
-        counts = csv.writer(file)
-        counts.writerow(["name", "count"])
-        for subfolder, (x, numbers, *_) in scenes.items():
-            (folder / subfolder).mkdir(exist_ok=True)
-            for i, pixels in enumerate(x):
-                name = (Path(subfolder) / f"{i:05}.png").as_posix()
-                image = pixels if pixels.ndim == 2 else pixels.transpose(1, 2, 0)
-                Image.fromarray(image).save(folder / name)
-                if numbers is not None:
-                    counts.writerow([name, numbers[i]])
-
-
-def _open(content: BinaryIO) -> Image.Image:
-    with warnings.catch_warnings(action="ignore"):
-        file = Image.open(content, formats=FORMATS)
-    _check_size(file)
-    return file
 
 
 def _check_size(image: Image.Image) -> None:
@@ -113,18 +102,20 @@ def _check_size(image: Image.Image) -> None:
         raise ValueError(f"it declares {size}, more than the limit of {MAX_PIXELS:,} pixels")
 
 
-def _is_side_image(image: Image.Image) -> bool:
-    """Whether a page of a TIFF file is a smaller version of another page, or its mask."""
-    kind = getattr(image, "tag_v2", {}).get(_SUBFILE_TYPE, 0)
-    return bool(kind & (_PREVIEW | _TRANSPARENCY_MASK))
-
-
 def _pixels(image: Image.Image, alpha_over: str) -> Array:
     """The pixels of an open image as people see it: uint8 [1, h, w] or [3, h, w]."""
     _check_size(image)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        return _numbers(np.asarray(image))[None]
+    if image.mode.startswith(("I", "F")):  # 16-bit or larger numbers, or floats
+        numbers = np.asarray(image)
+        if numbers.dtype.kind in "iu":
+            low, high = numbers.min(), numbers.max()
+            if low < 0 or high > np.iinfo(np.uint16).max:
+                raise ValueError(
+                    f"expected pixels of 8 or 16 bits, got numbers from {low} to {high}"
+                )
+            numbers = numbers.astype(np.uint16)
+        return to_bytes(numbers[None], "the picture")
     if image.has_transparency_data:
         rgba = np.asarray(image.convert("RGBA")).transpose(2, 0, 1)[None]
         pixels = lay_over(rgba[:, :3], rgba[:, 3:], alpha_over)[0]
@@ -134,16 +125,6 @@ def _pixels(image: Image.Image, alpha_over: str) -> Array:
         pixels = np.array(image.convert("RGB")).transpose(2, 0, 1)
     spread = pixels.max(0) - pixels.min(0)
     return to_grey(pixels[None])[0] if spread.max() <= MAX_GREY_SPREAD else pixels
-
-
-def _numbers(pixels: Array) -> Array:
-    """The pixels of an image of 16-bit or larger numbers, or of floats."""
-    if pixels.dtype.kind in "iu":
-        if pixels.min() < 0 or pixels.max() > np.iinfo(np.uint16).max:
-            low, high = pixels.min(), pixels.max()
-            raise ValueError(f"expected pixels of 8 or 16 bits, got numbers from {low} to {high}")
-        pixels = pixels.astype(np.uint16)
-    return to_bytes(pixels, "the picture")
 
 
 def _reason(error: Exception) -> str:

@@ -5,7 +5,7 @@ Every function raises a `DataError` that says which rule an array breaks and how
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -17,7 +17,9 @@ from air.support.intensities import range_problem
 
 MAX_CHANNELS_LAST = 4  # of [N, H, W, C]: grey or RGB, with or without alpha
 CHUNK = 1000  # images that are converted at once, to save memory
-ALPHA = {2: 1, 4: 3}  # number of channels with alpha -> number of colour channels
+ALPHA = (2, 4)  # numbers of channels of grey and RGB images with alpha
+
+Pair = tuple[int, int]
 
 
 def _has_one_group(pattern: str) -> bool:
@@ -87,11 +89,11 @@ def check_size(name: str, num_bytes: int) -> None:
         )
 
 
-def prepare(images: Array, settings: ImageSettings, name: str = "x") -> tuple[Array, Placement]:
+def prepare(images: Array, settings: ImageSettings, name: str) -> tuple[Array, Placement]:
     """Prepares images of one size.
 
     Args:
-        images: bool, uint8, uint16, or floats in [0, 1]: [N, h, w], [N, C, h, w] or [N, h, w, C].
+        images: bool, uint8, uint16, or floats in [0, 1]: [N, C, h, w].
         settings: The size and channels of the prepared images.
         name: Their name in messages.
 
@@ -100,44 +102,39 @@ def prepare(images: Array, settings: ImageSettings, name: str = "x") -> tuple[Ar
         Images that need no conversion are not copied, so they may stay memory-mapped.
 
     Raises:
-        DataError: If they have another type or shape, or floats leave [0, 1].
+        DataError: If they have another type or size, or floats leave [0, 1].
     """
-    return prepare_channels_first(to_channels_first(images, name), settings, name)
-
-
-def prepare_channels_first(
-    images: Array, settings: ImageSettings, name: str = "x"
-) -> tuple[Array, Placement]:
-    """Prepares images [N, C, h, w] as `prepare` does, without a guess which axis is C."""
     height, width = images.shape[2:]
-    placement, pad = _place(height, width, settings, name)
+    side = settings.x_size or width
+    size, corner = _frame(height, width, settings, name)
+    scale = width / size[0], height / size[1]
+    placement = Placement((-corner[0] * scale[0], -corner[1] * scale[1]), scale)
 
     def convert(part: Array) -> Array:
         part = convert_channels(to_bytes(part, name), settings, name)
-        if placement != Placement() or pad:
-            part = _bring_to_size(part, settings, placement)
+        if (height, width) != (side, side):
+            part = _fit(part, side, size, corner)
         part = part[:, 0] if part.shape[1] == 1 else part
         return ~part if settings.invert else part
 
     first = convert(images[:CHUNK])
     if images.flags.c_contiguous and np.may_share_memory(first, images):  # nothing to convert
         return convert(images), placement
-    if len(images) <= CHUNK:
-        return np.ascontiguousarray(first), placement
-    check_size(name, len(images) * first[0].nbytes)
+    check_size(name, len(images) * first[:1].nbytes)
     done = np.empty((len(images), *first.shape[1:]), np.uint8)
-    for start in range(0, len(images), CHUNK):
+    done[:CHUNK] = first
+    for start in range(CHUNK, len(images), CHUNK):
         done[start : start + CHUNK] = convert(images[start : start + CHUNK])
     return done, placement
 
 
-def to_channels_first(images: Array, name: str = "x") -> Array:
+def to_channels_first(images: Array, name: str) -> Array:
     """Images [N, h, w], [N, C, h, w] or [N, h, w, C] as [N, C, h, w].
 
     Raises:
         DataError: If they have another shape.
     """
-    shape = _shape(images)
+    shape = " x ".join(map(str, images.shape)) or "of a single number"
     if images.ndim == 3:
         if images.shape[2] <= MAX_CHANNELS_LAST < images.shape[1]:
             raise DataError(
@@ -155,7 +152,7 @@ def to_channels_first(images: Array, name: str = "x") -> Array:
     return images
 
 
-def to_bytes(images: Array, name: str = "x") -> Array:
+def to_bytes(images: Array, name: str) -> Array:
     """Intensities as bytes: False, 0, 0.0 are black; True, 255, 65,535, 1.0 are white."""
     kind = images.dtype.newbyteorder("=")
     if kind == np.uint8:
@@ -177,7 +174,7 @@ def to_bytes(images: Array, name: str = "x") -> Array:
     return (np.clip(images, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
 
 
-def convert_channels(images: Array, settings: ImageSettings, name: str = "x") -> Array:
+def convert_channels(images: Array, settings: ImageSettings, name: str) -> Array:
     """Converts bytes [N, C, h, w] to the number of channels in the settings."""
     asked, given = settings.channels, images.shape[1]
     if asked in (None, given):
@@ -208,53 +205,45 @@ def to_grey(images: Array) -> Array:
     return luminance[:, None].astype(np.uint8)
 
 
-def _place(height: int, width: int, settings: ImageSettings, name: str) -> tuple[Placement, bool]:
-    """The placement of images of one size, and whether they must be padded to a square."""
+def _frame(height: int, width: int, settings: ImageSettings, name: str) -> tuple[Pair, Pair]:
+    """The size of resized images (width, height), and their corner (left, top) in the square.
+
+    The corner of images that are cropped has coordinates below 0.
+    """
     side = settings.x_size
-    size = f"{name} has images of {width} x {height} pixels"
+    given = f"{name} has images of {width} x {height} pixels"
     if height == width and side in (None, height):
-        return Placement(), False
+        return (width, height), (0, 0)
     if side is None:
         raise DataError(
-            f"{size}, which are not square: --x-size H resizes them to H x H, and with --crop "
+            f"{given}, which are not square: --x-size H resizes them to H x H, and with --crop "
             "crops them to H x H"
         )
     if settings.crop is None:
         raise DataError(
-            f"{size}, expected {side} x {side}: --no-crop resizes them, --crop crops them to their "
-            "centre"
+            f"{given}, expected {side} x {side}: --no-crop resizes them, --crop crops them to "
+            "their centre"
         )
     if settings.crop:
         if min(height, width) < side:
             raise DataError(
-                f"{size}, too small to crop to {side} x {side}; use --no-crop to resize them"
+                f"{given}, too small to crop to {side} x {side}; use --no-crop to resize them"
             )
-        return Placement(((width - side) // 2, (height - side) // 2)), False
+        return (width, height), (-((width - side) // 2), -((height - side) // 2))
     new_width, new_height = (max(1, round(n * side / max(height, width))) for n in (width, height))
-    scale = width / new_width, height / new_height
-    left, top = (side - new_width) // 2, (side - new_height) // 2
-    return Placement((-left * scale[0], -top * scale[1]), scale), new_width != new_height
+    return (new_width, new_height), ((side - new_width) // 2, (side - new_height) // 2)
 
 
-def _bring_to_size(images: Array, settings: ImageSettings, placement: Placement) -> Array:
-    """Cuts or resizes bytes [N, C, h, w]; the median of an image's border fills what is added."""
-    side: Any = settings.x_size
-    if settings.crop:
-        left, top = map(int, placement.offset)
-        # A copy, for a view would keep the whole images in memory.
-        return images[:, :, top : top + side, left : left + side].copy()
-    height, width = images.shape[2:]
-    new_width, new_height = round(width / placement.scale[0]), round(height / placement.scale[1])
-    left, top = (side - new_width) // 2, (side - new_height) // 2
+def _fit(images: Array, side: int, size: Pair, corner: Pair) -> Array:
+    """Fits bytes [N, C, h, w] into squares; the median of an image's border fills the rest."""
     done = np.empty((*images.shape[:2], side, side), np.uint8)
-    done[:] = border_median(images)[..., None, None]
-    for image, square in zip(images, done, strict=True):
-        for channel, target in zip(image, square, strict=True):
+    for image, square, fill in zip(images, done, border_median(images), strict=True):
+        for channel, target, level in zip(image, square, fill.tolist(), strict=True):
             # Pillow's bilinear filter averages where it shrinks, and never overshoots.
-            small = Image.fromarray(channel).resize(
-                (new_width, new_height), Image.Resampling.BILINEAR
-            )
-            target[top : top + new_height, left : left + new_width] = small
+            resized = Image.fromarray(channel).resize(size, Image.Resampling.BILINEAR)
+            canvas = Image.new("L", (side, side), level)
+            canvas.paste(resized, corner)
+            target[:] = canvas
     return done
 
 
@@ -262,7 +251,3 @@ def border_median(images: Array) -> Array:
     """The median of the outermost pixels of images [N, C, h, w]: uint8 [N, C]."""
     edges = images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]
     return np.median(np.concatenate(edges, 2), axis=2).astype(np.uint8)
-
-
-def _shape(array: Array) -> str:
-    return " x ".join(map(str, array.shape)) or "of a single number"

@@ -14,8 +14,7 @@ of uint8 [N, H, H] or [N, C, H, H] in the final size may be larger than memory.
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +27,7 @@ from air.data.scenes import (
     MAX_HELD_OUT,
     Array,
     DataError,
-    Scenes,
     SceneSplits,
-    pick_rows,
-    sha256,
     split_scenes,
 )
 from air.data.user_images.array_files import holds_arrays, read_arrays
@@ -41,7 +37,6 @@ from air.data.user_images.preparation import (
     Placement,
     check_size,
     prepare,
-    prepare_channels_first,
     to_channels_first,
 )
 from air.data.user_images.true_counts import PictureCounts
@@ -76,10 +71,21 @@ def load_data(
         DataError: If there are no scenes; the message is one line for the user.
     """
     path, settings = Path(path), settings or ImageSettings()
-    with _named_system_errors(path):
-        if holds_arrays(path):
-            return _load_arrays(path, settings, hold_out_all)
-        return _load_pictures(path, settings, hold_out_all)
+    if holds_arrays(path):
+        arrays = read_arrays(path, ARRAY_NAMES)
+        for name in IMAGES:
+            if name in arrays:
+                shown = f"{path}: {name}"
+                x = to_channels_first(arrays[name], shown)
+                arrays[name] = prepare(x, settings, shown)[0]
+    else:
+        arrays = _read_pictures(path, settings, hold_out_all)
+    try:
+        train, test, digest = split_scenes(arrays, hold_out_all=hold_out_all)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    # Evaluations read every held-out image, so memory holds these images in any case.
+    return SceneSplits(train, test._replace(x=np.array(test.x)), digest)
 
 
 def read_images(path: Path | str, settings: ImageSettings) -> Iterator[PreparedImage]:
@@ -94,7 +100,7 @@ def read_images(path: Path | str, settings: ImageSettings) -> Iterator[PreparedI
 
 def prepare_image(name: str, pixels: Array, settings: ImageSettings) -> PreparedImage:
     """Prepares an image [C, h, w]; see `prepare`."""
-    prepared, placement = prepare_channels_first(pixels[None], settings, name)
+    prepared, placement = prepare(pixels[None], settings, name)
     return PreparedImage(name, prepared[0], placement)
 
 
@@ -116,34 +122,28 @@ def source_images(
         DataError: If the source cannot be read.
     """
     path = Path(path)
-    with _named_system_errors(path):
-        if holds_arrays(path):
-            x = to_channels_first(read_arrays(path, ("x",))["x"], f"{path}: x")
-            for i in range(0, len(x), every(len(x))):
-                yield f"{path}[{i}]", x[i]
-            return
-        files = find_pictures(path)
+    if holds_arrays(path):
+        x = to_channels_first(read_arrays(path, ("x",))["x"], f"{path}: x")
+        for i in range(0, len(x), every(len(x))):
+            yield f"{path}[{i}]", x[i]
+    else:
+        files = find_files(path)
         for file in files[:: every(len(files))]:
             yield from read_picture(file, settings.alpha_over)
 
 
-def is_folder_of_pictures(path: Path | str) -> bool:
-    """Whether a path is a folder without x.npy."""
-    path = Path(path)
-    with _named_system_errors(path):
-        return path.is_dir() and not holds_arrays(path)
-
-
-def find_pictures(path: Path | str) -> list[Path]:
-    """A picture itself, or the pictures in a folder and its subfolders, x-2 before x-10.
+def find_files(path: Path | str) -> list[Path]:
+    """The pictures in a folder and its subfolders, x-2 before x-10; of other sources, the path.
 
     Hidden files and folders are left out.
 
     Raises:
-        DataError: If there is no picture, or a folder cannot be read.
+        DataError: If the path is no source, or a folder contains no picture or cannot be read.
     """
     path = Path(path)
-    with _named_system_errors(path):
+    if holds_arrays(path):
+        return [path]
+    try:
         if path.is_file():
             if path.suffix.lower() in SUFFIXES or not path.suffix:
                 return [path]
@@ -152,8 +152,10 @@ def find_pictures(path: Path | str) -> list[Path]:
             problem = "is neither a file nor a folder" if path.exists() else "does not exist"
             raise DataError(f"{path} {problem}: {EXPECTED}")
         files = [file for file in _files_in(path, set()) if file.suffix.lower() in SUFFIXES]
-        if not files:
-            raise DataError(f"{path} contains no pictures: {EXPECTED}")
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: {error.strerror}") from error
+    if not files:
+        raise DataError(f"{path} contains no pictures: {EXPECTED}")
     return sorted(files, key=natural_order)
 
 
@@ -171,92 +173,51 @@ def _files_in(folder: Path, entered: set[str]) -> Iterator[Path]:
             yield path
 
 
-@contextmanager
-def _named_system_errors(path: Path) -> Iterator[None]:
-    """Turns errors of the system, as for folders that must not be read, into a `DataError`."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename if isinstance(error.filename, str) else path
-        raise DataError(f"{where}: {error.strerror or error}") from error
-
-
-def _load_arrays(path: Path, settings: ImageSettings, hold_out_all: bool) -> SceneSplits:
-    """Loads the arrays of `ARRAY_NAMES` in a file or folder as scenes."""
-    arrays = read_arrays(path, ARRAY_NAMES)
-    try:
-        for name in IMAGES:
-            if name in arrays:
-                arrays[name], _ = prepare(arrays[name], settings, name)
-        train, test, digest = split_scenes(arrays, hold_out_all=hold_out_all)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-    # Evaluations read every held-out image, so memory holds these images in any case.
-    return SceneSplits(train, test._replace(x=np.array(test.x)), digest)
-
-
-def _load_pictures(path: Path, settings: ImageSettings, hold_out_all: bool) -> SceneSplits:
-    """Loads pictures as scenes.
+def _read_pictures(path: Path, settings: ImageSettings, hold_out_all: bool) -> dict[str, Array]:
+    """Arrays x, test_x, ... of pictures.
 
     The pictures in the subfolder test are held out or, without one, every tenth.
     """
-    files = find_pictures(path)
+    files = find_files(path)
     known = PictureCounts(path, files, settings.count_pattern)
-    images: list[Array] = []
-    sources: list[Path] = []
+    images: list[PreparedImage] = []
     counts: list[int | None] = []
-    size = 0
+    held_out: list[bool] = []
     for file in tqdm(files, "reading pictures", disable=None, leave=False, unit="picture"):
         for name, pixels in read_picture(file, settings.alpha_over):
-            prepared = prepare_image(name, pixels, settings)
-            images.append(prepared.pixels)
-            sources.append(file)
+            images.append(prepare_image(name, pixels, settings))
             counts.append(known.of(name, file))
-            size += prepared.pixels.nbytes
-            check_size(str(path), size)
-            _check_same_size(path, images, sources)
-    held_out = _choose_held_out(path, sources, hold_out_all)
-    if any(image.ndim == 3 for image in images):  # one picture in colour: all in colour
-        images = [np.broadcast_to(image, (3, *image.shape[-2:])) for image in images]
-    numbers = None if None in counts else np.array(counts, np.int64)
-    scenes = Scenes(np.stack(images), numbers)
-    train, test = pick_rows(scenes, ~held_out), pick_rows(scenes, held_out)
-    return SceneSplits(train, test, sha256([*train, *test]))
+            held_out.append(file.parts[len(path.parts) : -1][:1] == (HELD_OUT_FOLDER,))
+            _check_same_size(path, images[0], images[-1])
+            check_size(str(path), len(images) * images[0].pixels.nbytes)
+    x = np.stack(_in_same_channels([image.pixels for image in images]))
+    arrays = {"x": x} if None in counts else {"x": x, "counts": np.array(counts)}
+    if not any(held_out):
+        if hold_out_all or len(x) < 2:  # `split_scenes` holds out all, or refuses one image
+            return arrays
+        every = max(HOLD_OUT_EVERY, -(-len(x) // MAX_HELD_OUT))
+        held_out = [(i + 1) % every == 0 for i in range(len(x))]
+        held_out[-1] |= len(x) < every
+    rows = np.array(held_out)
+    return {name: array[~rows] for name, array in arrays.items()} | {
+        f"test_{name}": array[rows] for name, array in arrays.items()
+    }
 
 
-def _check_same_size(path: Path, images: Sequence[Array], sources: Sequence[Path]) -> None:
-    first, last = images[0].shape[-1], images[-1].shape[-1]
-    if first != last:
+def _check_same_size(path: Path, first: PreparedImage, other: PreparedImage) -> None:
+    side, found = first.pixels.shape[-1], other.pixels.shape[-1]
+    if side != found:
         raise DataError(
-            f"{path}: pictures of different sizes, {first} x {first} ({sources[0]}) and {last} x "
-            f"{last} ({sources[-1]}): --x-size H resizes all to H x H, and with --crop crops them"
+            f"{path}: pictures of different sizes, {side} x {side} ({first.name}) and {found} x "
+            f"{found} ({other.name}): --x-size H resizes all to H x H, and with --crop crops them"
         )
 
 
-def _choose_held_out(path: Path, sources: Sequence[Path], hold_out_all: bool) -> Array:
-    """Which pictures are held out: bool [N]."""
-    number = len(sources)
-    held_out = np.array([_top_folder(file, path) == HELD_OUT_FOLDER for file in sources])
-    if held_out.all() and not hold_out_all:
-        raise DataError(
-            f"{path}: expected pictures to train on too, got all {number} in the subfolder "
-            f"{HELD_OUT_FOLDER}"
-        )
-    if not held_out.any():
-        if number < 2 and not hold_out_all:
-            raise DataError(
-                f"{path}: expected at least 2 pictures, one of them to hold out, got {number}"
-            )
-        every = max(HOLD_OUT_EVERY, -(-number // MAX_HELD_OUT))
-        held_out[every - 1 :: every] = True
-        held_out[-1] |= number < every
-        held_out |= hold_out_all
-    return held_out
-
-
-def _top_folder(file: Path, path: Path) -> str:
-    inside = file.relative_to(path).parts if file != path else ()
-    return inside[0] if len(inside) > 1 else ""
+def _in_same_channels(images: list[Array]) -> list[Array]:
+    """All images in colour if one is."""
+    if all(image.ndim == 2 for image in images):
+        return images
+    return [np.broadcast_to(image, (3, *image.shape[-2:])) for image in images]
 
 
 def natural_order(file: Path | str) -> tuple[list[Any], str]:

@@ -1,7 +1,7 @@
 """A survey of images without labels, and the hints that follow from it.
 
-`survey` measures sizes, colours and brightness. `find_spots` looks for spots, the connected sets
-of pixels that are not background: they tell the number and the size of objects that do not touch.
+Spots are the connected sets of pixels that are not background: they tell the number and the size
+of objects that do not touch.
 """
 
 from collections.abc import Sequence
@@ -35,19 +35,12 @@ MIN_HELD_OUT = 10  # scenes, below which this distance says little
 
 
 class Survey(NamedTuple):
-    """Sizes, colours and brightness of images."""
+    """Sizes, colours and brightness of images, and the spots in them."""
 
-    images: int
     widths: tuple[int, int]  # least and greatest, in pixels
     heights: tuple[int, int]
     is_coloured: bool
-    largest: int  # value of a pixel, 0 to 255
     background: float  # median brightness of the outermost pixels, 0 to 255
-
-
-class Spots(NamedTuple):
-    """The spots in images."""
-
     sides: list[list[float]]  # of each image: longer side of each spot, relative to the image's
     coverage: float  # fraction of the pixels that belong to spots
 
@@ -99,38 +92,28 @@ def survey(images: Sequence[Array]) -> Survey:
     """
     if not len(images):
         raise ValueError("expected images, got none")
-    heights, widths = ([image.shape[axis] for image in images] for axis in (1, 2))
-    return Survey(
-        images=len(images),
-        widths=(min(widths), max(widths)),
-        heights=(min(heights), max(heights)),
-        is_coloured=any(_is_coloured(image) for image in images),
-        largest=max(int(image.max()) for image in images),
-        background=float(
-            np.median(np.concatenate([border_median(each[None])[0] for each in images]))
-        ),
-    )
-
-
-def _is_coloured(image: Array) -> bool:
-    channels = image[:3].astype(np.int16) if len(image) >= 3 else image[:1]
-    return bool(np.ptp(channels, axis=0).max() > MAX_GREY_SPREAD)
-
-
-def find_spots(images: Sequence[Array]) -> Spots:
-    """Finds the spots in images, uint8 [C, h, w] of any sizes."""
+    borders = [border_median(image[None])[0] for image in images]
     deviations = [
-        abs(image.astype(np.int16) - border_median(image[None])[0][:, None, None]).max(0)
-        for image in images
+        abs(image.astype(np.int16) - border[:, None, None]).max(0)
+        for image, border in zip(images, borders, strict=True)
     ]
     threshold = CONTRAST * max(float(np.percentile(each, 99.9)) for each in deviations)
     found = [_areas_and_sides(deviation > max(threshold, 1)) for deviation in deviations]
     areas = np.array([area for spots in found for area, _ in spots])
     least = max(LEAST_PIXELS, LEAST_SHARE * float(np.median(areas)) if len(areas) else 0)
-    return Spots(
+    heights, widths = ([image.shape[axis] for image in images] for axis in (1, 2))
+    return Survey(
+        widths=(min(widths), max(widths)),
+        heights=(min(heights), max(heights)),
+        is_coloured=any(_is_coloured(image) for image in images),
+        background=float(np.median(np.concatenate(borders))),
         sides=[[side for area, side in spots if area >= least] for spots in found],
         coverage=float(areas.sum() / sum(deviation.size for deviation in deviations)),
     )
+
+
+def _is_coloured(image: Array) -> bool:
+    return len(image) >= 3 and np.ptp(image[:3].astype(np.int16), axis=0).max() > MAX_GREY_SPREAD
 
 
 def _areas_and_sides(mask: Array) -> list[tuple[int, float]]:
@@ -193,21 +176,22 @@ def brightness_hints(images: Array, on_black: bool = True) -> list[str]:
     if not len(images):
         return []
     sample = images[:: max(1, len(images) // SAMPLE)]
-    found = survey(list(sample if sample.ndim == 4 else sample[:, None]))
-    if found.largest <= FAINT:
+    largest = sample.max()
+    if largest <= FAINT:
         return [
-            f"the largest value in the images is {found.largest} of 255, nearly black; scale them "
+            f"the largest value in the images is {largest} of 255, nearly black; scale them "
             "to 0..255, or save images of 0 and 1 as bool"
         ]
-    if not on_black or found.background <= BACKGROUND:
+    background = np.median(border_median(sample if sample.ndim == 4 else sample[:, None]))
+    if not on_black or background <= BACKGROUND:
         return []
-    if found.background > LIGHT:
+    if background > LIGHT:
         return [
-            f"the background is light ({found.background:.0f} of 255), but AIR paints light "
+            f"the background is light ({background:.0f} of 255), but AIR paints light "
             "objects on black; for dark objects on a light background, add --invert, or --preset "
             "background"
         ]
     return [
-        f"the background is not black ({found.background:.0f} of 255); AIR may explain it by an "
+        f"the background is not black ({background:.0f} of 255); AIR may explain it by an "
         "object; --preset background models it"
     ]

@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from air.data.scenes import MAX_COUNT, DataError
+from air.data.scenes import DataError
 from air.data.user_images.picture_files import COUNTS_FILE
+
+COUNT = r"0*(\d{1,9})"  # `split_scenes` checks how large counts are
 
 
 class PictureCounts:
@@ -39,15 +41,13 @@ class PictureCounts:
         page = inside + name.removeprefix(str(file))  # such as stack.tif[1]
         if self.pattern is not None:
             match = re.search(self.pattern, page)
-            if match is None or not (match[1] or "").isdecimal():
+            if match is None or not re.fullmatch(COUNT, match[1] or ""):
                 raise DataError(f"{name}: --count-pattern matches no count in the name {page}")
-            return _to_count(match[1], name)
+            return int(match[1])
         if self._known is None:
             return None
-        keys = [page, inside]
-        if self._namesakes[file.name] == 1:
-            keys.append(file.name)  # without its folder
-        for key in keys:
+        without_folder = file.name if self._namesakes[file.name] == 1 else page
+        for key in (page, inside, without_folder):
             if key in self._known:
                 return self._known[key]
         raise DataError(f"{self.file}: no count of {page}; expected a line {page},count")
@@ -55,32 +55,22 @@ class PictureCounts:
 
 def _read(file: Path) -> dict[str, int]:
     """The counts in a CSV file of name,count, with or without a header, by name."""
-    counts: dict[str, int] = {}
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            for number, row in enumerate(csv.reader(lines), 1):
-                cells = [cell.strip() for cell in row]
-                if not any(cells) or (number == 1 and _is_header(cells)):
-                    continue
-                where = f"{file}, line {number}"
-                if len(cells) != 2 or not cells[1].isdecimal():
-                    given = " ".join(",".join(row).split())
-                    raise DataError(f"{where}: expected name,count, got {given}")
-                name = cells[0].replace("\\", "/").removeprefix("./")
-                count = _to_count(cells[1], where)
-                if counts.setdefault(name, count) != count:
-                    raise DataError(f"{where}: {name} has two counts, {counts[name]} and {count}")
+            rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
+    if rows and rows[0] and not re.fullmatch(r"[-+.\d]*", rows[0][-1]):
+        rows[0] = []  # a header
+    counts: dict[str, int] = {}
+    for number, row in enumerate(rows, 1):
+        if not any(row):
+            continue
+        where = f"{file}, line {number}"
+        if len(row) != 2 or not re.fullmatch(COUNT, row[1]):
+            given = " ".join(",".join(row).split())[:80]
+            raise DataError(f"{where}: expected name,count, got {given}")
+        name, count = row[0].replace("\\", "/").removeprefix("./"), int(row[1])
+        if counts.setdefault(name, count) != count:
+            raise DataError(f"{where}: {name} has two counts, {counts[name]} and {count}")
     return counts
-
-
-def _is_header(cells: Sequence[str]) -> bool:
-    return not re.fullmatch(r"[-+.\d]*", cells[-1])
-
-
-def _to_count(digits: str, where: str) -> int:
-    digits = digits.lstrip("0") or "0"
-    if len(digits) > len(str(MAX_COUNT)) or int(digits) > MAX_COUNT:
-        raise DataError(f"{where}: expected a count of at most {MAX_COUNT:,}, got {digits[:20]}")
-    return int(digits)

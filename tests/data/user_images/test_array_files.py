@@ -85,19 +85,11 @@ def test_a_single_array_is_x(suffix: str, tmp_path: Path) -> None:
         refused(write(path, arrays), f": expected images under the name x, got {held}")
 
 
-@pytest.mark.parametrize("kind", ["bool", "u1", "u2", ">u2", "f2", "f4", ">f4", "f8"])
-def test_every_type_is_kept(kind: str, tmp_path: Path) -> None:
-    array = X.astype(kind)
-    found = read_arrays(write(tmp_path / "a.h5", {"x": array}), NAMES)["x"]
-    assert np.array_equal(found, array)
-    assert found.dtype == array.dtype
-
-
 def test_tensors_of_every_kind_are_read(tmp_path: Path) -> None:
     tensor = torch.from_numpy(X)
-    expected: list[tuple[Any, Array]] = [
+    expected: list[tuple[object, Array]] = [
         (tensor, X),
-        (tensor.to(torch.bfloat16), X.astype(np.float32)),
+        ((tensor // 2).to(torch.bfloat16), X // 2),  # 7 bits are exact
         (torch.nn.Parameter(tensor.float()), X),
         ({"x": tensor.double().requires_grad_()}, X),
         (tensor.permute(1, 2, 0), X.transpose(1, 2, 0)),
@@ -105,11 +97,7 @@ def test_tensors_of_every_kind_are_read(tmp_path: Path) -> None:
     ]
     for held, array in expected:
         torch.save(held, tmp_path / "a.pt")
-        found = read_arrays(tmp_path / "a.pt", NAMES)["x"]
-        if array.dtype == np.float32:
-            assert abs(found - array).max() <= 0.5
-        else:
-            assert np.array_equal(found, array)
+        assert np.array_equal(read_arrays(tmp_path / "a.pt", NAMES)["x"], array)
     torch.save(tensor, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert np.array_equal(read_arrays(tmp_path / "old.pt", NAMES)["x"], X)
 
@@ -118,7 +106,6 @@ def test_tensors_of_every_kind_are_read(tmp_path: Path) -> None:
     ("held", "problem"),
     [
         ([1, 2], "expected a tensor or tensors by name, got a list"),
-        ((torch.ones(3), torch.ones(3)), "expected a tensor or tensors by name, got a tuple"),
         ({"format": 3, "model": {}}, "got the checkpoint of a model, which --load takes"),
         ({"a.weight": torch.ones(3), "a.bias": torch.ones(3)}, "got a.weight, a.bias"),
         ({"a": 1}, "got no array"),
@@ -171,34 +158,21 @@ def test_no_object_is_unpickled(tmp_path: Path) -> None:
 def test_foreign_and_damaged_files_are_named(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a b[1]{suffix}"
     refused(path, ": No such file or directory")
-    whole = write(path, {"x": X}).read_bytes()
-    a_zip = io.BytesIO()
-    with zipfile.ZipFile(a_zip, "w") as archive:
-        archive.writestr("word/document.xml", "<>")
-        archive.writestr("x", "<>")
-    for content in (
-        b"",
-        b"no arrays",
-        b"1,2\n3,4\n",
-        whole[: len(whole) // 2],
-        b"\x93NUMPY",
-        b"PK",
-    ):
+    intact = write(path, {"x": X}).read_bytes()
+    if os.geteuid():  # root may read everything
+        path.chmod(0)
+        refused(path, ": Permission denied")
+        path.chmod(0o600)
+    for content in (b"", b"no arrays", intact[: len(intact) // 2], b"\x93NUMPY", b"PK"):
         path.write_bytes(content)
         refused(path, "")
-    path.write_bytes(a_zip.getvalue())
-    if suffix != ".npz":
-        refused(path, "")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("word/document.xml", "<>")
+        archive.writestr("x.xml", "<>")
+    refused(path, "")
     path.unlink()
     path.mkdir()
     refused(path, ": Is a directory")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-@SUFFIXES
-def test_a_file_that_must_not_be_read_is_named(suffix: str, tmp_path: Path) -> None:
-    write(tmp_path / f"a{suffix}", {"x": X}).chmod(0)
-    refused(tmp_path / f"a{suffix}", ": Permission denied")
 
 
 def test_hdf5_without_h5py_says_how_to_install_it(
@@ -230,12 +204,12 @@ def test_datasets_in_other_files_are_read_or_named(tmp_path: Path) -> None:
         file.create_virtual_dataset("x", layout)
     assert np.array_equal(read_arrays(tmp_path / "a.h5", NAMES)["x"], X)
     (tmp_path / "part.h5").unlink()  # HDF5 would read zeros
-    refused(tmp_path / "a.h5", ": /x refers to the file part.h5, which does not exist")
+    refused(tmp_path / "a.h5", ": /x refers to part.h5, which is missing")
     secret = [(str(tmp_path / "secret"), 0, h5py.h5f.UNLIMITED)]
     (tmp_path / "secret").write_bytes(bytes(500))
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("x", X.shape, X.dtype, external=secret)
-    refused(tmp_path / "a.h5", ": /x refers to raw bytes in other files, which are not read")
+    refused(tmp_path / "a.h5", ": /x refers to raw bytes in other files, never read")
 
 
 def npy_header(shape: tuple[int, ...], kind: str = "|u1") -> bytes:

@@ -84,15 +84,11 @@ def test_grey_pixels_are_the_same_in_every_format(
         assert np.array_equal(read(path), GREY[None]), kind
 
 
-@pytest.mark.parametrize(
-    ("suffix", "options"),
-    [("png", {}), ("bmp", {}), ("webp", {"lossless": True}), ("tif", {}), ("ppm", {})],
-)
-def test_colours_are_the_same_in_every_format(
-    suffix: str, options: dict[str, Any], tmp_path: Path
-) -> None:
-    Image.fromarray(RGB).save(tmp_path / f"a.{suffix}", **options)
-    assert np.array_equal(read(tmp_path / f"a.{suffix}"), RGB.transpose(2, 0, 1))
+def test_colours_are_the_same_in_every_format(tmp_path: Path) -> None:
+    for suffix in ("png", "bmp", "webp", "tif", "ppm"):
+        path = tmp_path / f"a.{suffix}"
+        Image.fromarray(RGB).save(path, **{"lossless": True} if suffix == "webp" else {})
+        assert np.array_equal(read(path), RGB.transpose(2, 0, 1)), suffix
 
 
 def test_lossy_formats_are_close(tmp_path: Path) -> None:
@@ -137,9 +133,8 @@ def test_transparent_pixels_show_the_background(mode: str, background: str, tmp_
 
 @pytest.mark.parametrize(
     ("suffix", "options"),
-    [("tif", {}), ("tif", {"compression": "tiff_lzw"}), ("png", {}), ("gif", {}),
-     ("webp", {"lossless": True})],
-)  # fmt: skip
+    [("tif", {"compression": "tiff_lzw"}), ("png", {}), ("gif", {}), ("webp", {"lossless": True})],
+)
 def test_each_page_is_an_image(suffix: str, options: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / f"a.{suffix}"
     first, *others = map(Image.fromarray, PAGES)
@@ -149,15 +144,12 @@ def test_each_page_is_an_image(suffix: str, options: dict[str, Any], tmp_path: P
     assert np.array_equal(np.stack(pixels)[:, 0], PAGES)
 
 
-def test_pages_of_a_tiff_may_differ_and_previews_are_left_out(tmp_path: Path) -> None:
+def test_pages_may_differ_and_previews_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     pages = Image.fromarray(GREY), Image.fromarray(RGB), Image.fromarray(GREY[:3, :4])
     pages[2].encoderinfo = {"tiffinfo": {254: 1}}  # a smaller version of another page
     pages[0].save(path, save_all=True, append_images=pages[1:])
     assert [pixels.shape for _, pixels in read_picture(path)] == [(1, 9, 12), (3, 9, 12)]
-
-
-def test_previews_in_a_jpeg_are_left_out(tmp_path: Path) -> None:
     picture = Image.fromarray(RGB)
     picture.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[picture.resize((4, 3))])
     assert read(tmp_path / "a.jpg").shape == (3, 9, 12)
@@ -191,15 +183,7 @@ def test_other_spaces_of_colours_become_rgb(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pixels", "problem"),
     [
-        (
-            np.float32(GREY),
-            "the picture is float32: expected floats in [0, 1], got values from 0 to 248; ",
-        ),
-        (
-            np.float32(GREY / 127.5 - 1),
-            "from -1 to 0.9451; subtract the least value and divide by the range",
-        ),
-        (np.full((9, 12), np.nan, np.float32), "replace NaN and infinite values"),
+        (np.float32(GREY), "the picture is float32: expected floats in [0, 1], got values from 0 "),
         (np.int32(GREY) - 200, "expected pixels of 8 or 16 bits, got numbers from -"),
         (np.int32(GREY) * 999, "expected pixels of 8 or 16 bits, got numbers from 0 to 24"),
     ],
@@ -273,6 +257,7 @@ def test_foreign_and_damaged_files_are_named(tmp_path: Path) -> None:
         "empty": (b"", "another kind"),
         "text": (b"no image", "another kind"),
         "cut": (png.getvalue()[:60], ""),
+        "PostScript, which can run programs": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%EOF\n", "another kind"),
         "pickle": (b"cbuiltins\nexit\n(tR.", "another kind"),  # would end the program
     }
     for name, (content, problem) in contents.items():
@@ -280,12 +265,6 @@ def test_foreign_and_damaged_files_are_named(tmp_path: Path) -> None:
         refused(tmp_path / f"{name}.png", problem)
     refused(tmp_path / "missing.png", "No such file")
     refused(tmp_path, "Is a directory")
-
-
-def test_formats_that_can_run_programs_are_not_opened(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 12\n%%EndComments\n")
-    refused(path, "another kind")
 
 
 def test_warnings_of_the_caller_are_left_alone(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The true counts of pictures are found in counts.csv, or in the names of the pictures."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -37,19 +36,13 @@ PAGES = "stack.tif[0],4\nstack.tif[1],5\n"
         f"\ufeffname,count\r\na.png,0\r\nb 2.png,1\r\nsub/a.png,2\r\nsub/c.png,3\r\n{PAGES}",
         f"file , n \n a.png , 0\n\n'x.png',7\n\"b 2.png\", 01 \nsub/a.png,2\nc.png,3\n,\n{PAGES}",
         f".\\a.png,0\nb 2.png,1\nsub\\a.png,2\n./sub/c.png,3\na.png,0\n{PAGES}",
+        "a.png,0\nb 2.png,1\nsub/a.png,2\nc.png,3\nstack.tif,4\nstack.tif[1],5",
     ],
-    ids=["plain", "header", "Excel", "spaces", "Windows"],
+    ids=["plain", "header", "Excel", "spaces", "Windows", "all pages"],
 )
 def test_a_csv_file_names_each_picture(text: str, tmp_path: Path) -> None:
     (tmp_path / "counts.csv").write_text(text, encoding="utf-8", newline="")
     assert counts(tmp_path) == [0, 1, 2, 3, 4, 5]
-
-
-def test_a_count_of_a_file_is_that_of_its_pages(tmp_path: Path) -> None:
-    (tmp_path / "counts.csv").write_text(
-        "a.png,0\nb 2.png,1\nsub/a.png,2\nc.png,3\nstack.tif,4\nstack.tif[1],10000"
-    )
-    assert counts(tmp_path) == [0, 1, 2, 3, 4, 10_000]
 
 
 def test_without_a_csv_file_counts_are_unknown(tmp_path: Path) -> None:
@@ -64,13 +57,10 @@ def test_without_a_csv_file_counts_are_unknown(tmp_path: Path) -> None:
         (b"", "counts.csv: no count of a.png; expected a line a.png,count"),
         (b"a.png,0\nb 2.png,1\nsub/c.png,3", "no count of sub/a.png"),  # it has a namesake
         (b"a.png,-1", "line 1: expected name,count, got a.png,-1"),
-        (b"a.png,1.0", "line 1: expected name,count, got a.png,1.0"),
         (b"a.png,", "line 1: expected name,count, got a.png,"),
         (b"name,count\na.png;1", "line 2: expected name,count, got a.png;1"),
-        (b"name,count\na.png,1,2", "line 2: expected name,count, got a.png,1,2"),
         (b'name,count\n"a\n.png",x', r"line 2: expected name,count, got a \.png,x"),
-        (b"name,count\na.png,10001", "line 2: expected a count of at most 10,000, got 10001"),
-        (b"a.png," + b"9" * 5000, "line 1: expected a count of at most 10,000, got 99999999999"),
+        (b"a.png," + b"9" * 5000, "line 1: expected name,count, got a.png,9"),
         (b"a.png,1\na.png,2", "line 2: a.png has two counts, 1 and 2"),
         ("a.png,1".encode("utf-16"), "counts.csv: cannot be read: "),
         (b"a.png,\xff", "counts.csv: cannot be read: "),
@@ -81,12 +71,6 @@ def test_without_a_csv_file_counts_are_unknown(tmp_path: Path) -> None:
 def test_a_csv_file_with_faults_is_named(text: bytes, problem: str, tmp_path: Path) -> None:
     (tmp_path / "counts.csv").write_bytes(text)
     refused(tmp_path, problem)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_csv_file_that_must_not_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / "counts.csv").touch(0)
-    refused(tmp_path, "cannot be read: .*Permission denied")
 
 
 def test_a_pattern_finds_counts_in_names_pages_and_folders(tmp_path: Path) -> None:
