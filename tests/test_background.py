@@ -23,9 +23,9 @@ from air.marginal import MarginalAIR
 from air.storage.checkpoint import load_air, write_state
 from air.training import Trainer, TrainingSettings
 from air.training.events import CheckpointDue, Progress
+from air.visualization.dashboard import draw_page
 from air.visualization.drawing import enlarge, sheets
 from air.visualization.snapshots import as_bytes, load_snapshot, save_snapshot, take_snapshot
-from air.visualization.visdom_panes import draw_page
 
 KINDS = [("constant", 1), ("constant", 3), ("vae", 1), ("vae", 3)]
 
