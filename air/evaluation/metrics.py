@@ -125,6 +125,10 @@ def evaluate(
     count_probs, boxes, *joined = map(torch.cat, zip(*parts, strict=True))
     sampled = ElboTerms(*joined)
     elbo, elbo_se = mean_and_se(sampled.elbo)
+    baseline_error = None
+    if air.use_baselines:  # over the sampled z_pres up to the first zero
+        decisions = (sampled.counts + 1).clamp(max=air.num_steps).sum()
+        baseline_error = math.sqrt(sampled.baseline_squares.double().sum() / decisions)
     return Evaluation(
         elbo,
         elbo_se,
@@ -135,7 +139,7 @@ def evaluate(
         float(sampled.kl_background.mean()) if air.background else None,
         torch.bincount(count_probs.argmax(1), minlength=air.num_steps + 1).tolist(),
         *_compare_with_truth(scenes, count_probs, sampled.counts, boxes),
-        _baseline_error(sampled, air.num_steps) if air.use_baselines else None,
+        baseline_error,
         bound,
         bound_se,
     )
@@ -158,12 +162,6 @@ def check_scenes(air: AIR, scenes: HeldOut) -> HeldOut:
             )
     air.check_images(scenes.images)
     return scenes
-
-
-def _baseline_error(sampled: ElboTerms, num_steps: int) -> float:
-    """The baseline's root mean square error over the sampled z_pres up to the first zero."""
-    decisions = (sampled.counts + 1).clamp(max=num_steps).sum()
-    return math.sqrt(sampled.baseline_squares.double().sum() / decisions)
 
 
 def _compare_with_truth(

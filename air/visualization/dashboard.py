@@ -60,7 +60,7 @@ class Dashboard:
         every: int | None = None,
     ) -> None:
         self.client = client
-        self.env = re.sub(r"[^\w.-]", "_", env)  # visdom would split a name at a slash
+        client.env = re.sub(r"[^\w.-]", "_", env)  # visdom would split a name at a slash
         self.every = every or 100
         self._settings = dict(settings)
         self._records = list(records)
@@ -73,7 +73,7 @@ class Dashboard:
     def __str__(self) -> str:
         """Tells the user where the page is."""
         address = f"{self.client.server}:{self.client.port}{self.client.base_url}"
-        return f"Live plots: {address}/env/{self.env}"
+        return f"Live plots: {address}/env/{self.client.env}"
 
     def record(self, record: Record) -> None:
         """Adds a line of metrics.jsonl, for the next drawing."""
@@ -106,8 +106,8 @@ class Dashboard:
         is_down = False
         for records, snapshot in iter(self._drawings.get, None):
             try:
-                draw_page(self.client, self.env, records, snapshot, self._settings)
-                self.client.save([self.env])  # a restarted server will load the page
+                draw_page(self.client, records, snapshot, self._settings)
+                self.client.save([self.client.env])  # a restarted server will load the page
                 is_down = False
             except Exception as error:  # training must go on whatever visdom does
                 if not is_down:
@@ -118,12 +118,11 @@ class Dashboard:
 
 def draw_page(
     client: Any,  # noqa: ANN401
-    env: str,
     records: Iterable[Record],
     snapshot: Snapshot,
     settings: Mapping[str, Any],
 ) -> None:
-    """Draws every pane in the visdom environment `env`.
+    """Draws every pane in the environment of the client.
 
     A pane has a fixed name, under which a later drawing replaces it. All panes are drawn from the
     beginning, before they have anything to show, so that no pane moves later. The accuracy and the
@@ -132,29 +131,28 @@ def draw_page(
     history, panels = History(records), {panel.name: panel for panel in PANELS}
     has_truth = snapshot.scenes.true_counts is not None
     for name in ("elbo", "kl", "accuracy") if has_truth else ("elbo", "kl"):
-        _draw_curves(client, env, panels[name], history, _WIDE)
+        _draw_curves(client, panels[name], history, _WIDE)
     zoom = max(1, _SCENE_SIDE // snapshot.scenes.images.shape[-1])
     pictures = sheets(snapshot, _COLUMNS, zoom, _ROWS, _OBJECT_ROWS)
     for name, title in PICTURES.items():
         if name == "errors":  # beside the picture before
-            _draw_counts(client, env, history.latest, has_truth)
+            _draw_counts(client, history.latest, has_truth)
         if name in pictures:
             options = {"title": f"{title} (step {snapshot.step:,})"}
-            client.image(pictures[name].transpose(2, 0, 1), win=name, env=env, opts=options)
+            client.image(pictures[name].transpose(2, 0, 1), win=name, opts=options)
     for name in ("grad_norm", "rates", "speed"):
-        _draw_curves(client, env, panels[name], history, _PLOT)
+        _draw_curves(client, panels[name], history, _PLOT)
     # visdom shows text as HTML, and a browser would run scripts in unescaped text.
     rows = (
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
         for name, value in sorted(settings.items())
     )
     table = f"<table border=1 cellpadding=2>{''.join(rows)}</table>"
-    client.text(table, win="settings", env=env, opts={"title": "Settings", **_PLOT})
+    client.text(table, win="settings", opts={"title": "Settings", **_PLOT})
 
 
 def _draw_curves(
     client: Any,  # noqa: ANN401
-    env: str,
     panel: Panel,
     history: History,
     size: Mapping[str, int],
@@ -176,13 +174,13 @@ def _draw_curves(
         "dash": np.array(["dot" if curve.style == "dotted" else "solid" for curve in curves]),
         "markers": True, "markersymbol": "circle", "markersize": 4, "markerborderwidth": 0,
     }  # fmt: skip
-    client.line(y, x, win=panel.name, env=env, opts={**options, **size})
+    client.line(y, x, win=panel.name, opts={**options, **size})
 
 
-def _draw_counts(client: Any, env: str, latest: Record, has_truth: bool) -> None:  # noqa: ANN401
+def _draw_counts(client: Any, latest: Record, has_truth: bool) -> None:  # noqa: ANN401
     scenes = np.array(latest.get("count_histogram", [0, 0]))
     options = {"title": "Held-out scenes by inferred count", "xlabel": "objects", **_PLOT}
-    client.bar(scenes, np.arange(len(scenes)), win="counts", env=env, opts=options)
+    client.bar(scenes, np.arange(len(scenes)), win="counts", opts=options)
     if has_truth:
         options = {
             "title": "Inferred counts (% of a true count)",
@@ -190,7 +188,7 @@ def _draw_counts(client: Any, env: str, latest: Record, has_truth: bool) -> None
             "xmin": 0, "xmax": 100, "colormap": "Reds",
         }  # fmt: skip
         percent = 100 * shares(latest.get("confusion", [[0, 0]]))
-        client.heatmap(percent, win="confusion", env=env, opts={**options, **_PLOT})
+        client.heatmap(percent, win="confusion", opts={**options, **_PLOT})
 
 
 def connect(address: str | None) -> Any:  # noqa: ANN401

@@ -102,7 +102,7 @@ def tile(pictures: Pictures, columns: int, rows: int | None = None) -> Pictures:
 
 
 def draw_scenes(scenes: InferredScenes, zoom: int) -> Pictures:
-    """`draw_boxes` of scenes."""
+    """Draws scenes as `draw_boxes` does."""
     return draw_boxes(scenes.images, scenes.boxes, scenes.counts, zoom, scenes.true_counts)
 
 
