@@ -91,13 +91,13 @@ def test_without_true_counts_no_pane_is_about_them(draw: Draw) -> None:
 
 
 def test_plots_show_their_numbers_in_their_colours(draw: Draw) -> None:
-    panes = draw([*RECORDS, {"step": 0, "elbo": -1e6, "empty_elbo": 400.0}], make_snapshot())
+    panes = draw([{"step": 0, "elbo": -1e6, "empty_elbo": 400.0}, *RECORDS], make_snapshot())
     traces = {
         trace["name"]: trace for name in ("elbo", "grad_norm") for trace in panes[name]["data"]
     }
     assert set(traces) == {"training", "held out", "empty canvas", "model and guide"}
-    assert traces["training"]["x"] == [*range(1, 21), 0]
-    assert traces["training"]["y"] == [*range(401, 421), -1e6]
+    assert traces["training"]["x"] == list(range(21))
+    assert traces["training"]["y"] == [-1e6, *range(401, 421)]
     assert traces["held out"]["x"] == [10, 20] + 19 * [None]
     assert traces["held out"]["y"] == [410.5, 420.5] + 19 * [None]
     assert traces["model and guide"]["y"] == [None] * 20
