@@ -193,7 +193,8 @@ def visdom_server(
     (folder / ".visdom").mkdir(parents=True, exist_ok=True)  # for a cookie
     environment = {**os.environ, "PYTHONPATH": str(site or ""), "HOME": str(folder)}
     command = [sys.executable, "-c", code]
-    start = subprocess.Popen if site else programs.start  # a fork has imported visdom
+    # A fork has imported visdom: from elsewhere, and with another HOME for the cookie.
+    start = subprocess.Popen if site or login else programs.start
     with start(command, stdout=-3, stderr=-3, env=environment) as server:
         for _ in range(300):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):

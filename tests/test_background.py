@@ -23,9 +23,9 @@ from air.marginal import MarginalAIR
 from air.storage.checkpoint import load_air, write_state
 from air.training import Trainer, TrainingSettings
 from air.training.events import CheckpointDue, Progress
+from air.visualization.dashboard import draw_page
 from air.visualization.drawing import enlarge, sheets
 from air.visualization.snapshots import as_bytes, load_snapshot, save_snapshot, take_snapshot
-from air.visualization.visdom_panes import draw_page
 
 KINDS = [("constant", 1), ("constant", 3), ("vae", 1), ("vae", 3)]
 
@@ -178,7 +178,7 @@ def test_the_live_page_shows_the_background_and_its_kl() -> None:
     for number, shown in enumerate((["z_what"], ["z_what", "z_background"]), start=1):
         client = mock.Mock()
         snapshot = take_snapshot(air, HeldOut(images), 3, seed=0)
-        draw_page(client, "env", records[:number], snapshot, {})
+        draw_page(client, records[:number], snapshot, {})
         drawn = {call.kwargs["win"]: call for call in client.method_calls}
         assert "backgrounds" in drawn
         assert drawn["kl"].kwargs["opts"]["legend"] == shown

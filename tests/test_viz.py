@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pytest
-from helpers import EVALUATION, NAMES, RECORDS, make_scenes, make_snapshot
+from helpers import EVALUATION, NAMES, RECORDS, make_snapshot
 from PIL import Image, ImageSequence
 
 import viz
@@ -17,7 +17,6 @@ from air.storage.run_folder import RunFolder
 from air.training.events import Evaluated
 from air.visualization import drawing
 from air.visualization.curves import History
-from air.visualization.drawing import draw_boxes, enlarge, tile
 from air.visualization.snapshots import save_snapshot
 
 
@@ -43,67 +42,48 @@ def make_run(path: Path, *steps: int, **options: Any) -> RunFolder:  # noqa: ANN
     return run
 
 
-@pytest.mark.parametrize(("count", "wrong", "steps"), [(1, 0, 1), (3, 1, 5), (70, 40, 3)])
-def test_a_run_is_drawn(tmp_path: Path, count: int, wrong: int, steps: int) -> None:
-    run = make_run(tmp_path / "run", 500, count=count, wrong=wrong, steps=steps)
+@pytest.mark.parametrize(("count", "wrong", "steps"), [(1, 0, 1), (70, 40, 3)])
+def test_the_last_snapshot_of_a_run_is_drawn(
+    tmp_path: Path, count: int, wrong: int, steps: int
+) -> None:
+    options = {"count": count, "wrong": wrong, "steps": steps}
+    run = make_run(tmp_path / "run", 900, 1000, **options)
     for _ in range(2):  # the second time replaces
         viz.draw_run(run)
     assert {path.name for path in run.figures.iterdir()} == {f"{name}.png" for name in NAMES}
     assert all(min(load(path).size) >= 100 for path in run.figures.iterdir())
-    assert (run.figures / "scenes.png").stat().st_size < 150_000
+    snapshot = make_snapshot(1000, **options)
+    expected = {**drawing.sheets(snapshot, 8, 4), "scenes": drawing.overview(snapshot, 4)}
+    for name, sheet in expected.items():
+        np.testing.assert_array_equal(load(run.figures / f"{name}.png"), sheet)
     with Image.open(run.figures / "inferred.png") as picture:
         assert picture.info["dpi"] == pytest.approx((viz.DPI, viz.DPI), abs=0.1)
 
 
-def test_the_last_snapshot_is_the_one_drawn(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", 0, 900, 1000)
-    viz.draw_run(run)
-    expected = drawing.sheets(make_snapshot(1000), 8, 4)
-    for name, sheet in expected.items():
-        np.testing.assert_array_equal(load(run.figures / f"{name}.png"), sheet)
-
-
 def test_an_animation_shows_one_snapshot_after_another(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", *range(0, 1000, 10))
+    run = make_run(tmp_path / "run", *range(0, 1000, 20))
     viz.draw_run(run, gif=True)
     with Image.open(run.figures / "learning.gif") as gif:
         assert gif.n_frames == viz.FRAMES
         frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
         assert gif.info["duration"] == viz.LAST_MS
+    for frame, step in ((frames[0], 0), (frames[-1], 980)):  # of 255: a GIF has few colours
+        expected = drawing.overview(make_snapshot(step), 2).astype(int)
+        assert np.abs(frame - expected).mean() < 1
+        boxes = (expected == drawing.STEP_COLOURS[0]).all(-1)
+        assert np.abs(frame[boxes] - drawing.STEP_COLOURS[0]).max() < 20
     assert (frames[0] != frames[1]).any()  # the number of the step
-    scenes = make_scenes(20).pick(slice(8))
-    images, _, boxes, counts, true_counts, _ = scenes
-    row = tile(draw_boxes(images, boxes, counts, 2, true_counts), 8)
-    shown = frames[-1][24 : 24 + len(row)].astype(int)
-    assert np.abs(shown - row).mean() < 4  # of 255: a GIF has few colours
-    many = make_snapshot(0)._replace(scenes=make_scenes(20)._replace(
-        boxes=np.tile([5.0, 5.0, 25.0, 25.0], (20, 3, 1)) + 8 * np.arange(3)[:, None],
-        counts=np.full(20, 3),
-    ))  # fmt: skip
-    save_snapshot(run.snapshots, many)
-    viz.draw_run(run, gif=True)
-    with Image.open(run.figures / "learning.gif") as gif:
-        found = {colour for _, colour in gif.convert("RGB").getcolors(1 << 20) or []}
-    assert {*drawing.STEP_COLOURS[:3], drawing.LABEL_COLOURS[1]} <= found
-    one = make_run(tmp_path / "one", 7)
-    viz.draw_run(one, gif=True)
-    with Image.open(one.figures / "learning.gif") as gif:
-        assert gif.n_frames == 1
 
 
 def test_figures_are_the_same_whatever_matplotlibrc_says(tmp_path: Path) -> None:
-    """LaTeX may be missing, and the pixels of the scenes must not be resampled."""
+    """LaTeX may be missing."""
     run = make_run(tmp_path / "run", 1)
     viz.draw_run(run)
-    before = {path.name: path.read_bytes() for path in run.figures.iterdir()}
+    before = (run.figures / "curves.png").read_bytes()
     with mpl.rc_context({"savefig.dpi": 99, "savefig.bbox": "tight", "font.size": 30}):
         mpl.rcParams["text.usetex"] = True
         viz.draw_run(run)
-    assert {path.name: path.read_bytes() for path in run.figures.iterdir()} == before
-    row = tile(enlarge(make_scenes(20).images[:8], 4), 8)
-    sheet = np.asarray(load(run.figures / "scenes.png"))
-    top = len(sheet) - 8 - 3 * 200 - 2 * drawing._GAP
-    np.testing.assert_array_equal(sheet[top : top + 200, 54 : 54 + row.shape[1]], row)
+    assert (run.figures / "curves.png").read_bytes() == before
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,26 +109,15 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 )  # fmt: skip
 def test_curves_draw_what_is_there(tmp_path: Path, records: list[dict[str, Any]]) -> None:
     path = tmp_path / "curves.png"
-    viz.save_figure(path, viz.curves(History(records)), viz.DPI)
+    viz.save_figure(path, viz.curves(History(records)))
     picture = load(path)
     assert picture.width == 355
     assert (len(picture.getcolors(1 << 24) or []) > 1) == bool(records)
 
 
-@pytest.mark.parametrize(
-    "bins",
-    [
-        [*[[0.0] * 3] * 9, [10.0, 1.0, 1.0]],
-        [[3.0, 0.0, 0.0], *[[0.0] * 3] * 9],
-        [[10.0**m, 0.1 * m + 0.05, 1 - 0.1 * m] for m in range(10)],
-    ],
-)
-def test_reliability_is_drawn_with_its_intervals(bins: list[list[float]]) -> None:
-    (axes,) = (
-        axes
-        for axes in viz.curves(History([{"step": 5, "reliability": bins}])).axes
-        if axes.get_title() == "Reliability of the count"
-    )
+def test_reliability_is_drawn_with_its_intervals() -> None:
+    bins = [[10.0, 0.05, 1.0], [0.0] * 3, *([10.0**m, 0.1 * m, 1 - 0.1 * m] for m in range(1, 9))]
+    (axes,) = viz.curves(History([{"step": 5, "reliability": bins}])).axes
     used = np.array([each for each in bins if each[0]])
     (points, _, (intervals,)) = axes.containers[0]
     np.testing.assert_allclose(np.transpose(points.get_data()), used[:, 1:])
@@ -156,19 +125,17 @@ def test_reliability_is_drawn_with_its_intervals(bins: list[list[float]]) -> Non
         np.testing.assert_allclose(ends[:, 0], confidence)
         for end in ends[:, 1]:  # Wilson's interval ends where the accuracy is 1.96 errors away
             error = 1.96 * math.sqrt(end * (1 - end) / scenes)
-            assert abs(accuracy - end) == pytest.approx(error, abs=1e-9)
+            assert abs(accuracy - end) == pytest.approx(error, rel=1e-3, abs=1e-9)
 
 
 def test_the_program_draws_a_run_or_says_why_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "run", 5)
-    assert viz.main([str(run.path)]) == 0
-    assert str(run.figures) in capsys.readouterr().out
     assert viz.main([str(run.path), "--gif"]) == 0
+    assert str(run.figures) in capsys.readouterr().out
     assert (run.figures / "learning.gif").is_file()
     (tmp_path / "empty").mkdir()
-    (tmp_path / "torn").mkdir()
     torn = make_run(tmp_path / "torn", 5)
     (torn.snapshots / "00000005.npz").write_bytes(b"PK")
     odd = make_run(tmp_path / "odd", 5)

@@ -10,9 +10,8 @@ from air.storage.checkpoint import CheckpointError, check_progress, save_weights
 from air.storage.run_folder import RunFolder
 from air.training.events import CheckpointDue, Event, Progress, SnapshotDue
 from air.training.trainer import Trainer
-from air.visualization.dashboard import Dashboard
+from air.visualization.dashboard import ON_PAGE, Dashboard
 from air.visualization.snapshots import SCENES, Snapshot, save_snapshot, take_snapshot
-from air.visualization.visdom_panes import ON_PAGE
 
 
 class Recorder:

@@ -25,10 +25,9 @@ def tight_boxes(changes: Tensor) -> Tensor:
     visible = (changes > VISIBLE_FRACTION * peak) & (peak > 0)
     corners = []
     for used in (visible.any(-2), visible.any(-1)):  # columns, then rows, [..., H]
-        index = torch.arange(used.size(-1), device=used.device).expand_as(used)
-        first = torch.where(used, index, used.size(-1)).amin(-1)
-        end = torch.where(used, index + 1, 0).amax(-1)
-        corners.append((torch.minimum(first, end), end))
+        first = used.int().argmax(-1)
+        end = used.size(-1) - used.flip(-1).int().argmax(-1)
+        corners.append((first * used.any(-1), end * used.any(-1)))
     (x0, x1), (y0, y1) = corners
     return torch.stack((x0, y0, x1, y1), -1).to(changes.dtype)
 

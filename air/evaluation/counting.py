@@ -64,20 +64,23 @@ def score_counts(
     right = mode == true_counts
     by_distance = by_overlap = None
     if boxes is not None:
-        by_distance = accuracy_by_band(right, least_distances(boxes, true_counts), DISTANCES)
+        by_distance = _accuracy_by_band(right, least_distances(boxes, true_counts), DISTANCES)
     if overlaps is not None:
         several = true_counts > 1
-        by_overlap = accuracy_by_band(right[several], overlaps[several], SHARED_PIXELS)
+        by_overlap = _accuracy_by_band(right[several], overlaps[several], SHARED_PIXELS)
     bins = reliability(count_probs.amax(1), right)
+    scenes, confidence, accuracy = bins.unbind(1)
+    confusion = torch.zeros(int(true_counts.max()) + 1, count_probs.size(1), dtype=torch.long)
+    confusion.index_put_((true_counts, mode), torch.tensor(1), accumulate=True)
     return CountScores(
         float(right.double().mean()),
         float((sampled_counts == true_counts).double().mean()),
         float(((mode - true_counts).abs() <= 1).double().mean()),
         by_distance,
         by_overlap,
-        calibration_error(bins),
+        float((scenes * (accuracy - confidence).abs()).sum() / scenes.sum()),
         bins.tolist(),
-        confusion_matrix(true_counts, mode, count_probs.size(1) - 1).tolist(),
+        confusion.tolist(),
         (~right).nonzero()[:MAX_MISCOUNTED, 0].tolist(),
     )
 
@@ -90,22 +93,14 @@ def least_distances(boxes: Tensor, counts: Tensor) -> Tensor:
     centres = (boxes[..., :2].double() + boxes[..., 2:].double()) / 2
     least = torch.full((len(boxes),), torch.nan, dtype=torch.float64)
     for scene in (counts > 1).nonzero()[:, 0].tolist():  # all at once might not fit in memory
-        distances = torch.pdist(centres[scene, : int(counts[scene])])
-        if len(distances):
-            least[scene] = distances.min()
+        least[scene] = torch.pdist(centres[scene, : int(counts[scene])]).min()
     return least
 
 
-def accuracy_by_band(
+def _accuracy_by_band(
     right: Tensor, values: Tensor, bounds: tuple[float, float]
 ) -> list[float | None]:
-    """Accuracy of the scenes whose value is below, within and above the bounds (inclusive).
-
-    Args:
-        right: Whether the count of a scene is right, [N].
-        values: Numbers, [N]; a scene with NaN is in no band.
-        bounds: Least and greatest number of the band in the middle.
-    """
+    """Accuracy of the scenes whose value is below, within and above the bounds (inclusive)."""
     low, high = bounds
     bands = values < low, (low <= values) & (values <= high), values > high
     return [float(right[band].double().mean()) if band.any() else None for band in bands]
@@ -129,16 +124,3 @@ def reliability(confidence: Tensor, right: Tensor) -> Tensor:
         for values in (torch.ones_like(confidence), confidence, right)
     )
     return torch.stack([scenes, *(each / scenes.clamp(min=1) for each in sums)], 1)
-
-
-def calibration_error(bins: Tensor) -> float:
-    """The expected calibration error of the bins of `reliability`, in [0, 1]."""
-    scenes, confidence, accuracy = bins.unbind(1)
-    return float((scenes * (accuracy - confidence).abs()).sum() / scenes.sum())
-
-
-def confusion_matrix(true: Tensor, inferred: Tensor, num_steps: int) -> Tensor:
-    """The number of images by true count (rows) and inferred count (columns, 0..num_steps)."""
-    rows = int(true.max()) + 1 if len(true) else 1
-    cells = true * (num_steps + 1) + inferred
-    return torch.bincount(cells, minlength=rows * (num_steps + 1)).reshape(rows, -1)

@@ -77,17 +77,6 @@ class Evaluation(NamedTuple):
     bound: float | None = None  # importance-weighted bound of log p(x), if it was asked for
     bound_se: float | None = None
 
-    def measures(self) -> dict[str, Any]:
-        """All measures by name, for a file: also those of `CountScores`, and ``box_f1`` etc.
-
-        Every name is always there; a measure that the scenes do not allow is None.
-        """
-        terms = self._asdict()
-        counts, boxes = terms.pop("counts"), terms.pop("boxes")
-        counted = counts._asdict() if counts else dict.fromkeys(CountScores._fields)
-        matched = boxes._asdict() if boxes else dict.fromkeys(BoxScores._fields)
-        return {**terms, **counted, **{f"box_{name}": each for name, each in matched.items()}}
-
 
 def evaluate(
     air: AIR,
@@ -120,20 +109,26 @@ def evaluate(
     check_whole("iwae_samples", iwae_samples, 0)
     check_whole("iwae_scenes", iwae_scenes, 1)
     scenes = check_scenes(air, scenes)
-    device, batches = air.h_init.device, torch.split(scenes.images, batch_size)
-    with forked_rng(seed, device):
-        parts = [_measure(air, batch.to(device), z_pres_prior_p, refine) for batch in batches]
-        bound, bound_se = None, None
+    parts, bound, bound_se = [], None, None
+    with forked_rng(seed, air.h_init.device):
+        for images in torch.split(scenes.images, batch_size):
+            inference = infer(air, images, refine)
+            terms = sample_elbo(air, images, z_pres_prior_p)
+            measured = inference.count_probs, tight_boxes(inference.changes), *terms
+            parts.append([part.cpu() for part in measured])
         if iwae_samples:
-            some = torch.split(scenes.images[:iwae_scenes], batch_size)
             bounds = [
-                importance_weighted_bound(air, batch, iwae_samples, z_pres_prior_p).cpu()
-                for batch in some
+                importance_weighted_bound(air, images, iwae_samples, z_pres_prior_p).cpu()
+                for images in torch.split(scenes.images[:iwae_scenes], batch_size)
             ]
             bound, bound_se = mean_and_se(torch.cat(bounds))
-    count_probs, boxes, *terms = map(torch.cat, zip(*parts, strict=True))
-    sampled = ElboTerms(*terms)
+    count_probs, boxes, *joined = map(torch.cat, zip(*parts, strict=True))
+    sampled = ElboTerms(*joined)
     elbo, elbo_se = mean_and_se(sampled.elbo)
+    baseline_error = None
+    if air.use_baselines:  # over the sampled z_pres up to the first zero
+        decisions = (sampled.counts + 1).clamp(max=air.num_steps).sum()
+        baseline_error = math.sqrt(sampled.baseline_squares.double().sum() / decisions)
     return Evaluation(
         elbo,
         elbo_se,
@@ -144,7 +139,7 @@ def evaluate(
         float(sampled.kl_background.mean()) if air.background else None,
         torch.bincount(count_probs.argmax(1), minlength=air.num_steps + 1).tolist(),
         *_compare_with_truth(scenes, count_probs, sampled.counts, boxes),
-        _baseline_error(sampled, air.num_steps) if air.use_baselines else None,
+        baseline_error,
         bound,
         bound_se,
     )
@@ -167,22 +162,6 @@ def check_scenes(air: AIR, scenes: HeldOut) -> HeldOut:
             )
     air.check_images(scenes.images)
     return scenes
-
-
-def _measure(
-    air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None, refine: bool
-) -> tuple[Tensor, ...]:
-    """q(n), boxes and the terms of a sampled ELBO for one batch, on the CPU."""
-    inference = infer(air, images, refine)
-    terms = sample_elbo(air, images, z_pres_prior_p)
-    boxes = tight_boxes(inference.changes)
-    return tuple(part.cpu() for part in (inference.count_probs, boxes, *terms))
-
-
-def _baseline_error(sampled: ElboTerms, num_steps: int) -> float:
-    """The baseline's root mean square error over the sampled z_pres up to the first zero."""
-    decisions = (sampled.counts + 1).clamp(max=num_steps).sum()
-    return math.sqrt(sampled.baseline_squares.double().sum() / decisions)
 
 
 def _compare_with_truth(

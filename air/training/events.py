@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from air.evaluation.counting import DISTANCE_BANDS
+from air.evaluation.boxes import BoxScores
+from air.evaluation.counting import DISTANCE_BANDS, CountScores
 from air.evaluation.metrics import Evaluation
 
 
@@ -42,16 +43,19 @@ class Evaluated:
     alarm: str | None  # from `collapse_alarm`; always None before step `alarm_after`
 
     def record(self) -> dict[str, Any]:
-        """The line for metrics.jsonl."""
-        measures = self.result.measures()
-        elbo, elbo_se = measures.pop("elbo"), measures.pop("elbo_se")
+        """The line for metrics.jsonl; a measure that the scenes do not allow is None."""
+        measures = self.result._asdict()
+        counts, boxes = measures.pop("counts"), measures.pop("boxes")
+        matched = boxes._asdict() if boxes else dict.fromkeys(BoxScores._fields)
         return {
             "step": self.step,
-            "eval_elbo": elbo,
-            "eval_elbo_se": elbo_se,
+            "eval_elbo": measures.pop("elbo"),
+            "eval_elbo_se": measures.pop("elbo_se"),
             "eval_scenes": self.scenes,
             "empty_elbo": self.empty_elbo,
             **measures,
+            **(counts._asdict() if counts else dict.fromkeys(CountScores._fields)),
+            **{f"box_{name}": each for name, each in matched.items()},
             "alarm": self.alarm,
         }
 

@@ -1,11 +1,11 @@
 """The curves of a run: which panels show which entries of metrics.jsonl, and their points."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from air.data.scenes import Array
 from air.evaluation.counting import DISTANCE_BANDS
 
 Record = Mapping[str, Any]  # one line of metrics.jsonl
@@ -32,24 +32,27 @@ class Panel(NamedTuple):
     axis: Literal["top", "zero", "log"] = "zero"
 
     def y_axis(
-        self, curves: Sequence[Sequence[float | None]]
+        self, curves: Sequence[Array]
     ) -> tuple[Literal["linear", "log"], tuple[float, float] | None]:
         """Chooses the scale and the limits of the y axis; None leaves the limits to the plot.
 
         "top" leaves out the lowest values, because the first steps would flatten the rest of the
         curve. "zero" begins at zero. "log" is logarithmic if the values span a factor of ten, and
         else like "zero".
+
+        Args:
+            curves: The values of each curve; NaN counts as no value.
         """
-        finite = [[v for v in values if v is not None] for values in curves]
-        values = np.concatenate([[], *finite])
+        known = [values[~np.isnan(values)] for values in curves]
+        values = np.concatenate([[], *known])
         if not values.size:
             return "linear", None
-        low, high = float(values.min()), float(values.max())
+        low, high = values.min(), values.max()
         if self.axis == "log" and high > 10 * low > 0:
             return "log", None
         if self.axis != "top":
             return "linear", (min(0.0, 1.1 * low), max(0.0, 1.1 * high) or 1e-3)
-        low = min(float(np.percentile(values, 4)), *(ends[-1] for ends in finite if ends))
+        low = np.concatenate([[np.percentile(values, 4)], *(each[-1:] for each in known)]).min()
         return "linear", (1.05 * low - 0.05 * high - 1e-3, 1.05 * high - 0.05 * low + 1e-3)
 
 
@@ -119,17 +122,6 @@ PANELS = (
 )  # fmt: skip
 
 
-def value(record: Record, key: str) -> float | None:
-    """The value of a curve in a record, or None; accuracy and calibration error are in percent."""
-    name, _, index = key.partition(".")
-    found = record.get(name)
-    if index and found is not None:
-        found = found[int(index)] if int(index) < len(found) else None
-    if found is None:
-        return None
-    return 100.0 * found if name.startswith(("accuracy", "calibration")) else float(found)
-
-
 class History:
     """The points of every curve in the records so far, in ascending order of steps."""
 
@@ -141,17 +133,34 @@ class History:
 
     def shown(self, panel: Panel) -> list[Curve]:
         """The curves of the panel that have points."""
-        return [curve for curve in panel.curves if any(self.points(curve.key))]
+        return [curve for curve in panel.curves if len(self.points(curve.key)[0])]
 
-    def points(self, key: str) -> tuple[list[int], list[float | None]]:
-        """Steps and values of a curve; None for a value that is not finite, a gap in the curve.
+    def points(self, key: str) -> tuple[Array, Array]:
+        """Steps and values of a curve; NaN for a value that is not finite, a gap in the curve.
 
-        Of two records with the same step, the later one counts. A curve of more than `MAX_POINTS`
-        points is thinned evenly; its first and last point stay.
+        Accuracies and calibration errors are in percent. Of two records with the same step, the
+        later one counts. A curve of more than `MAX_POINTS` points is thinned evenly; its first and
+        last point stay.
         """
-        found = {int(r["step"]): v for r in self._records if (v := value(r, key)) is not None}
-        points = list(found.items())
-        if len(points) > MAX_POINTS:
-            kept = np.linspace(0, len(points) - 1, MAX_POINTS).round().astype(int)
-            points = [points[i] for i in kept]
-        return [step for step, _ in points], [v if math.isfinite(v) else None for _, v in points]
+        name, _, index = key.partition(".")
+        found: dict[int, float] = {}
+        for record in self._records:
+            value = record.get(name)
+            if index and value is not None:
+                value = dict(enumerate(value)).get(int(index))
+            if value is not None:
+                found[int(record["step"])] = value
+        steps, values = np.array(list(found)), np.array(list(found.values()), float)
+        values[~np.isfinite(values)] = np.nan
+        if name.startswith(("accuracy", "calibration")):
+            values *= 100
+        if len(steps) > MAX_POINTS:
+            kept = np.linspace(0, len(steps) - 1, MAX_POINTS).round().astype(int)
+            steps, values = steps[kept], values[kept]
+        return steps, values
+
+
+def shares(confusion: Sequence[Sequence[int]]) -> Array:
+    """The fraction of each true count (rows) with each inferred count; zeros in an empty row."""
+    scenes = np.asarray(confusion)
+    return scenes / np.maximum(scenes.sum(1, keepdims=True), 1)

@@ -5,12 +5,14 @@ i + 1.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from air.visualization.snapshots import Array, InferredScenes, Snapshot
+from air.data.scenes import Array
+from air.visualization.snapshots import InferredScenes, Snapshot
 
 Pictures = NDArray[np.uint8]  # [N, height, width, 3], or one picture without the N
 
@@ -47,30 +49,36 @@ def draw_boxes(
     pictures = enlarge(images, zoom)
     truth = counts if true_counts is None else true_counts
     for picture, outlines, count, true in zip(pictures, boxes, counts, truth, strict=True):
-        canvas = Image.fromarray(picture)
-        draw = ImageDraw.Draw(canvas)
-        for step, box in enumerate(outlines[: max(int(count), 0)]):
-            _outline(draw, picture.shape, box, step, zoom)
         text = f"{count}" if count == true else f"{count}, not {true}"
-        _write(canvas, text, LABEL_COLOURS[int(count != true)])
-        picture[:] = np.asarray(canvas)
+        used = dict(enumerate(outlines[: max(int(count), 0)]))
+        _annotate(picture, used, zoom, text, LABEL_COLOURS[int(count != true)])
     return pictures
 
 
-def _outline(
-    draw: ImageDraw.ImageDraw, shape: tuple[int, ...], box: Array, step: int, zoom: int
+def _annotate(
+    picture: Pictures,
+    boxes: Mapping[int, Array],
+    zoom: int,
+    text: str = "",
+    colour: tuple[int, int, int] = LABEL_COLOURS[0],
 ) -> None:
-    # Edges far outside the picture move nearer, because Pillow needs small numbers.
-    corners = np.floor(np.clip(zoom * box.astype(float), -9, max(shape) + 9) + 0.5)
-    (x0, y0), (x1, y1) = np.sort(corners.reshape(2, 2), axis=0) - [[0, 0], [1, 1]]
-    if np.isfinite(box).all() and x0 <= x1 and y0 <= y1:
-        width = 1 + int(min(zoom, x1 - x0, y1 - y0) > 2)
-        draw.rectangle((x0, y0, x1, y1), None, STEP_COLOURS[step % len(STEP_COLOURS)], width)
-
-
-def _write(canvas: Image.Image, text: str, colour: tuple[int, int, int]) -> None:
+    """Outlines the boxes of steps, and writes a text, in the picture itself."""
+    canvas = Image.fromarray(picture)
+    draw = ImageDraw.Draw(canvas)
+    for step, box in boxes.items():
+        # Edges far outside the picture move nearer, because Pillow needs small numbers.
+        corners = np.floor(np.clip(zoom * box.astype(float), -9, max(canvas.size) + 9) + 0.5)
+        (x0, y0), (x1, y1) = np.sort(corners.reshape(2, 2), axis=0) - [[0, 0], [1, 1]]
+        if np.isfinite(box).all() and x0 <= x1 and y0 <= y1:
+            width = 1 + int(min(zoom, x1 - x0, y1 - y0) > 2)
+            draw.rectangle((x0, y0, x1, y1), None, _step_colour(step), width)
     size = max(canvas.height // 8, 10)
-    ImageDraw.Draw(canvas).text((size // 3, 0), text, colour, ImageFont.load_default(size))
+    draw.text((size // 3, 0), text, colour, ImageFont.load_default(size))
+    picture[:] = np.asarray(canvas)
+
+
+def _step_colour(step: int) -> tuple[int, int, int]:
+    return STEP_COLOURS[step % len(STEP_COLOURS)]
 
 
 def tile(pictures: Pictures, columns: int, rows: int | None = None) -> Pictures:
@@ -94,7 +102,7 @@ def tile(pictures: Pictures, columns: int, rows: int | None = None) -> Pictures:
 
 
 def draw_scenes(scenes: InferredScenes, zoom: int) -> Pictures:
-    """`draw_boxes` of scenes."""
+    """Draws scenes as `draw_boxes` does."""
     return draw_boxes(scenes.images, scenes.boxes, scenes.counts, zoom, scenes.true_counts)
 
 
@@ -116,14 +124,12 @@ def sheets(
     """
     shown = slice(None if rows is None else rows * columns)
     scenes = snapshot.scenes.pick(shown)
-    samples = snapshot.samples.pick(shown)
-    errors = snapshot.errors.pick(shown)
     pictures = {
         "inputs": enlarge(scenes.images, zoom),
         "inferred": draw_scenes(scenes, zoom),
         "reconstructions": enlarge(scenes.reconstructions, zoom),
-        "prior_samples": draw_scenes(samples, zoom),
-        "errors": draw_scenes(errors, zoom),
+        "prior_samples": draw_scenes(snapshot.samples.pick(shown), zoom),
+        "errors": draw_scenes(snapshot.errors.pick(shown), zoom),
     }
     if scenes.backgrounds is not None:
         pictures["backgrounds"] = enlarge(scenes.backgrounds, zoom)
@@ -149,43 +155,43 @@ def object_sheet(snapshot: Snapshot, zoom: int, rows: int | None = None) -> Pict
     scenes = snapshot.scenes.pick(slice(num_scenes))
     side = zoom * scenes.images.shape[-1]
     nearest = np.arange(side) * window_side // side  # the window's pixel at each drawn pixel
-    columns = [draw_scenes(scenes, zoom)]
-    titles = ["scene"]
+    columns = {"scene": draw_scenes(scenes, zoom)}
     if scenes.backgrounds is not None:
-        columns.append(enlarge(scenes.backgrounds, zoom))
-        titles.append("background")
+        columns["background"] = enlarge(scenes.backgrounds, zoom)
     for t in range(num_steps):
-        used = t < scenes.counts
-        seen = _dim_unused(windows[:, t], used)[..., nearest, :][..., nearest]
-        columns.append(enlarge(seen, zoom=1))
-        for picture, probability in zip(columns[-1], snapshot.presence[:rows, t], strict=True):
-            canvas = Image.fromarray(picture)
-            _write(canvas, f"{probability:.0%}", STEP_COLOURS[t % len(STEP_COLOURS)])
-            picture[:] = np.asarray(canvas)
-        columns.append(enlarge(_dim_unused(objects[:, t], used), zoom))
-        for i in np.flatnonzero(used):
-            canvas = Image.fromarray(columns[-1][i])
-            _outline(ImageDraw.Draw(canvas), (side, side), scenes.boxes[i, t], t, zoom)
-            columns[-1][i] = np.asarray(canvas)
-        titles += [f"{t + 1} sees", f"{t + 1} paints"]
-    columns.append(enlarge(scenes.reconstructions, zoom))
-    titles.append("sum")
-    sheet = tile(np.stack(columns, axis=1).reshape(-1, side, side, 3), len(columns))
-    return np.concatenate((_header(titles, sheet.shape[1]), sheet))
+        seen = enlarge(windows[:, t], 1)[:, nearest][:, :, nearest]
+        painted = enlarge(objects[:, t], zoom)
+        for i, used in enumerate(t < scenes.counts):
+            if not used:
+                seen[i], painted[i] = _UNUSED * seen[i], _UNUSED * painted[i]
+            _annotate(seen[i], {}, zoom, f"{snapshot.presence[i, t]:.0%}", _step_colour(t))
+            _annotate(painted[i], {t: scenes.boxes[i, t]} if used else {}, zoom)
+        columns |= {f"{t + 1} sees": seen, f"{t + 1} paints": painted}
+    columns["sum"] = enlarge(scenes.reconstructions, zoom)
+    cells = np.stack(list(columns.values()), axis=1).reshape(-1, side, side, 3)
+    return caption(tile(cells, len(columns)), list(columns), max(side // 7, 8))
 
 
-def _dim_unused(images: Array, used: Array) -> Array:
-    brightness = np.where(used, 1.0, _UNUSED).reshape(-1, *[1] * (images.ndim - 1))
-    return (images * brightness).astype(np.uint8)
+def overview(snapshot: Snapshot, zoom: int) -> Pictures:
+    """Draws the first eight scenes in three rows: input, inferred objects, reconstruction."""
+    scenes = snapshot.scenes.pick(slice(8))
+    rows = [
+        enlarge(scenes.images, zoom),
+        draw_scenes(scenes, zoom),
+        enlarge(scenes.reconstructions, zoom),
+    ]
+    sheet = tile(np.concatenate(rows), len(scenes.images))
+    title = f"step {snapshot.step:,}: input, inferred objects, reconstruction"
+    return caption(sheet, [title], max(zoom * scenes.images.shape[-1] // 7, 8))
 
 
-def _header(titles: list[str], width: int) -> Pictures:
-    """Writes titles over the columns of a sheet; `width` is that of the sheet."""
-    column_width = width / len(titles)
-    size = max(int(column_width / 7), 8)
-    canvas = Image.new("RGB", (width, 2 * size), "white")
+def caption(sheet: Pictures, titles: Sequence[str], size: int) -> Pictures:
+    """Writes titles of `size` pixels above a sheet, each in the middle of its column."""
+    height, width, _ = sheet.shape
+    canvas = Image.new("RGB", (width, height + 2 * size), "white")
+    canvas.paste(Image.fromarray(sheet), (0, 2 * size))
     draw = ImageDraw.Draw(canvas)
     for i, title in enumerate(titles):
-        centre = (int((i + 0.5) * column_width), size)
-        draw.text(centre, title, "black", ImageFont.load_default(size), anchor="mm")
+        place = (int((i + 0.5) * width / len(titles)), size)
+        draw.text(place, title, "black", ImageFont.load_default(size), anchor="mm")
     return np.asarray(canvas)

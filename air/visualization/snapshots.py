@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from air.air import AIR
+from air.data.scenes import Array
 from air.evaluation.metrics import HeldOut
 from air.inference import Inference, infer, sample_prior
 from air.priors import at_least_probs
 from air.spatial_transformer import image_to_window
 from air.storage.files import write_atomically
-
-Array = NDArray[Any]
 
 SCENES = 64  # in a snapshot
 DECOMPOSED_SCENES = 8  # of them, with the window and the object of each step
@@ -158,23 +157,17 @@ def load_snapshot(path: Path) -> Snapshot:
     Raises:
         SnapshotError: If the file is no readable snapshot.
     """
+    fields: dict[str, Any] = {}
     try:
         with path.open("rb") as file:
-            arrays = dict(np.load(file, allow_pickle=False))
-        return Snapshot(
-            step=int(arrays["step."]),
-            scenes=_unpack_scenes(arrays, "scenes."),
-            errors=_unpack_scenes(arrays, "errors."),
-            samples=_unpack_scenes(arrays, "samples."),
-            windows=arrays["windows."],
-            objects=arrays["objects."],
-            presence=arrays["presence."],
-        )
+            for key, array in np.load(file, allow_pickle=False).items():
+                name, _, part = key.partition(".")
+                if part:
+                    fields.setdefault(name, {})[part] = array
+                else:
+                    fields[name] = array
+        for name in ("scenes", "errors", "samples"):
+            fields[name] = InferredScenes(**fields[name])
+        return Snapshot(**fields | {"step": int(fields["step"])})
     except Exception as error:  # NumPy and zipfile raise many types of errors
         raise SnapshotError(f"{path} is no readable snapshot: {error}") from error
-
-
-def _unpack_scenes(arrays: dict[str, Array], prefix: str) -> InferredScenes:
-    return InferredScenes(
-        **{name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
-    )

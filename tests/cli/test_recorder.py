@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,26 +13,8 @@ from air.cli.recorder import Recorder
 from air.storage.checkpoint import read_weights
 from air.storage.run_folder import RunFolder
 from air.training.events import CheckpointDue, Evaluated, SnapshotDue
-from air.visualization.snapshots import Snapshot, snapshot_files
-from air.visualization.visdom_panes import ON_PAGE
-
-
-class Page:
-    """Stands in for a dashboard; remembers the calls."""
-
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self.records: list[Any] = []
-        self.drawn: list[tuple[int, int]] = []
-
-    def record(self, record: Any) -> None:  # noqa: ANN401
-        self.records.append(record)
-
-    def due(self, step: int) -> bool:
-        return step % self.every == 0
-
-    def draw(self, snapshot: Snapshot) -> None:
-        self.drawn.append((snapshot.step, len(snapshot.scenes.images)))
+from air.visualization.dashboard import ON_PAGE, Dashboard
+from air.visualization.snapshots import snapshot_files
 
 
 @pytest.fixture
@@ -42,22 +24,24 @@ def run(tmp_path: Path) -> RunFolder:
 
 def test_every_event_is_kept(run: RunFolder, tmp_path: Path) -> None:
     config = {**DEFAULTS, "save": str(tmp_path / "weights.pt")}
-    running, page = trainer(), Page(every=20)
-    recorder = Recorder(run, running, config, "abc", page)  # type: ignore[arg-type]
+    running, page = trainer(), mock.create_autospec(Dashboard, instance=True)
+    page.due.side_effect = lambda step: step % 20 == 0
+    recorder = Recorder(run, running, config, "abc", page)
     running.step = 20
     evaluated = Evaluated(20, 3, EVALUATION, 480.0, None)
     for event in (PROGRESS, evaluated, SnapshotDue(20), CheckpointDue(20)):
         recorder.handle(event)
-    assert run.read_metrics() == page.records == [PROGRESS.record(), evaluated.record()]
+    recorder.handle(replace(PROGRESS, step=30))  # not due on the page
+    records = [PROGRESS.record(), evaluated.record(), PROGRESS.record() | {"step": 30}]
+    assert run.read_metrics() == [call.args[0] for call in page.record.mock_calls] == records
     assert list(snapshot_files(run.snapshots)) == [20]
-    assert [step for step, _ in page.drawn] == [20, 20]
-    assert page.drawn[0][1] <= ON_PAGE
+    drawn = [call.args[0] for call in page.draw.mock_calls]
+    assert [snapshot.step for snapshot in drawn] == [20, 20]
+    assert len(drawn[0].scenes.images) <= ON_PAGE
     state = run.load()
     assert (state["step"], state["config"], state["data_sha256"]) == (20, config, "abc")
     weights, _ = read_weights(tmp_path / "weights.pt")
     assert all(torch.equal(weights[k], v) for k, v in running.air.state_dict().items())
-    recorder.handle(replace(PROGRESS, step=30))  # not due on the page
-    assert len(page.drawn) == 2
 
 
 def test_without_a_page(run: RunFolder) -> None:

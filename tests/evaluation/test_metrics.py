@@ -15,7 +15,6 @@ from air import AIR
 from air.evaluation import HeldOut, evaluate, importance_weighted_bound, sample_elbo
 from air.evaluation.alarms import empty_canvas_elbo
 from air.evaluation.boxes import tight_boxes
-from air.evaluation.counting import confusion_matrix
 from air.evaluation.metrics import MAX_OBJECTS
 from air.inference import infer, mean_count_probs
 
@@ -169,7 +168,7 @@ def test_the_bound_equals_the_log_of_the_mean_of_all_weights(air: AIR, images: T
     assert first.bound != found.bound
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 100])
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
 def test_every_scene_counts_once_in_any_batch_size(air: AIR, batch_size: int) -> None:
     images, counts = torch.rand(10, 12, 12), torch.randint(6, (10,))
     found = evaluate(air, HeldOut(images, counts), batch_size=batch_size)
@@ -177,24 +176,21 @@ def test_every_scene_counts_once_in_any_batch_size(air: AIR, batch_size: int) ->
     assert found.count_histogram == torch.bincount(mode, minlength=4).tolist()
     assert found.counts is not None
     assert found.counts.accuracy_mode == pytest.approx((mode == counts).float().mean().item())
-    assert found.counts.confusion == confusion_matrix(counts, mode, 3).tolist()
     assert sum(map(sum, found.counts.confusion)) == 10
 
 
-def test_the_elbo_is_a_mean_over_images_with_its_standard_error(air: AIR, images: Tensor) -> None:
+def test_the_elbo_is_a_mean_over_images_and_evaluation_has_no_side_effects(
+    air: AIR, images: Tensor
+) -> None:
+    state = torch.get_rng_state()
     found = evaluate(air, HeldOut(images), batch_size=10, seed=7)
+    assert torch.equal(state, torch.get_rng_state())
+    assert found == evaluate(air, HeldOut(images), batch_size=10, seed=7)
+    assert all(p.grad is None for p in air.parameters())
     torch.manual_seed(7)
     elbo = sample_elbo(air, images).elbo
     assert found.elbo == pytest.approx(elbo.mean().item(), rel=1e-5)
     assert found.elbo_se == pytest.approx(elbo.std().item() / math.sqrt(10), rel=1e-4)
-
-
-def test_evaluation_changes_neither_random_state_nor_gradients(air: AIR, images: Tensor) -> None:
-    state = torch.get_rng_state()
-    first = evaluate(air, HeldOut(images, torch.zeros(10)))
-    assert torch.equal(state, torch.get_rng_state())
-    assert first == evaluate(air, HeldOut(images, torch.zeros(10)))
-    assert all(p.grad is None for p in air.parameters())
 
 
 def test_one_scene_has_no_standard_error_and_no_scenes_are_refused(air: AIR) -> None:

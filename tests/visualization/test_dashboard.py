@@ -1,4 +1,4 @@
-"""The dashboard draws on real visdom servers: live, frozen, restarted, with a login."""
+"""The live page: its messages, and real visdom servers that are frozen, restarted or locked."""
 
 import json
 import os
@@ -8,40 +8,144 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from base64 import b64decode
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import visdom
 from helpers import PANES, RECORDS, ROOT, ask, make_snapshot, panes, visdom_server
 from PIL import Image
 
 from air.visualization import visdom_client
-from air.visualization.dashboard import Dashboard, connect
-from air.visualization.drawing import STEP_COLOURS
-
-pytestmark = pytest.mark.slow
+from air.visualization.dashboard import Dashboard, connect, draw_page
+from air.visualization.drawing import STEP_COLOURS, sheets
+from air.visualization.snapshots import Snapshot
 
 LOCAL = "http://127.0.0.1"
+Draw = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(autouse=True)
+def refuse_constant(name: str) -> None:
+    raise AssertionError(f"a browser drops a message with {name} in it")
+
+
+@pytest.fixture
+def draw(tmp_path: Path) -> Draw:
+    """Draws a page with a client that records its messages; returns them by pane."""
+
+    def drawn(
+        records: list[dict[str, Any]], snapshot: Snapshot, **settings: object
+    ) -> dict[str, Any]:
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        client = visdom_client.Client(env="run", offline=True, log_to_filename=str(log))
+        draw_page(client, records, snapshot, settings)
+        lines = log.read_text().splitlines()
+        messages = [json.loads(line, parse_constant=refuse_constant)[1] for line in lines]
+        assert {message["eid"] for message in messages} == {"run"}
+        return {message["win"]: message for message in messages}
+
+    return drawn
+
+
+def test_every_pane_has_its_place_and_size_from_the_beginning(draw: Draw) -> None:
+    settings = {"save": "<img src=x onerror=alert(1)>", "<b>": 'a"&b'}
+    snapshot = make_snapshot(1500, wrong=9)
+    before, one, after = (
+        draw([], make_snapshot(wrong=0)),
+        draw([], make_snapshot(wrong=1)),  # a single error broke Pyro's example
+        draw(RECORDS, snapshot, **settings),
+    )
+    assert list(before) == list(one) == list(after)
+    assert set(before) == PANES
+    for name, pane in before.items():
+        for other in (one, after):
+            for side in ("width", "height"):
+                assert pane["opts"][side] == other[name]["opts"][side], name
+        assert pane["data"], name  # the server looks at the first
+    for name, sheet in sheets(snapshot, 8, 2, 2, 5).items():
+        if name != "inputs":
+            png = after[name]["data"][0]["content"]["src"].partition(",")[2]
+            with Image.open(BytesIO(b64decode(png))) as picture:
+                np.testing.assert_array_equal(picture, sheet)
+                options = after[name]["opts"]
+                assert picture.size == (options["width"], options["height"])
+            assert "step 1,500" in options["title"]
+    text = after["settings"]["data"][0]["content"]
+    assert "<img" not in text
+    assert "<b>" not in text
+    assert "&lt;img src=x onerror=alert(1)&gt;" in text
+
+
+def test_without_true_counts_no_pane_is_about_them(draw: Draw) -> None:
+    snapshot = make_snapshot()
+    blind = snapshot._replace(scenes=snapshot.scenes._replace(true_counts=None))
+    measured = [{"step": 1, "eval_elbo": 1.0, "accuracy_mode": None, "confusion": None}]
+    for records in ([], measured):
+        assert set(draw(records, blind)) == PANES - {"accuracy", "confusion"}
+
+
+def test_plots_show_their_numbers_in_their_colours(draw: Draw) -> None:
+    panes = draw([{"step": 0, "elbo": -1e6, "empty_elbo": 400.0}, *RECORDS], make_snapshot())
+    traces = {
+        trace["name"]: trace for name in ("elbo", "grad_norm") for trace in panes[name]["data"]
+    }
+    assert set(traces) == {"training", "held out", "empty canvas", "model and guide"}
+    assert traces["training"]["x"] == list(range(21))
+    assert traces["training"]["y"] == [-1e6, *range(401, 421)]
+    assert traces["held out"]["x"] == [10, 20] + 19 * [None]
+    assert traces["held out"]["y"] == [410.5, 420.5] + 19 * [None]
+    assert traces["model and guide"]["y"] == [None] * 20
+    assert traces["empty canvas"]["line"] == {"color": "#777777", "dash": "dot"}
+    axis = panes["elbo"]["layout"]["yaxis"]
+    assert axis["title"] == "nats per image"
+    assert axis["range"][0] > -5e5  # above the first step
+    assert panes["counts"]["data"][0]["x"] == [0, 1, 2]
+    assert panes["counts"]["data"][0]["y"] == [3, 0, 1]
+    assert panes["confusion"]["data"][0]["z"] == [[100.0, 0.0], [0.0, 100.0]]
+    falling = [{"step": step, "grad_norm": 10.0**-step} for step in range(5)]
+    axis = draw(falling, make_snapshot())["grad_norm"]["layout"]["yaxis"]
+    assert axis["type"] == "log"
+    assert "range" not in axis
+
+
+def test_a_drawing_is_due_at_or_after_each_multiple() -> None:
+    drawn: list[int] = []
+    with Dashboard(mock.Mock(), "due", {}, every=15) as board:
+        for step in range(0, 100, 10):
+            if board.due(step):
+                drawn.append(step)
+                board.draw(make_snapshot(step, count=1))
+    assert drawn == [0, 20, 30, 50, 60, 80, 90]
+
+
+@pytest.mark.parametrize(
+    ("address", "server", "port", "base"),
+    [
+        ("localhost", "http://localhost", 8097, ""),
+        ("127.0.0.1:5/", "http://127.0.0.1", 5, ""),
+        ("http://[::1]:5", "http://[::1]", 5, ""),
+        ("https://box.lab:443/visdom/", "https://box.lab", 443, "/visdom"),
+    ],
+)
+def test_addresses_may_be_short(address: str, server: str, port: int, base: str) -> None:
+    with mock.patch.object(visdom_client, "Client") as client:
+        connect(address)
+    options = client.call_args.kwargs
+    assert (options["server"], options["port"], options["base_url"]) == (server, port, base)
+
+
+@pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(visdom_client, "TIMEOUT_SECONDS", 20.0)  # for a busy test machine
+    monkeypatch.setenv("http_proxy", f"{LOCAL}:9")  # not for a server on this machine
     for name in ("USERNAME", "PASSWORD"):
         monkeypatch.delenv(f"VISDOM_{name}", raising=False)
-
-
-@pytest.fixture(scope="module")
-def live(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[int, "subprocess.Popen[bytes]"]]:
-    """One server for tests that do not stop it; each test uses its own environment."""
-    with visdom_server(tmp_path_factory.mktemp("live")) as (port, server):
-        yield port, server
 
 
 def wait_for_title(port: int, env: str, step: int) -> dict[str, Any]:
@@ -78,116 +182,71 @@ def test_connecting_without_a_server_fails_with_one_line(
     assert capfd.readouterr() == ("", "")
 
 
-def test_many_drawings_leave_one_pane_each(
-    live: tuple[int, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("http_proxy", f"{LOCAL}:9")  # not for a server on this machine
-    port, _ = live
-    address = f"http://localhost:{port}"
-    board = Dashboard(connect(address), "runs/one", {"seed": 7}, RECORDS[:5])
-    assert str(board) == f"Live plots: {address}/env/runs_one"
-    first: dict[str, Any] = {}
-    for step in range(5):
-        for record in RECORDS[5 + 3 * step : 8 + 3 * step]:
+@pytest.mark.slow
+@pytest.mark.usefixtures("patient")
+def test_a_run_and_its_continuation_draw_on_one_page(tmp_path: Path) -> None:
+    with visdom_server(tmp_path) as (port, _):
+        assert "visdom" in ask(f"{port}/")  # tornado 6.6 would answer 403
+        client = connect(f"http://localhost:{port}")
+        board = Dashboard(client, "runs/one", {"seed": 7}, RECORDS[:5])
+        assert str(board) == f"Live plots: http://localhost:{port}/env/runs_one"
+        board.draw(make_snapshot(0, wrong=0))
+        first = wait_for_title(port, "runs_one", 0)
+        for record in RECORDS[5:]:
             board.record(record)
-        board.draw(make_snapshot(step, wrong=step % 3))  # one error broke Pyro's example
-        first = first or wait_for_title(port, "runs_one", step)
-    board.close()
-    resumed = Dashboard(connect(address), "runs/one", {"seed": 7}, RECORDS)
-    resumed.record({"step": 21, "elbo": 421.0})
-    resumed.draw(make_snapshot(30))
-    resumed.close()
-    last = panes(port, "runs_one")
-    assert set(last) == PANES
-    assert {name: pane["i"] for name, pane in last.items()} == {
-        name: pane["i"] for name, pane in first.items()
-    }  # each where it was
-    assert training_steps(last) == list(range(1, 22))
-    assert "<td>seed</td><td>7</td>" in last["settings"]["content"]
+        board.draw(make_snapshot(1))
+        board.close()
+        resumed = Dashboard(client, "runs/one", {"seed": 7}, RECORDS)
+        resumed.record({"step": 21, "elbo": 421.0})
+        resumed.draw(make_snapshot(30))
+        resumed.close()
+        last = panes(port, "runs_one")
+        places = [{name: pane["i"] for name, pane in page.items()} for page in (first, last)]
+        assert places[0] == places[1]
+        assert set(last) == PANES
+        assert training_steps(last) == list(range(1, 22))
+        assert "<td>seed</td><td>7</td>" in last["settings"]["content"]
 
 
-def test_the_page_itself_is_served(live: tuple[int, Any]) -> None:
-    assert "visdom" in ask(f"{live[0]}/")  # tornado 6.6 would answer 403
-
-
-def test_training_never_waits_for_a_frozen_server(
-    live: tuple[int, "subprocess.Popen[bytes]"],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    port, server = live
-    board = Dashboard(connect(f"{LOCAL}:{port}"), "frozen", {})
-    board.draw(make_snapshot(0))
-    wait_for_title(port, "frozen", 0)
-    monkeypatch.setattr(visdom_client, "TIMEOUT_SECONDS", 0.5)
-    server.send_signal(signal.SIGSTOP)
-    begin = time.monotonic()
-    for record in RECORDS:
-        board.record(record)
-        board.draw(make_snapshot(record["step"], count=4))
-        time.sleep(0.1)  # several drawings fail
-    assert time.monotonic() - begin < 6
-    server.send_signal(signal.SIGCONT)
-    monkeypatch.setattr(visdom_client, "TIMEOUT_SECONDS", 20.0)
-    board.draw(make_snapshot(21))
-    assert training_steps(wait_for_title(port, "frozen", 21)) == list(range(1, 21))
-    board.close(60)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-
-
-def test_a_server_that_comes_back_gets_every_pane(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.slow
+@pytest.mark.usefixtures("patient")
+def test_training_never_waits_for_a_server_and_one_that_comes_back_gets_every_pane(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with visdom_server(tmp_path / "one") as (port, server):
         board = Dashboard(connect(f"{LOCAL}:{port}"), "phoenix", {}, RECORDS[:3])
         board.draw(make_snapshot(1))
         wait_for_title(port, "phoenix", 1)
-        server.kill()
-        server.wait()
-    for record in RECORDS[3:10]:
-        board.record(record)
-        board.draw(make_snapshot(record["step"], count=1))
-        time.sleep(0.1)  # several drawings fail
+        monkeypatch.setattr(visdom_client, "TIMEOUT_SECONDS", 0.5)
+        server.send_signal(signal.SIGSTOP)
+        begin = time.monotonic()
+        for record in RECORDS[3:20]:
+            board.record(record)
+            board.draw(make_snapshot(record["step"], count=4))
+            time.sleep(0.1)  # several drawings fail
+        assert time.monotonic() - begin < 6
+    board.draw(make_snapshot(20, count=4))
+    time.sleep(1)  # a drawing fails without a server
+    monkeypatch.setattr(visdom_client, "TIMEOUT_SECONDS", 20.0)
     with visdom_server(tmp_path / "two", port):
-        board.draw(make_snapshot(11))
+        board.draw(make_snapshot(21))
         board.close(60)
         found = panes(port, "phoenix")
         assert set(found) == PANES
-        assert training_steps(found) == list(range(1, 11))
+        assert training_steps(found) == list(range(1, 21))
     assert (tmp_path / "two" / "phoenix.json").is_file()  # for the next start of that server
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-
-
-def test_closing_is_quick_without_a_server(live: tuple[int, Any]) -> None:
-    client = connect(f"{LOCAL}:{live[0]}")
-    client.port = 1  # as if the server were gone
-    board = Dashboard(client, "gone", {})
-    board.draw(make_snapshot(1))
     begin = time.monotonic()
-    board.close()
+    with Dashboard(board.client, "gone", {}) as gone:
+        gone.draw(make_snapshot(1))
     assert time.monotonic() - begin < 5
 
 
-@pytest.mark.parametrize(
-    ("address", "server", "port", "base"),
-    [
-        ("localhost", "http://localhost", 8097, ""),
-        ("127.0.0.1:5/", "http://127.0.0.1", 5, ""),
-        ("http://[::1]:5", "http://[::1]", 5, ""),
-        ("https://box.lab:443/visdom/", "https://box.lab", 443, "/visdom"),
-    ],
-)
-def test_addresses_may_be_short(address: str, server: str, port: int, base: str) -> None:
-    with mock.patch.object(visdom_client, "Client") as client:
-        connect(address)
-    options = client.call_args.kwargs
-    assert (options["server"], options["port"], options["base_url"]) == (server, port, base)
-
-
+@pytest.mark.slow
+@pytest.mark.usefixtures("patient")
 def test_a_login_comes_from_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("http_proxy", f"{LOCAL}:9")  # not for a server on this machine
     with visdom_server(tmp_path, login="ada") as (port, server):
         for password in (None, "wrong"):
             if password:
@@ -211,19 +270,6 @@ def test_a_login_comes_from_the_environment(
         board.close(60)
         saved = json.loads((tmp_path / "safe.json").read_text())
         assert "step 5" in saved["jsons"]["inferred"]["title"]
-
-
-def test_a_drawing_is_due_at_or_after_each_multiple() -> None:
-    steps = {15: range(0, 100, 10), None: range(0, 400, 30)}
-    drawn: dict[int | None, list[int]] = {}
-    for every, trained in steps.items():
-        with Dashboard(mock.Mock(), "due", {}, every=every) as board:
-            drawn[every] = []
-            for step in trained:
-                if board.due(step):
-                    drawn[every].append(step)
-                    board.draw(make_snapshot(step, count=1))
-    assert drawn == {15: [0, 20, 30, 50, 60, 80, 90], None: [0, 120, 210, 300]}
 
 
 def lacking(what: str) -> None:
@@ -271,6 +317,8 @@ def browser() -> Iterator[Any]:
         service.stop()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("patient")
 @pytest.mark.browser
 def test_a_browser_shows_every_pane_and_its_changes(
     tmp_path: Path,

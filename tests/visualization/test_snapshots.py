@@ -13,7 +13,6 @@ from air.inference import infer, sample_prior
 from air.spatial_transformer import image_to_window
 from air.visualization.snapshots import (
     InferredScenes,
-    Snapshot,
     SnapshotError,
     as_bytes,
     load_snapshot,
@@ -70,9 +69,8 @@ def test_a_snapshot_shows_what_is_inferred(air: AIR) -> None:
     np.testing.assert_array_equal(snapshot.scenes.images, scenes.images[order])
     images = scenes.images[order] / 255
     found = infer(air, images)
-    np.testing.assert_array_equal(snapshot.scenes.counts, found.counts)
-    np.testing.assert_array_equal(snapshot.scenes.boxes, found.boxes)
-    np.testing.assert_array_equal(snapshot.scenes.reconstructions, as_bytes(found.reconstructions))
+    rebuilt = as_bytes(found.reconstructions)
+    assert equal(snapshot.scenes[1:4], (rebuilt, found.boxes, found.counts))
     np.testing.assert_array_equal(snapshot.objects, as_bytes(found.objects[:8]))
     for i, t in ((0, 0), (5, 2), (7, 1)):
         window = image_to_window(found.z_where[i, t][None], 7, 12, images[i][None])
@@ -80,9 +78,7 @@ def test_a_snapshot_shows_what_is_inferred(air: AIR) -> None:
         probability = found.count_probs[i, t + 1 :].sum()
         assert snapshot.presence[i, t] == pytest.approx(probability.item(), rel=1e-5)
     canvas, boxes, counts = sample_prior(air, 10, 3)
-    np.testing.assert_array_equal(snapshot.samples.images, as_bytes(canvas))
-    np.testing.assert_array_equal(snapshot.samples.boxes, boxes)
-    np.testing.assert_array_equal(snapshot.samples.counts, counts)
+    assert equal(snapshot.samples[:4], (as_bytes(canvas), as_bytes(canvas), boxes, counts))
 
 
 def test_only_what_is_still_counted_wrongly_is_an_error() -> None:
@@ -104,32 +100,28 @@ def test_intensities_become_bytes() -> None:
     assert as_bytes(given).tolist() == [0, 0, 128, 255, 255, 0, 255, 0]
 
 
-@pytest.mark.parametrize("wrong", [0, 1])
-def test_snapshots_are_read_back_unchanged(tmp_path: Path, wrong: int) -> None:
+def test_snapshots_are_read_back_unchanged(tmp_path: Path) -> None:
+    made = {step: make_snapshot(step, wrong=step % 3) for step in (20, 500, 10_000_000_000)}
+    made[500] = made[500]._replace(scenes=made[500].scenes._replace(true_counts=None))
     for step in (500, 20, 10_000_000_000):
-        save_snapshot(tmp_path / "made", make_snapshot(step, wrong=wrong))
+        save_snapshot(tmp_path / "made", made[step])
     files = snapshot_files(tmp_path / "made")
-    assert list(files) == [20, 500, 10_000_000_000]
+    assert list(files) == list(made)
     for step, path in files.items():
-        assert equal(load_snapshot(path), make_snapshot(step, wrong=wrong))
-    blind = make_snapshot()._replace(scenes=make_snapshot().scenes._replace(true_counts=None))
-    save_snapshot(tmp_path, blind)
-    assert load_snapshot(tmp_path / "00000000.npz").scenes.true_counts is None
-    assert not list(tmp_path.glob(".*"))
+        assert equal(load_snapshot(path), made[step])
+    assert len(list((tmp_path / "made").iterdir())) == 3
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     save_snapshot(tmp_path, make_snapshot(7))
     whole = (tmp_path / "00000007.npz").read_bytes()
-    pickled = np.array([InferredScenes], dtype=object)
-    np.savez(tmp_path / "1.npz", **{"step.": pickled})
+    np.savez(tmp_path / "1.npz", **{"step.": np.array([InferredScenes], dtype=object)})
     np.savez(tmp_path / "2.npz", x=np.zeros(3))
     with np.load(tmp_path / "00000007.npz") as file:
-        np.savez(tmp_path / "6.npz", **{k: v for k, v in file.items() if k != "errors.boxes"})
-    (tmp_path / "3.npz").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "4.npz").write_bytes(b"")
-    (tmp_path / "5.npz").write_bytes(whole[:900] + bytes(200) + whole[1100:])
+        np.savez(tmp_path / "3.npz", **{k: v for k, v in file.items() if k != "errors.boxes"})
+    (tmp_path / "4.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "5.npz").write_bytes(b"")
+    (tmp_path / "6.npz").write_bytes(whole[:900] + bytes(200) + whole[1100:])
     for name in (1, 2, 3, 4, 5, 6, "none"):
         with pytest.raises(SnapshotError, match=rf"{name}.npz is no readable snapshot"):
             load_snapshot(tmp_path / f"{name}.npz")
-    assert isinstance(load_snapshot(tmp_path / "00000007.npz"), Snapshot)
