@@ -24,9 +24,9 @@ import torch
 import multi_mnist
 import viz
 from air import AIR
-from air.cli.config import Config, check_config, config_hints, resolve_config, to_json_types
+from air.cli.config import Config, check_config, config_hints, resolve_config
 from air.cli.device import pick_device, torch_settings_of_a_run
-from air.cli.errors import ExplainedErrors
+from air.cli.errors import explained_errors
 from air.cli.flags import build_parser, settings_named_by_flag
 from air.cli.progress import ProgressBar
 from air.cli.recorder import Recorder, SilentRecorder, final_evaluations, restore_trainer
@@ -37,7 +37,6 @@ from air.evaluation import HeldOut
 from air.storage.checkpoint import check_image_size, load_weights_strict, read_weights
 from air.storage.files import quoted
 from air.storage.run_folder import RunFolder, versions
-from air.support.fields import as_arguments
 from air.support.images import to_tensor
 from air.support.model_settings import NetFactory
 from air.terminal.signals import Signals, interrupt_on_signals
@@ -70,12 +69,12 @@ def main(
     ):
         logging.basicConfig(format="%(levelname)s: %(message)s")
         parser = build_parser(__doc__ or "")
-        cli_args = to_json_types(vars(parser.parse_args(argv)))
+        cli_args = vars(parser.parse_args(argv))
         if cli_args.get("suggest"):
             from air.cli.suggestion import print_suggestion  # SciPy would make every start slower
 
             return print_suggestion(parser, cli_args, argv)
-        with ExplainedErrors(parser) as errors, ExitStack() as exit_stack:
+        with explained_errors(parser) as run_begins, ExitStack() as exit_stack:
             saved = read_saved(cli_args, exit_stack)
             config = resolve_config(cli_args, saved.config)
             device = pick_device(config.program.device)
@@ -85,7 +84,7 @@ def main(
             trainer = build_trainer(config, scenes, device, nets, compiler)
             restore(trainer, saved, scenes.sha256)
             recorder = open_recorder(config, trainer, scenes.sha256, saved.run, exit_stack)
-            errors.run_begins(recorder.run)
+            run_begins(recorder.run)
             signaled = train(config, trainer, recorder, signals)
             return finish(config, trainer, recorder, signaled)
 
@@ -126,7 +125,7 @@ def load_scenes(config: Config) -> multi_mnist.SceneSplits:
             hold_out_all = config.training.num_steps == 0
             return load_data(config.program.data, config.images, hold_out_all=hold_out_all)
         assert config.scenes is not None
-        return multi_mnist.load_scenes(config.scenes, **as_arguments(config.folders))
+        return multi_mnist.load_scenes(config.scenes, **vars(config.folders))
     except DataError as error:
         if config.program.resume:  # its paths may be relative to another folder
             flag = "--data" if config.program.data else "--mnist-dir"

@@ -40,14 +40,7 @@ from air.data.synthetic.scene_settings import SceneSettings
 from air.data.synthetic.sprites import SHAPES, draw_sprite, tint
 from air.data.user_images.picture_files import write_pictures
 from air.data.user_images.sources import HELD_OUT_FOLDER, load_data
-from air.support.fields import (
-    add_flags,
-    as_arguments,
-    check_settings,
-    from_config,
-    setting,
-    settings_of,
-)
+from air.support.fields import add_flags, check_settings, from_config, setting, settings_of
 from air.terminal.signals import exit_code, interrupt_on_signals
 from air.terminal.streams import steady_streams
 
@@ -294,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if out.exists():
                 raise DataError(f"--out: expected a new file or folder, got {out}, which exists")
             settings = from_config(SceneSettings, args)
-            splits = load_scenes(settings, **as_arguments(from_config(FolderSettings, args)))
+            splits = load_scenes(settings, **vars(from_config(FolderSettings, args)))
             if out.suffix == ".npz":
                 write_scenes(out, splits.train, splits.test)
             else:

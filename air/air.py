@@ -30,7 +30,6 @@ from air.priors import (
 from air.spatial_transformer import image_to_window, window_to_image
 from air.support import checks
 from air.support.distributions import Presence
-from air.support.fields import as_arguments
 from air.support.handlers import register_parameters
 from air.support.images import as_batch, check_range, to_intensities
 from air.support.model_settings import ModelSettings, NetFactory
@@ -172,7 +171,7 @@ class AIR(nn.Module):
     def from_settings(cls, settings: ModelSettings, nets: NetFactory | None = None) -> "AIR":
         """An AIR with these settings, and with the nets that `nets` makes for them."""
         own_nets: dict[str, Any] = dict(nets(settings)) if nets else {}
-        return cls(**as_arguments(settings), **own_nets)
+        return cls(**vars(settings), **own_nets)
 
     @contextmanager
     def images_of(

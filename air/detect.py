@@ -10,7 +10,6 @@ for each image.
 
 import argparse
 import csv
-import io
 import json
 import logging
 import sys
@@ -42,7 +41,7 @@ from air.evaluation.boxes import tight_boxes
 from air.inference import infer
 from air.priors import at_least_probs
 from air.storage.checkpoint import load_air, read_weights
-from air.storage.files import write_atomically
+from air.storage.files import check_output_file, write_atomically
 from air.support.fields import from_config
 from air.support.images import to_tensor
 from air.support.model_settings import NetFactory
@@ -115,7 +114,7 @@ def detect(air: AIR, images: Tensor | Array, refine: bool = False) -> list[Detec
 def draw(air: AIR, images: Array, detections: Sequence[Detection], path: Path) -> None:
     """Draws images, uint8 [N, (C,) H, H], with windows and counts, as PNG.
 
-    With a model of the background, the backgrounds of a row of images are drawn below the row.
+    With a model of the background, the background of an image is drawn below the image.
     """
     counts = np.array([detection.count for detection in detections])
     boxes = np.full((len(detections), max(counts.max(), 1), 4), np.nan)
@@ -126,12 +125,8 @@ def draw(air: AIR, images: Array, detections: Sequence[Detection], path: Path) -
     pictures = draw_boxes(images, boxes, counts, zoom)
     if air.background is not None:
         behind = enlarge(as_bytes(infer(air, images).backgrounds), zoom)
-        blank = np.full_like(behind[:1], 255).repeat(-len(behind) % columns, 0)
-        rows = [
-            np.concatenate((each, blank)).reshape(-1, columns, *each.shape[1:])
-            for each in (pictures, behind)
-        ]
-        pictures = np.stack(rows, 1).reshape(-1, *pictures.shape[1:])
+        gap = np.full_like(behind[:, :4], 255)
+        pictures = np.concatenate((pictures, gap, behind), axis=1)
     sheet = Image.fromarray(tile(pictures, columns))
     write_atomically(path, lambda file: sheet.save(file, "PNG"))
 
@@ -170,9 +165,22 @@ def csv_rows(name: str, detection: Detection) -> list[list[Any]]:
     return rows or [start + [""] * (len(CSV_COLUMNS) - len(start))]
 
 
+def write_csv(path: Path, rows: list[list[Any]]) -> None:
+    """Writes a table with a header."""
+
+    def write(temporary: Path) -> None:
+        # A file name may contain bytes that are not text.
+        with temporary.open("w", encoding="utf-8", errors="replace", newline="") as file:
+            csv.writer(file).writerows([CSV_COLUMNS, *rows])
+
+    write_atomically(path, write)
+
+
 def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
     """Detects and writes; returns the exit code."""
-    check_outputs(args)
+    for flag, output in (("--figure", args.figure), ("--csv", args.csv)):
+        if output:
+            check_output_file(flag, output)
     air = load_air(args.load, pick_device(args.device), nets)
     unreadable: list[DataError] = []
 
@@ -182,7 +190,7 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
 
     images = read_sources(args.images, image_settings(args, air), report)
     shown: list[tuple[Array, Detection]] = []
-    rows = io.StringIO(newline="")
+    rows: list[list[Any]] = []
     batches = iter(lambda: list(islice(images, BATCH)), [])
     for number, batch in enumerate(batches):
         pixels = np.stack([image.pixels for image in batch])
@@ -195,27 +203,12 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
             original = detection.in_original(image.placement)
             print(json.dumps({"image": image.name} | asdict(original)), flush=True)
             if args.csv:
-                csv.writer(rows).writerows(csv_rows(image.name, original))
-    if rows.tell():
-        table = ",".join(CSV_COLUMNS) + "\r\n" + rows.getvalue()
-        # A file name may contain bytes that are not text.
-        write_atomically(args.csv, lambda file: file.write_text(table, "utf-8", "replace", ""))
+                rows += csv_rows(image.name, original)
+    if rows:
+        write_csv(args.csv, rows)
     if shown:
         draw(air, np.stack([pixels for pixels, _ in shown]), [d for _, d in shown], args.figure)
     return 2 if unreadable else 0
-
-
-def check_outputs(args: argparse.Namespace) -> None:
-    """Checks the files to write, before images are read.
-
-    Raises:
-        ValueError: If one exists, or its folder does not.
-    """
-    for flag, path in (("--figure", args.figure), ("--csv", args.csv)):
-        if path and path.exists():
-            raise ValueError(f"{flag} never overwrites, and {path} exists; name another file")
-        if path and not path.parent.is_dir():
-            raise ValueError(f"{flag}: there is no folder {path.parent} to write {path.name} into")
 
 
 def image_settings(args: argparse.Namespace, air: AIR) -> ImageSettings:
@@ -224,8 +217,7 @@ def image_settings(args: argparse.Namespace, air: AIR) -> ImageSettings:
     given = {key: getattr(args, key) for key in ("crop", "invert", "alpha_over")}
     asked = {key: value for key, value in given.items() if value is not None}
     sizes = {"x_size": air.x_size, "channels": air.channels, "count_pattern": None}
-    settings: ImageSettings = from_config(ImageSettings, {**config, **asked, **sizes})
-    return settings
+    return from_config(ImageSettings, {**config, **asked, **sizes})
 
 
 def build_parser() -> Parser:

@@ -1,11 +1,14 @@
 """A run that is killed at any moment, and resumed, ends as one that was never killed."""
 
 import json
-import subprocess
+import random
+import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from helpers import ROOT, capture_only, panes, run, visdom_server
@@ -18,18 +21,65 @@ FLAGS = (
     "--anneal-prior exp --anneal-prior-to 1e-3 --anneal-prior-duration 200 "
     "--lr-schedule cosine --progress-every 1 --eval-every 21 --save-every 5"
 )
+CAPTURED = (  # Inductor would compile for a minute
+    "import sys, main; sys.exit(main.main(sys.argv[1:], compiler=lambda graph: graph))"
+)
 
 
-def train(folder: Path, kills: int, flags: str, environment: dict[str, str]) -> list[int]:
-    """Returns how often the run was killed, and how often while it wrote its checkpoint."""
-    command = [sys.executable, str(ROOT / "tests" / "killed_runs.py"), str(folder), str(kills)]
-    done = subprocess.run(
-        [*command, *flags.split()], env={**environment, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    return [int(word) for word in done.stdout.splitlines()[-1].split()]
+def train(folder: Path, kills: int, start: list[str], flags: str, page: str) -> int:
+    """Trains and kills so often, every third time while the run writes a checkpoint.
+
+    Returns:
+        How often it was killed in writing.
+    """
+    random.seed(0)
+    writing = 0
+    for number in range(kills + 1):
+        if (folder / "checkpoint.pt").exists():
+            words = [*start, "--resume", str(folder), *page.split()]
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            words = [*start, *flags.split(), "--output-dir", str(folder), *page.split()]
+        with programs.start([sys.executable, *words], cwd=folder.parent, stdout=-3) as life:
+            if number < kills:
+                wait_for_a_moment(life, folder, in_writing=number % 3 == 2)
+                life.kill()
+                assert life.wait() == -9, "the run came to its end before"
+                writing += is_writing(folder)
+            else:
+                assert life.wait() == 0
+    return writing
+
+
+def is_writing(folder: Path) -> bool:
+    """Whether the temporary file of a checkpoint is there."""
+    return any(folder.glob(".checkpoint.pt.*.tmp"))
+
+
+def written(path: Path) -> tuple[int, int]:
+    """When a file was written, in nanoseconds, and its size; zeros where it is not there."""
+    found = path.stat() if path.exists() else None
+    return (found.st_mtime_ns, found.st_size) if found else (0, 0)
+
+
+def wait_for_a_moment(life: Any, folder: Path, in_writing: bool) -> None:  # noqa: ANN401
+    """Waits until a run writes its second checkpoint, or for a time in its start, or a few steps.
+
+    Each step adds a line to metrics.jsonl.
+    """
+    steps, pause = random.randrange(7), random.uniform(0, 0.4)
+    until = time.monotonic() + pause
+    checkpoint, size = written(folder / "checkpoint.pt"), written(folder / "metrics.jsonl")[1]
+    while life.poll() is None:
+        if in_writing:
+            if is_writing(folder) and written(folder / "checkpoint.pt") != checkpoint:
+                return
+        elif steps == 0 and time.monotonic() > until:
+            return
+        before, size = size, written(folder / "metrics.jsonl")[1]
+        if size > before and steps > 0:
+            steps, until = steps - 1, time.monotonic() + pause / 10
+        time.sleep(0.0005)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -47,37 +97,34 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
+def assert_same_run(whole: Path, other: Path) -> None:
+    """The second run has the states, metrics and snapshots of the first."""
+    states = [torch.load(path / "checkpoint.pt", weights_only=True) for path in (whole, other)]
+    for key in ("step", "model", "optimizer", "rng", "tally", "miscounted"):
+        assert same(states[0][key], states[1][key]), key
+    assert lines(whole) == lines(other)
+    names = [{each.name for each in path.glob("snapshots/[0-9]*.npz")} for path in (whole, other)]
+    assert names[0] == names[1]
+    assert not list(other.glob(".*"))
+
+
 @pytest.mark.parametrize(("captured", "steps", "kills"), [(False, 60, 10), (True, 12, 1)])
 def test_a_killed_run_ends_as_one_that_was_never_killed(
     tmp_path: Path, environment: dict[str, str], captured: bool, steps: int, kills: int
 ) -> None:
-    flags = f"{FLAGS} -n {steps}"
-    if captured:
-        flags += " --compile"
+    flags = f"{FLAGS} -n {steps} {'--compile' * captured}"
     done = run(f"{flags} --output-dir whole", tmp_path, environment, compiler=capture_only)
     assert done.returncode == 0, done.stderr
-    with visdom_server(tmp_path / "server") as (port, _):
+    start = ["-c", CAPTURED] if captured else [str(ROOT / "main.py")]
+    with pytest.MonkeyPatch.context() as patch, visdom_server(tmp_path / "server") as (port, _):
+        patch.setenv("AIR_CACHE", environment["AIR_CACHE"])
+        patch.setenv("PYTHONPATH", str(ROOT))
         page = f"--viz --visdom-server localhost:{port} --viz-every 20"
-        flags = f"{'--captured' * captured} -- {flags} {page}"
-        killed, writing = train(tmp_path / "killed", kills, flags, environment)
-        page = panes(port, "air_killed")
-    assert killed == kills
+        writing = train(tmp_path / "killed", kills, start, flags, page)
+        page_shown = panes(port, "air_killed")
     assert writing >= kills // 10
-    whole, again = (
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
-        for name in ("whole", "killed")
-    )
-    for key in ("step", "model", "optimizer", "rng", "tally", "miscounted"):
-        assert same(whole[key], again[key]), key
-    assert lines(tmp_path / "whole") == lines(tmp_path / "killed")
-    assert [line["step"] for line in lines(tmp_path / "killed") if "elbo" in line] == list(
-        range(1, steps + 1)
-    )
-    names = [
-        sorted(path.name for path in (tmp_path / name / "snapshots").glob("[0-9]*.npz"))
-        for name in ("whole", "killed")
-    ]
-    assert names[0] == names[1]
-    assert not list((tmp_path / "killed").glob(".*"))
-    traces = {trace["name"]: trace["x"] for trace in page["elbo"]["content"]["data"]}
-    assert traces["training"] == list(range(1, steps + 1))
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    taken = [line["step"] for line in lines(tmp_path / "killed") if "elbo" in line]
+    assert taken == list(range(1, steps + 1))
+    traces = {trace["name"]: trace["x"] for trace in page_shown["elbo"]["content"]["data"]}
+    assert traces["training"] == taken

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, run
-from test_killed import FLAGS, lines, same
+from test_killed import FLAGS, assert_same_run
 
 from air.storage.checkpoint import read_state
 
@@ -86,10 +86,7 @@ def test_a_preempted_run_ends_as_one_that_never_was(
     assert 0 < saved_at[0] < saved_at[-1] < STEPS
     assert run_job(tmp_path, cluster, flags, steps=None) == 0
     assert requeued.read_text().count("requeue") == len(moments)
-    whole, preempted = (read_state(path / "checkpoint.pt") for path in (tmp_path / "whole", folder))
-    for key in ("step", "model", "optimizer", "rng", "tally", "miscounted"):
-        assert same(whole[key], preempted[key]), key
-    assert lines(tmp_path / "whole") == lines(folder)
+    assert_same_run(tmp_path / "whole", folder)
 
 
 @pytest.mark.parametrize(("code", "requeues"), [(0, 0), (1, 0), (2, 0), (143, 0), (138, 1)])

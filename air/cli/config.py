@@ -1,17 +1,17 @@
 """The configuration of a run: its settings from all sources, in a part for each user of them."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from air.cli.flags import DEFAULTS, FLAGS, SETTINGS, ProgramSettings, settings_named_by_flag
 from air.cli.presets import PRESETS, preset_settings
 from air.data.user_images.preparation import ImageSettings
 from air.storage.checkpoint import CheckpointError
+from air.storage.files import check_output_file
 from air.support.fields import from_config, settings_of
 from air.support.model_settings import ModelSettings
 from air.training.training_settings import TrainingSettings
@@ -19,7 +19,13 @@ from multi_mnist import FolderSettings, SceneSettings
 
 COMPILE_MIN_STEPS = 5000  # some 2,500 steps save the time that compiling takes (tests/benchmarks)
 FlatConfig = dict[str, Any]  # values by key, as JSON has them, in config.json and checkpoints
-_IMAGE_SIZE = {"x_size", "channels"}
+_IMAGE_SIZE = {"x_size", "channels"}  # known when the images are loaded
+T = TypeVar("T")
+
+_ALL = [spec for cls in SETTINGS for spec in settings_of(cls)]
+_OF_SCENES, _OF_IMAGES = (
+    {spec.key for spec in settings_of(cls)} for cls in (SceneSettings, ImageSettings)
+)
 
 
 @dataclass(frozen=True)
@@ -40,21 +46,12 @@ class Config:
     def flat(self) -> FlatConfig:
         """The values of all settings by key; x_size and channels are those of the images."""
         parts = [self.folders, self.scenes, self.images, self.program, self.training, self.model]
-        return to_json_types(
-            {
-                spec.key: getattr(part, spec.name)
-                for part in parts
-                if part is not None
-                for spec in settings_of(type(part))
-            }
-        )
-
-
-def to_json_types(config: Mapping[str, Any]) -> FlatConfig:
-    """The configuration as JSON has it, with lists for tuples."""
-    return {
-        key: list(value) if isinstance(value, tuple) else value for key, value in config.items()
-    }
+        values = {
+            spec.key: getattr(part, spec.name)
+            for part in filter(None, parts)
+            for spec in settings_of(type(part))
+        }
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 
 def resolve_config(
@@ -71,50 +68,44 @@ def resolve_config(
         ValueError: If a setting has a value it cannot have, or a flag has no effect or would turn
             the resumed run into another run.
     """
-    run, model = (saved, {}) if "resume" in cli_args else (None, saved)
-    preset = preset_settings(cli_args.get("preset"), cli_args)
-    of_model = _settings_of_model(model)
-    specs = [spec for cls in SETTINGS for spec in settings_of(cls)]
-    forgotten = {spec.key for spec in specs if spec.about["on_resume"] == "forget"}
-    of_run = {key: value for key, value in (run or {}).items() if key not in forgotten}
+    run, model = (saved, {}) if "resume" in cli_args else ({}, saved)
+    below = preset_settings(cli_args.get("preset"), cli_args)
+    if model:  # settings that an earlier program did not know have their defaults
+        of_model = [spec for spec in _ALL if spec.about["with_model"]]
+        below = below | {spec.key: model.get(spec.key, spec.plain_default) for spec in of_model}
+        below["background_steps"] = 0  # the background was learnt
     overridden = {
         key for given in cli_args.keys() & FLAGS for key in FLAGS[given].about["overrides"]
     }
-    below = {key: value for key, value in {**preset, **of_model}.items() if key not in overridden}
-    flat = {**DEFAULTS, **below, **of_run, **cli_args}
+    forgotten = {spec.key for spec in _ALL if spec.about["on_resume"] == "forget"}
+    flat = {
+        **DEFAULTS,
+        **{key: value for key, value in below.items() if key not in overridden},
+        **{key: value for key, value in run.items() if key not in forgotten},
+        **cli_args,
+    }
     if flat["data"]:
-        flat |= _image_settings(cli_args, of_run, model)
+        flat |= _image_settings(cli_args, run, model)
     if flat["compile"] is None:
         flat["compile"] = flat["num_steps"] >= COMPILE_MIN_STEPS
     most = flat["num_steps"] // 10  # most steps are for the objects
     flat.setdefault("background_steps", min(TrainingSettings.background_steps, most))
+    if "resume" in cli_args:
+        _check_resumed(cli_args, run)
     _check_flags(flat, cli_args, run)
-    parts = {
-        "model": _part(ModelSettings, {k: v for k, v in flat.items() if k not in _IMAGE_SIZE}),
-        "training": _part(TrainingSettings, flat),
-        "program": _part(ProgramSettings, flat),
-        "images": _part(ImageSettings, flat if flat["data"] else {}),
-        "scenes": None if flat["data"] else _part(SceneSettings, flat),
-        "folders": _part(FolderSettings, flat),
-    }
-    return Config(**parts)
+    return Config(
+        model=_part(ModelSettings, {k: v for k, v in flat.items() if k not in _IMAGE_SIZE}),
+        training=_part(TrainingSettings, flat),
+        program=_part(ProgramSettings, flat),
+        images=_part(ImageSettings, flat if flat["data"] else {}),
+        scenes=None if flat["data"] else _part(SceneSettings, flat),
+        folders=_part(FolderSettings, flat),
+    )
 
 
-def _part(cls: type, flat: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def _part(cls: type[T], flat: Mapping[str, Any]) -> T:
     with settings_named_by_flag(cls):
         return from_config(cls, flat)
-
-
-def _settings_of_model(model: Mapping[str, Any]) -> FlatConfig:
-    """The settings that loaded weights bring along, from the configuration of their run.
-
-    Settings that an earlier program did not know have their defaults, not those of a preset.
-    """
-    if not model:
-        return {}
-    specs = [spec for cls in SETTINGS for spec in settings_of(cls) if spec.about["with_model"]]
-    brought = {spec.key: model.get(spec.key, spec.plain_default) for spec in specs}
-    return brought | {"background_steps": 0}  # the background was learnt
 
 
 def _image_settings(
@@ -135,42 +126,38 @@ def _image_settings(
     return settings
 
 
-def _check_flags(
-    flat: Mapping[str, Any], cli_args: Mapping[str, Any], run: Mapping[str, Any] | None
-) -> None:
-    """Refuses flags without effect, and flags that a resumed run cannot have."""
-    before = run or DEFAULTS
+def _check_resumed(cli_args: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Refuses flags that would turn the resumed run into another run."""
     for key, value in cli_args.items():
-        if run is not None and value != run.get(key, DEFAULTS[key]):
-            # A cosine schedule decided the rates of the steps taken by the number of all steps.
-            is_fixed = key == "num_steps" and run.get("lr_schedule") == "cosine"
-            if FLAGS[key].about["on_resume"] == "keep" or is_fixed:
-                raise ValueError(
-                    f"--resume keeps the settings of the run, where {key} is {run.get(key)}, got "
-                    f"{value}; leave this flag out, or begin a new run"
-                )
-        if value != before.get(key, DEFAULTS[key]):
-            _check_effect(key, bool(flat["data"]))
+        # A cosine schedule decided the rates of the steps taken by the number of all steps.
+        is_fixed = key == "num_steps" and run.get("lr_schedule") == "cosine"
+        is_kept = FLAGS[key].about["on_resume"] == "keep" or is_fixed
+        if is_kept and value != run.get(key, DEFAULTS[key]):
+            raise ValueError(
+                f"--resume keeps the settings of the run, where {key} is {run.get(key)}, got "
+                f"{value}; leave this flag out, or begin a new run"
+            )
+
+
+def _check_flags(
+    flat: Mapping[str, Any], cli_args: Mapping[str, Any], run: Mapping[str, Any]
+) -> None:
+    """Refuses flags without effect, and a file for --save that cannot be written."""
+    for key, value in cli_args.items():
+        if value == run.get(key, DEFAULTS[key]):
+            continue
+        flag = FLAGS[key].flags[-1]
+        if flat["data"] and key in _OF_SCENES - _OF_IMAGES:
+            raise ValueError(
+                f"{flag} applies only to generated scenes and cannot be combined with --data"
+            )
+        if not flat["data"] and key in _OF_IMAGES - _OF_SCENES:
+            raise ValueError(f"{flag} applies only to images of --data, which is missing")
     if flat["refine"] and flat["background_model"] != "none":
         raise ValueError("--refine does not support background models: expected none")
-    path = flat["save"] and Path(flat["save"])
-    if path and path.exists() and not (run and run.get("save") == flat["save"]):
-        raise ValueError(f"--save never overwrites, and {path} exists; name another file")
-    if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise ValueError(f"--save: there is no folder {path.parent} to write {path.name} into")
-
-
-def _check_effect(key: str, has_data: bool) -> None:
-    of_scenes, of_images = (
-        {spec.key for spec in settings_of(cls)} for cls in (SceneSettings, ImageSettings)
-    )
-    if has_data and key in of_scenes - of_images:
-        problem = "applies only to generated scenes and cannot be combined with --data"
-    elif not has_data and key in of_images - of_scenes:
-        problem = "applies only to images of --data, which is missing"
-    else:
-        return
-    raise ValueError(f"{FLAGS[key].flags[-1]} {problem}")
+    if flat["save"]:
+        is_of_run = flat["save"] == run.get("save")
+        check_output_file("--save", Path(flat["save"]), may_exist=is_of_run)
 
 
 def check_config(config: Mapping[str, Any], source: Path) -> None:

@@ -1,6 +1,7 @@
 """Errors in one line for the user, and the exit code."""
 
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -11,46 +12,42 @@ from air.storage.run_folder import RunFolder
 from air.terminal.signals import exit_code
 
 
-class ExplainedErrors:
-    """A context manager that ends the program with one line if there is an error.
+@contextmanager
+def explained_errors(parser: Parser) -> Iterator[Callable[[RunFolder | None], None]]:
+    """Ends the program with one line if there is an error in the block.
 
     The exit code is 2 for input that cannot be used, 1 for a failure of the run, and 128 + the
     signal for an interruption. A defect of the program keeps its traceback.
 
     Args:
         parser: Prints the line.
+
+    Yields:
+        A function to call when all input was usable: later errors end a run, its argument.
     """
+    has_begun, run = False, None
 
-    def __init__(self, parser: Parser) -> None:
-        self._parser = parser
-        self._is_prepared = False
-        self._run: RunFolder | None = None
+    def begin(begun: RunFolder | None) -> None:
+        nonlocal has_begun, run
+        has_begun, run = True, begun
 
-    def run_begins(self, run: RunFolder | None) -> None:
-        """All input was usable; errors from now on end a run, which can be resumed from `run`."""
-        self._is_prepared, self._run = True, run
-
-    def __enter__(self) -> "ExplainedErrors":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            hint = self._run.resume_hint() if self._run else "Training had not begun"
-            self._parser.fail(exit_code(error), f"interrupted. {hint}")
-        if not self._is_prepared and isinstance(error, ValueError | OSError | ModuleNotFoundError):
-            self._parser.error(str(error))
-        if isinstance(error, Exception) and (line := explain(error, self._run)):
-            self._parser.fail(1, f"error: {line}")
+    try:
+        yield begin
+    except KeyboardInterrupt as interrupt:
+        hint = run.resume_hint() if run else "Training had not begun"
+        parser.fail(exit_code(interrupt), f"interrupted. {hint}")
+    except Exception as error:
+        if not has_begun and isinstance(error, ValueError | OSError | ModuleNotFoundError):
+            parser.error(str(error))
+        if line := explain(error, run):
+            parser.fail(1, f"error: {line}")
+        raise
 
 
 def explain(error: Exception, run: RunFolder | None) -> str | None:
     """The cause of an error and its remedy in one line; None for a defect of the program.
 
-    Args:
-        error: The error.
-        run: The run that it ended; None before the run began.
+    `run` is the run that it ended; None before the run began.
     """
     if isinstance(error, FloatingPointError):
         weights = f", from its weights by --load {quoted(run.checkpoint)}" if run else ""

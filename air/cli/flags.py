@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 from air.cli.presets import PRESETS
@@ -14,38 +15,36 @@ from air.training.ranks import rank, world_size
 from air.training.training_settings import TrainingSettings
 from multi_mnist import FolderSettings, SceneSettings
 
+_input = partial(setting, group="data", common=True)
+_evaluation = partial(setting, group="evaluation", on_resume="free")
+_page = partial(setting, group="live page", on_resume="forget")
+
 
 @dataclass(frozen=True)
 class ProgramSettings:
     """The files to read and write, how to evaluate, and the live page."""
 
-    data: str | None = setting(
+    data: str | None = _input(
         None,
         "train on your own images: a folder of pictures, a .npz, .npy, .h5 or .pt file with an "
         "array x of images, or a folder with x.npy. If true counts are known, count accuracies are "
         "reported. The images in the subfolder test or the array test_x are held out; if there are "
         "none, a tenth of the images is (with -n 0, all)",
         metavar="PATH",
-        group="data",
-        common=True,
         on_resume="free",
     )
-    suggest: bool = setting(
+    suggest: bool = _input(
         False,
         "inspect the images given by --data, print a suitable training command, and exit",
-        group="data",
-        common=True,
         on_resume="free",
     )
-    preset: str | None = setting(
+    preset: str | None = _input(
         None,
         "kind of scenes to generate, with settings that suit them; other flags override the "
         "preset. With --data, also give the flags that --suggest prints",
         accepts=PRESETS.__contains__,
         expected=" or ".join(PRESETS),
         metavar=f"{{{','.join(PRESETS)}}}",
-        group="data",
-        common=True,
     )
     device: str = setting(
         "auto",
@@ -64,41 +63,31 @@ class ProgramSettings:
         group="training",
         on_resume="free",
     )
-    evaluate: bool = setting(
+    evaluate: bool = _evaluation(
         False,
         "after training, compute a lower bound on log p(x) by importance weighting and write "
         "evaluation.json; with -n 0 --load FILE, evaluate a model without training",
-        group="evaluation",
         common=True,
-        on_resume="free",
     )
-    iwae_samples: int = setting(
-        100,
-        "importance-weighted samples per scene of --evaluate",
-        low=1,
-        group="evaluation",
-        on_resume="free",
+    iwae_samples: int = _evaluation(
+        100, "importance-weighted samples per scene of --evaluate", low=1
     )
-    refine: bool = setting(
+    refine: bool = _evaluation(
         False,
         "after training, improve the latents of held-out scenes that the guide explains badly, "
         "count again, and write refined.json",
-        group="evaluation",
         common=True,
-        on_resume="free",
     )
     output_dir: str | None = setting(
         None,
         "new folder for the files of the run (default: runs/<time>-seed<k>)",
         metavar="DIR",
-        group="output",
         common=True,
     )
     resume: str | None = setting(
         None,
         "resume the run in this folder, with its settings",
         metavar="RUN",
-        group="output",
         common=True,
         on_resume="free",
     )
@@ -106,47 +95,29 @@ class ProgramSettings:
         None,
         "begin with the weights in a checkpoint or a file of weights",
         metavar="FILE",
-        group="output",
         common=True,
     )
     save: str | None = setting(
-        None,
-        "also write the weights alone to a new file",
-        metavar="FILE",
-        group="output",
-        on_resume="forget",
+        None, "also write the weights alone to a new file", metavar="FILE", on_resume="forget"
     )
-    verbose: bool = setting(
-        False, "print the nets and all settings", short="-v", group="output", on_resume="free"
-    )
-    viz: bool = setting(
-        False,
-        "draw curves and scenes live on a visdom server",
-        group="live page",
-        common=True,
-        on_resume="forget",
-    )
-    viz_every: int | None = setting(
+    verbose: bool = setting(False, "print the nets and all settings", short="-v", on_resume="free")
+    viz: bool = _page(False, "draw curves and scenes live on a visdom server", common=True)
+    viz_every: int | None = _page(
         None,
         "steps between drawings, rounded up to a multiple of --progress-every (default: 100)",
         low=1,
-        group="live page",
         on_resume="free",
     )
-    visdom_env: str | None = setting(
+    visdom_env: str | None = _page(
         None,
         "visdom environment to draw in (default: air_ and the name of the run's folder)",
         metavar="NAME",
-        group="live page",
-        on_resume="forget",
     )
-    visdom_server: str = setting(
+    visdom_server: str = _page(
         "http://localhost:8097",
         "address of the visdom server; if it needs a login, set VISDOM_USERNAME and "
         "VISDOM_PASSWORD",
         metavar="URL",
-        group="live page",
-        on_resume="forget",
     )
 
     def __post_init__(self) -> None:

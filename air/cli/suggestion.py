@@ -52,7 +52,7 @@ def suggest(cli_args: Mapping[str, Any], words: Sequence[str], start: str) -> st
     """
     if not cli_args.get("data"):
         raise ValueError("--suggest: expected --data, the images to inspect, got no --data")
-    settings: ImageSettings = from_config(ImageSettings, {"crop": False, **cli_args})
+    settings = from_config(ImageSettings, {"crop": False, **cli_args})
     images = sample_images(Path(cli_args["data"]), settings, SAMPLE)
     found = survey(images)
     advice: Advice = {}

@@ -11,7 +11,7 @@ and channels of the images), ``data_sha256`` (of the scenes), and the entries of
 
 import io
 import math
-import pickle
+import textwrap
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -73,15 +73,13 @@ def _load(path: Path | str) -> dict[str, Any]:
             with zipfile.ZipFile(path) as file:
                 if damaged := file.testzip():  # torch does not compare checksums
                     raise ValueError(f"{damaged} in it is damaged")
-        with warnings.catch_warnings():  # about foreign files, which end in an error anyway
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):  # about foreign files
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch would advise to run the code in the file
-        reason = "the file contains more than tensors and plain values, or is of another type"
-        raise CheckpointError(f"{path} cannot be read as weights: {reason}") from error
-    except Exception as error:  # zipfile and torch raise errors of many types for foreign bytes
-        reason = "the file is damaged, truncated or of another type"
-        raise CheckpointError(f"{path} cannot be read as weights: {reason}") from error
+    except Exception as error:  # of many types; torch would advise to run the code in the file
+        raise CheckpointError(
+            f"{path} cannot be read as weights: the file is damaged, truncated or of another type, "
+            "or contains more than tensors and plain values"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise CheckpointError(f"{path} contains a {type(state).__name__} instead of weights")
     return state
@@ -95,17 +93,18 @@ def _is_checkpoint(state: Mapping[str, Any], path: Path | str) -> bool:
     """
     if "format" not in state:
         return False
-    if type(state["format"]) is not int:
-        raise CheckpointError(f"{path} is not an intact checkpoint: its format is not a number")
+    types = {"format": int, "config": dict, "model": dict, "optimizer": dict, "step": int}
+    for name, expected in types.items():
+        if not isinstance(state.get(name), expected):
+            raise CheckpointError(
+                f"{path} is not an intact checkpoint: expected {expected.__name__} for {name}, got "
+                f"{type(state.get(name)).__name__}"
+            )
     if state["format"] > FORMAT:
         raise CheckpointError(
             f"{path} has format {state['format']}, newer than this program's {FORMAT}; "
             "use the program that wrote it"
         )
-    types = {"config": dict, "model": dict, "optimizer": dict, "step": int}
-    for name, expected in types.items():
-        if not isinstance(state.get(name), expected):
-            raise CheckpointError(f"{path} is not an intact checkpoint: {name} is missing")
     return True
 
 
@@ -167,15 +166,12 @@ def load_air(
     try:
         # Inference needs no baselines.
         settings = from_config(ModelSettings, {**config, "use_baselines": False})
-    except Exception as error:  # a foreign file can contain anything
-        raise CheckpointError(f"{path}: {error}") from error
-    try:
         air = AIR.from_settings(settings, nets)
         load_weights_strict(air, weights, path)
     except CheckpointError as error:
         raise error if config else CheckpointError(f"{error}. {NO_SETTINGS}") from error
-    except RuntimeError as error:  # sizes beyond the memory
-        raise CheckpointError(f"{path} contains no AIR: {error!r}") from error
+    except (ValueError, RuntimeError) as error:  # the latter for sizes beyond the memory
+        raise CheckpointError(f"{path} contains no AIR: {error}") from error
     return air.to(device).eval()
 
 
@@ -205,29 +201,17 @@ def load_weights_strict(module: nn.Module, weights: Mapping[str, Tensor], path: 
     Raises:
         CheckpointError: If names or shapes differ from the module's, or constants of its prior.
     """
-    for name, weight in weights.items():
-        if not isinstance(weight, Tensor):
-            raise CheckpointError(
-                f"{path} contains no weights: {name} is a {type(weight).__name__}"
-            )
-    own = module.state_dict()
-    problems = [f"{name} is missing" for name in own if name not in weights]
-    problems += [f"{name} is unknown" for name in weights if name not in own]
-    problems += [
-        f"{name} is {list(weights[name].shape)}, expected {list(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
-    problems += [
-        f"{name} is {weights[name].tolist()}, expected {constant.tolist()} from the flags"
-        for name, constant in module.named_buffers(recurse=False)
-        if name in weights and weights[name].shape == constant.shape
-        if not torch.allclose(weights[name].to(constant), constant)
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    constants = {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)}
+    problem = ""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:  # its lines name all weights
+        problem = textwrap.shorten(str(error), 400)
+    for name, expected in constants.items():
+        loaded = module.get_buffer(name)
+        if not problem and not torch.allclose(loaded, expected):
+            problem = f"{name} is {loaded.tolist()}, expected {expected.tolist()} from the flags"
+    if problem:
         raise CheckpointError(
-            f"the weights in {path} do not fit these settings and nets: "
-            f"{'; '.join(problems[:3])}{more}"
+            f"the weights in {path} do not fit these settings and nets: {problem}"
         )
-    module.load_state_dict(weights)

@@ -26,19 +26,33 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-        _flush_folder(path.parent)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _flush_folder(folder: Path) -> None:
-    """Flushes the names in a folder to the disk."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def check_output_file(flag: str, path: Path, may_exist: bool = False) -> None:
+    """Checks that a file can be written, long before it is.
+
+    Args:
+        flag: The flag that names the file.
+        path: The file.
+        may_exist: Whether an existing file may be overwritten.
+
+    Raises:
+        UnusableFileError: If it exists, or its folder does not or cannot be written into.
+    """
+    if path.exists() and not may_exist:
+        raise UnusableFileError(f"{flag} never overwrites, and {path} exists; name another file")
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise UnusableFileError(
+            f"{flag}: there is no folder {path.parent} to write {path.name} into"
+        )
 
 
 def quoted(path: Path | str) -> str:
@@ -46,13 +60,7 @@ def quoted(path: Path | str) -> str:
     text = str(path)
     if text.startswith("-"):  # or it would be taken for a flag
         text = os.path.join(os.curdir, text)
-    if os.name != "posix":
-        return subprocess.list2cmdline([text])
-    if text.isprintable():
-        return shlex.quote(text)
-    # A line break or a byte that is no text, which bash, zsh and ksh read in this form.
-    plain = {byte: chr(byte) for byte in range(ord(" "), 127) if chr(byte) not in "\\'"}
-    return "$'" + "".join(plain.get(byte, f"\\{byte:03o}") for byte in os.fsencode(text)) + "'"
+    return shlex.quote(text) if os.name == "posix" else subprocess.list2cmdline([text])
 
 
 def check_unpacked_size(path: Path) -> None:

@@ -18,10 +18,9 @@ import json
 import math
 import os
 import sys
-import sysconfig
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,11 @@ class RunFolder:
         Raises:
             CheckpointError: If the folder cannot be written, or the metrics are damaged.
         """
-        kept = self._records_until(step, finished)
+        lines = [
+            json.dumps(record) + "\n"
+            for record in self.read_metrics(until=step)
+            if record["step"] < step or not (finished and "eval_elbo" in record)
+        ]
         try:
             for name in (".*.pt.*.tmp", ".*.json*.*.tmp", "*/.*.npz.*.tmp", "figures/.*.tmp"):
                 for left_over in self.path.glob(name):
@@ -103,24 +106,10 @@ class RunFolder:
             for path in self.snapshots.glob("*.npz"):
                 if path.stem.isdecimal() and int(path.stem) > step:
                     path.unlink()
-            lines = [json.dumps(record) + "\n" for record in kept]
             write_atomically(self.metrics, lambda path: path.write_text("".join(lines)))
             self.figures.mkdir(exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot write into {self.path}: {error}") from error
-
-    def _records_until(self, step: int, finished: bool) -> list[dict[str, Any]]:
-        kept: list[dict[str, Any]] = []
-        try:
-            for record in self._records():
-                if record["step"] > step:
-                    break
-                if record["step"] < step or not (finished and "eval_elbo" in record):
-                    kept.append(record)
-        except CheckpointError:
-            if not kept or kept[-1]["step"] < step:  # else the damage is in what is rewritten
-                raise
-        return kept
 
     def close(self) -> None:
         """Unlocks the folder; so does the end of the process."""
@@ -149,28 +138,30 @@ class RunFolder:
         with self.metrics.open("a") as file:
             file.write(json.dumps(_finite(record)) + "\n")
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl, without a last line that was cut off.
+    def read_metrics(self, until: float = math.inf) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl up to a step, without a last line that was cut off.
 
         Raises:
-            CheckpointError: If a line is damaged.
+            CheckpointError: If a line is damaged that may belong to one of these steps.
         """
-        return list(self._records())
-
-    def _records(self) -> Iterator[dict[str, Any]]:
+        records: list[dict[str, Any]] = []
         lines = self.metrics.read_bytes().splitlines(True) if self.metrics.exists() else []
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
-                return
+                break
             try:
                 record = json.loads(line)
-            except ValueError:
-                record = None
-            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                is_later = record["step"] > until
+            except (ValueError, TypeError, KeyError):
+                if records and records[-1]["step"] >= until:
+                    break
                 raise CheckpointError(
                     f"{self.metrics}: line {number} is damaged: expected a JSON object with a step"
-                )
-            yield record
+                ) from None
+            if is_later:
+                break
+            records.append(record)
+        return records
 
     def resume_hint(self) -> str:
         """How to resume the run after an error, for the user."""
@@ -208,11 +199,9 @@ def program() -> str:
     path = Path(next(iter(sys.argv), ""))
     if path.stem == "air-train":  # on Windows, its name ends in .exe
         return quoted(path)
-    installed = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
-    is_script = path.suffix == ".py" and path.is_file()
-    if is_script and not any(path.resolve().is_relative_to(folder) for folder in installed):
-        return f"python {quoted(path)}"
-    return "python main.py"
+    is_installed = {"site-packages", "dist-packages"} & {*path.resolve().parts}
+    is_script = path.suffix == ".py" and path.is_file() and not is_installed
+    return f"python {quoted(path)}" if is_script else "python main.py"
 
 
 def _new_folder(path: Path) -> Path:

@@ -6,13 +6,16 @@ A settings class is a frozen dataclass whose fields are made by `setting`, and w
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
 
 # A resumed run keeps the value of the run; or keeps it unless another is given; or has the default
 # unless another is given, for a file must not name files to write or servers to reach.
@@ -99,10 +102,10 @@ class Setting:
     @property
     def flags(self) -> list[str]:
         """Its flags, none if it has no flag."""
-        if self.about["flag"] == "":
-            return []
-        long = self.about["flag"] or "--" + self.key.replace("_", "-")
-        return [self.about["short"], long] if self.about["short"] else [long]
+        long = self.about["flag"]
+        if long is None:
+            long = "--" + self.key.replace("_", "-")
+        return [flag for flag in (self.about["short"], long) if flag]
 
     @property
     def plain_default(self) -> Any:  # noqa: ANN401
@@ -115,14 +118,11 @@ class Setting:
         if self.about["expected"] or self.choices:
             return self.about["expected"] or " or ".join(self.choices)
         words = {int: "a whole number", float: "a number", str: "a text", bool: "yes or no"}
+        above, low, high = (self.about[bound] for bound in ("above", "low", "high"))
         text = words[self.scalar]
-        if self.about["above"] > -math.inf:
-            text += f" above {_number(self.about['above'])}"
-        if self.about["low"] > -math.inf:
-            text += f" of at least {_number(self.about['low'])}"
-        if self.about["high"] < math.inf:
-            text += f", at most {_number(self.about['high'])}"
-        return text
+        text += f" above {above:.10g}" if above > -math.inf else ""
+        text += f" of at least {low:.10g}" if low > -math.inf else ""
+        return text + (f", at most {high:.10g}" if high < math.inf else "")
 
     def add_flag(self, group: "argparse._ArgumentGroup") -> None:
         """Adds its flag, if it has one. A flag that is not given leaves no value."""
@@ -137,10 +137,12 @@ class Setting:
         elif self.is_list:
             least, most = self.about["length"]
             options["nargs"] = most or ("+" if least else "*")
-        shown = _shown(self.default)
-        help = self.about["help"] + (f" (default: {shown})" if shown else "")
+        help = self.about["help"].replace("%", "%%")
+        if self.default is not None:
+            default = self.default if self.is_list else [self.default]
+            help += f" (default: {' '.join(map(str, default))})"
         options |= {"dest": self.key, "default": argparse.SUPPRESS}
-        group.add_argument(*self.flags, help=help.replace("%", "%%"), **options)
+        group.add_argument(*self.flags, help=help, **options)
 
     def parse(self, text: str) -> Any:  # noqa: ANN401
         """The value that a word of a command line stands for; 1e4 is a whole number too.
@@ -150,12 +152,10 @@ class Setting:
         """
         value: Any = text
         if self.scalar in (int, float):
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(text)
-            except ValueError:
-                value = math.nan
-            if math.isfinite(value) and self.scalar is int and value == int(value):
-                value = int(text) if text.lstrip("+-").isdigit() else int(value)
+                if self.scalar is int and value.is_integer():
+                    value = int(value)
         if not self._accepts(value):
             raise argparse.ArgumentTypeError(f"expected {self.expected}, got {text!r}")
         return value
@@ -166,31 +166,27 @@ class Setting:
         Raises:
             SettingError: If the setting cannot have it.
         """
-        if value is None and (self.is_optional or self.default is None):
+        if value is None and self.is_optional:
             return
-        fits = isinstance(value, list | tuple) == self.is_list
-        elements = value if self.is_list and fits else [value]
-        if self.is_list and fits:
-            least, most = self.about["length"]
-            fits = least <= len(elements) <= (most or math.inf)
-        if not fits or not all(self._accepts(element) for element in elements):
-            length = (
-                f"a list of {self.about['length'][1] or 'values'}, each " if self.is_list else ""
-            )
+        least, most = self.about["length"]
+        if self.is_list:
+            fits = isinstance(value, list | tuple) and least <= len(value) <= (most or math.inf)
+            fits = fits and all(map(self._accepts, value))
+        else:
+            fits = self._accepts(value)
+        if not fits:
+            length = f"a list of {most or 'values'}, each " if self.is_list else ""
             given = reprlib.repr(value)
             raise SettingError(self.name, f"expected {length}{self.expected}, got {given}")
 
     def _accepts(self, value: Any) -> bool:  # noqa: ANN401
         """Whether the setting can have this value, or its list this element."""
-        if self.scalar is bool or isinstance(value, bool):
-            return self.scalar is bool and isinstance(value, bool)
-        if self.scalar is str:
-            fits = isinstance(value, str) and (not self.choices or value in self.choices)
-        else:
-            fits = isinstance(value, int | float if self.scalar is float else int)
-            fits = fits and -math.inf < value < math.inf and value > self.about["above"]
+        types = int | float if self.scalar is float else self.scalar
+        fits = isinstance(value, types) and isinstance(value, bool) == (self.scalar is bool)
+        if fits and self.scalar in (int, float):
+            fits = -math.inf < value < math.inf and value > self.about["above"]
             fits = fits and self.about["low"] <= value <= self.about["high"]
-        return fits and self.about["accepts"](value)
+        return fits and (not self.choices or value in self.choices) and self.about["accepts"](value)
 
 
 def settings_of(cls: type) -> tuple[Setting, ...]:
@@ -205,18 +201,8 @@ def settings_of(cls: type) -> tuple[Setting, ...]:
         choices = get_args(hint) if get_origin(hint) is Literal else ()
         scalar = str if choices else get_args(hint)[0] if is_list else hint
         key = spec.metadata["key"] or spec.name
-        declared.append(
-            Setting(
-                spec.name,
-                key,
-                spec.default,
-                spec.metadata,
-                scalar,
-                is_list,
-                NoneType in options,
-                choices,
-            )
-        )
+        about = (spec.name, key, spec.default, spec.metadata)
+        declared.append(Setting(*about, scalar, is_list, NoneType in options, choices))
     return tuple(declared)
 
 
@@ -227,14 +213,12 @@ def check_settings(settings: object) -> None:
         SettingError: For the first that has a value it cannot have.
     """
     for spec in settings_of(type(settings)):
-        value = getattr(settings, spec.name)
-        plain = _to_plain(value)
-        if plain is not value:
-            object.__setattr__(settings, spec.name, plain)  # the object is frozen
-        spec.check(plain)
+        value = _to_plain(getattr(settings, spec.name))
+        object.__setattr__(settings, spec.name, value)  # the object is frozen
+        spec.check(value)
 
 
-def from_config(cls: type, config: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def from_config(cls: type[T], config: Mapping[str, Any]) -> T:
     """An object of a settings class from values by key; keys that are missing have defaults.
 
     Raises:
@@ -242,11 +226,6 @@ def from_config(cls: type, config: Mapping[str, Any]) -> Any:  # noqa: ANN401
     """
     known = [spec for spec in settings_of(cls) if spec.key in config]
     return cls(**{spec.name: config[spec.key] for spec in known})
-
-
-def as_arguments(settings: Any) -> dict[str, Any]:  # noqa: ANN401
-    """The values of a settings object by the names of its fields."""
-    return {spec.name: getattr(settings, spec.name) for spec in settings_of(type(settings))}
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, cls: type) -> None:
@@ -259,19 +238,6 @@ def add_flags(parser: argparse.ArgumentParser, title: str, cls: type) -> None:
 def _to_plain(value: Any) -> Any:  # noqa: ANN401
     """NumPy scalars become Python's, also within a list; any other object stays the same."""
     if isinstance(value, list | tuple):
-        elements = [_to_plain(element) for element in value]
-        same = all(a is b for a, b in zip(elements, value, strict=True))
-        return value if same else type(value)(elements)
+        return type(value)([_to_plain(element) for element in value])
     # JSON has no NumPy scalars, and those of few bits overflow in products of sizes.
     return value.item() if getattr(value, "shape", None) == () else value
-
-
-def _number(bound: float) -> str:
-    return str(int(bound)) if float(bound).is_integer() else f"{bound:g}"
-
-
-def _shown(default: Any) -> str:  # noqa: ANN401
-    if default is None:
-        return ""
-    is_list = isinstance(default, Sequence) and not isinstance(default, str)
-    return " ".join(map(str, default)) if is_list else str(default)

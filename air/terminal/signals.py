@@ -51,10 +51,6 @@ class Signals:
             self._stop = None
         return next(iter(self._received), None)  # a signal may have come meanwhile
 
-    def ignore(self) -> None:
-        """From now on signals have no effect."""
-        self.ask_by(lambda: None, ignore_repeated=True)
-
 
 @contextmanager
 def interrupt_on_signals() -> Iterator[Signals]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from air.priors import DEFAULT_COUNT_RATIO, Annealing
@@ -14,13 +15,14 @@ LEARN_PRIOR_EVERY = 100  # steps
 LEARN_PRIOR_SCENES = 1000
 
 
+_free = partial(setting, low=0, on_resume="free")
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """How to train; the defaults are the best recipe known."""
 
-    num_steps: int = setting(
-        10_000, "training steps", low=0, short="-n", common=True, on_resume="free"
-    )
+    num_steps: int = _free(10_000, "training steps", short="-n", common=True)
     batch_size: int = setting(
         64, "images per step, over all processes", low=1, short="-b", common=True
     )
@@ -28,10 +30,7 @@ class TrainingSettings:
         1e-3, "learning rate of model and guide", above=0, short="-lr", common=True
     )
     baseline_learning_rate: float = setting(
-        1e-2,
-        "learning rate of the baseline's nets (score estimator only)",
-        above=0,
-        short="-blr",
+        1e-2, "learning rate of the baseline's nets (score estimator only)", above=0, short="-blr"
     )
     lr_schedule: Schedule = setting(
         "constant",
@@ -106,43 +105,23 @@ class TrainingSettings:
         "5000 or more)",
     )
     seed: int = setting(
-        0,
-        "seed of the weights, the batches and the samples",
-        low=0,
-        high=2**32 - 1,
-        common=True,
+        0, "seed of the weights, the batches and the samples", low=0, high=2**32 - 1, common=True
     )
-    progress_every: int = setting(
-        10,
-        "steps between progress records; 0 for the last step only",
-        low=0,
-        group="output",
-        on_resume="free",
+    progress_every: int = _free(
+        10, "steps between progress records; 0 for the last step only", group="output"
     )
-    eval_every: int = setting(
+    eval_every: int = _free(
         500,
         "steps between evaluations on held-out scenes; 0 for the last step only",
-        low=0,
         group="evaluation",
-        on_resume="free",
     )
-    eval_scenes: int = setting(
-        2000,
-        "held-out scenes in an evaluation; the last evaluation uses all",
-        low=1,
-        flag="",
-        on_resume="free",
+    eval_scenes: int = _free(
+        2000, "held-out scenes in an evaluation; the last evaluation uses all", low=1, flag=""
     )
-    save_every: int = setting(
-        1000,
-        "steps between checkpoints; 0 for the last step only",
-        low=0,
-        group="output",
-        on_resume="free",
+    save_every: int = _free(
+        1000, "steps between checkpoints; 0 for the last step only", group="output"
     )
-    alarm_after: int = setting(
-        1000, "steps before the collapse check is active", low=0, flag="", on_resume="free"
-    )
+    alarm_after: int = _free(1000, "steps before the collapse check is active", flag="")
 
     def __post_init__(self) -> None:
         check_settings(self)

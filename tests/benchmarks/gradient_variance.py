@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is n
 
 import main as program
 from air import AIR
-from air.cli.config import resolve_config, to_json_types
+from air.cli.config import resolve_config
 from air.cli.device import pick_device
 from air.cli.flags import build_parser
 from air.marginal import MarginalAIR
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="scenes")
     parser.add_argument("flags", nargs="*", help="behind --: flags of main.py for data and nets")
     args = parser.parse_args()
-    cli_args = to_json_types(vars(build_parser().parse_args(args.flags)))
+    cli_args = vars(build_parser().parse_args(args.flags))
     weights, saved = read_weights(Path(args.load)) if args.load else ({}, {})
     config = resolve_config({**cli_args, "estimator": "score"}, saved)
     scenes = program.load_scenes(config)

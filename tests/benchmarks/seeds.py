@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
-from air.cli.config import to_json_types
 from air.cli.flags import build_parser
 
 MAIN = Path(__file__).parents[2] / "main.py"
@@ -74,7 +73,7 @@ def check_flags(folder: Path, arguments: Sequence[str]) -> None:
     """Refuses to count a run that was begun with other flags than are asked for now."""
     config = folder / "config.json"
     begun = json.loads(config.read_text()) if config.exists() else {}
-    for name, value in to_json_types(vars(build_parser().parse_args(arguments))).items():
+    for name, value in vars(build_parser().parse_args(arguments)).items():
         if name in begun and begun[name] != value:
             sys.exit(f"{folder} was begun with {name} {begun[name]}, not {value}; change --out")
 

@@ -1,16 +1,13 @@
 """The configuration: precedence of its sources, and what a resumed run or a loaded model keeps."""
 
-import inspect
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from air import AIR
 from air.cli.config import COMPILE_MIN_STEPS, check_config, config_hints, resolve_config
 from air.cli.flags import DEFAULTS, SETTINGS
 from air.cli.presets import PRESETS
@@ -33,15 +30,9 @@ def saved() -> dict[str, Any]:
 
 
 def test_every_default_is_stated_once() -> None:
-    signature = inspect.signature(AIR).parameters
-    for name, value in asdict(ModelSettings()).items():
-        assert signature[name].default == value
     config = flat({})
     own = {key: config[key] for key in DEFAULTS}
     assert own == {**DEFAULTS, "compile": True, "channels": 1}
-
-
-def test_no_two_settings_share_a_key_but_the_size_of_the_images() -> None:
     keys = [spec.key for cls in SETTINGS for spec in settings_of(cls)]
     assert {key for key in keys if keys.count(key) > 1} == {"x_size", "channels"}
 
@@ -160,21 +151,21 @@ def test_steps_and_windows_follow_from_many_objects() -> None:
     assert (small["window_size"], small["pos_prior_sd"], small["model_steps"]) == (10, 3.46, 4)
 
 
-def test_long_runs_are_compiled_unless_told_otherwise() -> None:
-    steps = {"num_steps": COMPILE_MIN_STEPS}
-    for cli_args, expected in [
-        (steps, True), ({"num_steps": COMPILE_MIN_STEPS - 1}, False),
-        ({**steps, "compile": False}, False), ({"num_steps": 1, "compile": True}, True),
-    ]:  # fmt: skip
-        assert resolve_config(cli_args).training.compile is expected
-
-
-@pytest.mark.parametrize(("num_steps", "expected"), [(5000, 100), (1000, 100), (50, 5), (1, 0)])
-def test_the_background_leaves_most_steps_of_a_short_run_to_the_objects(
-    num_steps: int, expected: int
+@pytest.mark.parametrize(
+    ("cli_args", "compile", "background_steps"),
+    [
+        ({"num_steps": COMPILE_MIN_STEPS}, True, 100),
+        ({"num_steps": COMPILE_MIN_STEPS - 1}, False, 100),
+        ({"num_steps": COMPILE_MIN_STEPS, "compile": False}, False, 100),
+        ({"num_steps": 50, "compile": True}, True, 5),  # most steps are for the objects
+        ({"num_steps": 1}, False, 0),
+    ],
+)
+def test_some_defaults_follow_from_the_number_of_steps(
+    cli_args: dict[str, Any], compile: bool, background_steps: int
 ) -> None:
-    resolved = resolve_config({"preset": "background", "num_steps": num_steps})
-    assert resolved.training.background_steps == expected
+    training = resolve_config(cli_args).training
+    assert (training.compile, training.background_steps) == (compile, background_steps)
 
 
 @pytest.mark.parametrize(

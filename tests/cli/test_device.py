@@ -17,25 +17,27 @@ def test_a_device_that_is_not_there(name: str) -> None:
         pick_device(name)
 
 
-def test_each_process_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "local_rank", "index"), [("cuda:1", None, 1), ("cuda", None, None), ("cuda", 1, 1)]
+)
+def test_a_gpu_becomes_the_current_one(
+    name: str, local_rank: int | None, index: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph of another GPU than the current one cannot be recorded."""
+    monkeypatch.setattr(device, "local_rank", lambda: local_rank)
+    with (
+        mock.patch("torch.zeros"),  # there may be no GPU here
+        mock.patch("torch.cuda.set_device") as chosen,
+    ):
+        assert pick_device(name) == torch.device("cuda", index)
+    assert [call.args[0].index for call in chosen.mock_calls] == ([] if index is None else [index])
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "local_rank", lambda: 1)
     with pytest.raises(ValueError, match=r"--device: expected cuda, .* got cuda:1"):
         pick_device("cuda:1")
     assert pick_device("cpu").type == "cpu"
-    with mock.patch("torch.zeros"), mock.patch("torch.cuda.set_device"):
-        assert pick_device("cuda") == torch.device("cuda:1")
-
-
-@pytest.mark.parametrize(("name", "current"), [("cuda:1", 1), ("cuda", None)])
-def test_a_gpu_that_is_named_becomes_the_current_one(name: str, current: int | None) -> None:
-    """A CUDA graph of another GPU than the current one cannot be recorded."""
-    chosen = []
-    with (
-        mock.patch("torch.zeros"),  # there may be no GPU here
-        mock.patch("torch.cuda.set_device", lambda device: chosen.append(device.index)),
-    ):
-        assert pick_device(name) == torch.device(name)
-    assert chosen == ([] if current is None else [current])
 
 
 def test_torch_and_pyro_have_their_settings_again_also_after_an_error() -> None:

@@ -192,16 +192,6 @@ def test_signals_while_compiling_end_the_run_saved(
     assert f"Interrupted, and saved at step {step} of 50" in said
 
 
-def test_a_run_out_of_memory_says_what_to_lower(
-    tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("air.training.svi.SVI.step_async", lambda *_, **__: torch.empty(1 << 60))
-    done = run_main(f"{SMALL} --output-dir run", tmp_path, environment)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-    assert "out of memory; lower --batch-size, " in done.stderr
-    assert (tmp_path / "run" / "config.json").exists()
-
-
 def test_a_defect_of_the_program_keeps_its_traceback(
     tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,25 +17,33 @@ def parse(line: str) -> dict[str, object]:
     return vars(flags.build_parser().parse_args(line.split()))
 
 
-def test_the_tutorials_command() -> None:
-    assert parse(TUTORIAL) == {
-        "num_steps": 200_000, "baseline_learning_rate": 0.1, "z_pres_prior": 0.01,
-        "scale_prior_sd": 0.2, "predict_net": [200], "bl_predict_net": [200],
-        "decoder_output_use_sigmoid": True, "decoder_output_bias": -2.0, "seed": 287710,
-    }  # fmt: skip
-
-
-def test_only_what_is_given_leaves_a_value() -> None:
-    assert parse("") == {}
-    assert parse("--no-masking --cuda --jit") == {
-        "use_masking": False, "device": "cuda", "compile": True,
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", {}),
+        (
+            TUTORIAL,
+            {
+                "num_steps": 200_000, "baseline_learning_rate": 0.1, "z_pres_prior": 0.01,
+                "scale_prior_sd": 0.2, "predict_net": [200], "bl_predict_net": [200],
+                "decoder_output_use_sigmoid": True, "decoder_output_bias": -2.0, "seed": 287710,
+            },
+        ),
+        ("--num-steps=1 --no-baseline", {"num_steps": 1, "use_baselines": False}),  # Pyro's tests
+        ("--cuda --jit", {"device": "cuda", "compile": True}),
+        ("--no-masking --baselines", {"use_masking": False, "use_baselines": True}),
+        ("--anneal-prior-duration 1e6", {"anneal_prior_duration": 1_000_000}),
+        (f"--seed {2**32 - 1} --encoder-net", {"seed": 2**32 - 1, "encoder_net": []}),
+    ],
+)  # fmt: skip
+def test_only_flags_that_are_given_leave_a_value(line: str, expected: dict[str, object]) -> None:
+    assert parse(line) == expected
 
 
 def test_every_default_has_a_flag_and_every_flag_a_default() -> None:
     actions = flags.build_parser()._actions
     assert {a.dest for a in actions} - {"help", "help_all"} == set(flags.DEFAULTS)
-    assert len(actions) - 2 <= 83
+    assert len(flags.FLAGS) <= 80
 
 
 def help_of(line: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -66,16 +74,10 @@ def test_help_lists_the_common_flags_and_help_all_all(capsys: pytest.CaptureFixt
         ("-b 0", "argument -b/--batch-size: expected a whole number of at least 1, got '0'"),
         ("-n 1.5", "argument -n/--num-steps: expected a whole number of at least 0, got '1.5'"),
         ("-lr nan", "argument -lr/--learning-rate: expected a number above 0, got 'nan'"),
-        ("-lr inf", "argument -lr/--learning-rate: expected a number above 0, got 'inf'"),
-        ("-n x", "argument -n/--num-steps: expected a whole number of at least 0, got 'x'"),
         ("--z-pres-prior 1.2", "--z-pres-prior: expected a number above 0, at most 1, got '1.2'"),
         ("--non-linearity Linear", "expected the name of an activation of torch.nn"),
-        ("--non-linearity os", "expected the name of an activation of torch.nn"),
         ("--anneal-prior cos", "argument --anneal-prior: invalid choice: 'cos'"),
-        (
-            "--preset none",
-            "expected close-digits or background or many or small-digits or dsprites, got 'none'",
-        ),
+        ("--preset none", "expected close-digits or background or many"),
         ("--batch 3", "unrecognized arguments: --batch 3"),  # no abbreviations
         ("--encoder-net 10 0", "argument --encoder-net: expected a whole number of at least 1"),
     ],
@@ -89,22 +91,6 @@ def test_wrong_values_end_in_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
-
-
-def test_whole_numbers_may_be_written_as_floats() -> None:
-    assert parse("--anneal-prior-duration 1e6")["anneal_prior_duration"] == 1_000_000
-    assert parse(f"--seed {2**32 - 1}")["seed"] == 2**32 - 1
-    assert parse("--encoder-net")["encoder_net"] == []
-
-
-def test_the_line_of_pyros_own_test_suite() -> None:
-    assert parse("--num-steps=1 --no-baseline") == {"num_steps": 1, "use_baselines": False}
-
-
-def test_every_switch_can_be_turned_on_and_off() -> None:
-    assert parse("--no-masking --baselines --no-z-pres-prior-raw --no-evaluate") == {
-        "use_masking": False, "use_baselines": True, "z_pres_prior_raw": False, "evaluate": False,
-    }  # fmt: skip
 
 
 def test_of_several_ranks_each_names_itself(

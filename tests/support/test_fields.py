@@ -10,7 +10,6 @@ import pytest
 from air.support.fields import (
     SettingError,
     add_flags,
-    as_arguments,
     check_settings,
     from_config,
     setting,
@@ -51,7 +50,6 @@ def test_text_becomes_numbers_within_bounds() -> None:
         "size": 10_000, "share": 1e-9, "shift": -2.0, "sort": "b", "nets": [], "pair": [1, 2],
         "on": False,
     }  # fmt: skip
-    assert by_name("size").parse("9007199254740993") == 2**53 + 1  # which no float is
     for name, text, expected in [
         ("size", "0", "a whole number of at least 1"),
         ("size", "1.5", "a whole number"),
@@ -89,7 +87,7 @@ def test_help_shows_meaning_and_default() -> None:
     ],
 )  # fmt: skip
 def test_a_configuration_from_a_file_is_taken(config: dict[str, Any]) -> None:
-    taken = as_arguments(from_config(Example, config))
+    taken = vars(from_config(Example, config))
     for spec in settings_of(Example):
         assert taken[spec.name] == config.get(spec.key, spec.default)
 

@@ -64,9 +64,6 @@ def test_after_training_a_signal_interrupts() -> None:
         assert signals.first() is None
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        signals.ignore()
-        for _ in range(2):
-            signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGHUP")

@@ -11,7 +11,7 @@ from air.training.training_settings import TrainingSettings
 
 def test_raw_prior_is_the_probability_at_each_step() -> None:
     raw = trainer(replace(SETTINGS, z_pres_prior=0.3, z_pres_prior_raw=True, anneal_prior="none"))
-    assert raw.prior.probs.tolist() == pytest.approx([0.3] * 3)
+    assert raw.prior.now == pytest.approx([0.3] * 3)
 
 
 def test_a_count_prior_must_fit_the_model() -> None:
