@@ -77,6 +77,7 @@ def main(
         with explained_errors(parser) as run_begins, ExitStack() as exit_stack:
             saved = read_saved(cli_args, exit_stack)
             config = resolve_config(cli_args, saved.config)
+            check_steps(config, saved)
             device = pick_device(config.program.device)
             scenes = load_scenes(config)
             show_hints(config, cli_args, scenes)
@@ -116,6 +117,15 @@ def read_saved(cli_args: Mapping[str, Any], exit_stack: ExitStack) -> Saved:
         check_config(config, path)
         return Saved(path, config, weights)
     return Saved()
+
+
+def check_steps(config: Config, saved: Saved) -> None:
+    """Refuses to resume a run that has taken more steps than it is to take."""
+    taken, given = saved.state["step"] if saved.state else 0, config.training.num_steps
+    if taken > given:
+        raise ValueError(
+            f"--num-steps: expected at least the {taken} steps already taken, got {given}"
+        )
 
 
 def load_scenes(config: Config) -> multi_mnist.SceneSplits:
@@ -160,7 +170,7 @@ def build_trainer(
     settings = replace(config.model, use_baselines=config.model.use_baselines and is_score)
     air = AIR.from_settings(settings, nets).to(device)
     test = scenes.test
-    images = to_tensor(scenes.train.x).to(device)
+    images = to_tensor(scenes.train.x)
     held_out = HeldOut.from_numpy(
         test.x, counts=test.counts, boxes=test.boxes, overlaps=test.overlaps
     )
@@ -175,11 +185,6 @@ def restore(trainer: Trainer, saved: Saved, data_sha256: str) -> None:
         load_weights_strict(trainer.air, saved.weights, saved.source)
     if saved.state:
         restore_trainer(trainer, saved.state, saved.source, data_sha256)
-    if trainer.step > trainer.settings.num_steps:
-        given = trainer.settings.num_steps
-        raise ValueError(
-            f"--num-steps: expected at least the {trainer.step} steps already taken, got {given}"
-        )
 
 
 def open_recorder(

@@ -44,7 +44,7 @@ Z_PRES_SIZE, Z_WHERE_SIZE = 1, 3
 class GuideInputs(NamedTuple):
     """The inputs of the guide's steps that are computed once for each look at the images."""
 
-    remainder: Tensor  # what the windows are cut out of, [B, (C,) H, H]; see `Look`
+    remainder: Tensor  # what windows are cut out of, [B, (C,) H, H]; see `Look.remainder`
     rnn: Projection  # for the inference LSTM
     bl_rnn: Projection | None  # for the baseline's LSTM; None without baselines
     place: Place  # mean and standard deviation of z_where to which `predict` relates
@@ -155,7 +155,8 @@ class AIR(nn.Module):
         self.bl_predict = MLP(hidden, [*s.bl_predict_net, 1], nl)
         self.bl_h_init = nn.Parameter(torch.zeros(1, hidden))
         self.bl_c_init = nn.Parameter(torch.zeros(1, hidden))
-        # Your own nets, which take the places of those above.
+        # User-defined nets replace those above, which were made all the same, so that the others
+        # have the same initial weights with and without them.
         for name, net, in_size, out_sizes in (
             ("encode", encode, window_pixels, [s.z_what_size, s.z_what_size]),
             ("decode", decode, s.z_what_size, [window_pixels + opacity_pixels]),
@@ -186,11 +187,11 @@ class AIR(nn.Module):
         """The plate "data" with the images of a batch: how every model and guide begins.
 
         Args:
-            data: See `guide`, as for the next three.
-            batch_size: Has an effect only with `draw`.
-            z_pres_prior_p: Is checked.
-            num_images: See `guide`.
-            draw: Whether to draw the batch, as a guide does. A model gets the guide's batch.
+            data: As for `guide`; `z_pres_prior_p` and `num_images` as well.
+            batch_size: As for `guide`, if the batch is drawn here.
+            z_pres_prior_p: See `data`.
+            num_images: See `data`.
+            draw: Whether to draw the batch, as a guide does. A model gets the batch of its guide.
 
         Yields:
             The images, as `to_images` returns them, [B, (C,) H, H].
@@ -392,13 +393,13 @@ class AIR(nn.Module):
         """Images, [B, (C,) H, H], as floats in [0, 1], as the likelihood takes them.
 
         Args:
-            batch: uint8 in [0, 255], bool, or floats in [0, 1]. The range of floats is checked
-                while Pyro's validation is enabled, as it is by default.
+            batch: uint8 in [0, 255], bool, or floats in [0, 1], on any device. The range of floats
+                is checked while Pyro's validation is enabled, as it is by default.
 
         Raises:
             ValueError: If the images have another shape, type or range.
         """
-        images = as_batch(batch, self.channels, self.x_size)
+        images = as_batch(batch, self.channels, self.x_size).to(self.h_init.device)
         return self.likelihood.prepare(to_intensities(images, self.h_init.dtype))
 
     def check_images(self, images: Tensor) -> None:

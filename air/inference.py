@@ -11,7 +11,7 @@ from torch import Tensor
 from air.air import AIR, Latents
 from air.priors import presence_from_counts
 from air.refinement import refine_scene
-from air.scene import infer_scene, paint, paint_objects
+from air.scene import infer_scene, paint_objects
 from air.spatial_transformer import window_boxes
 from air.support.checks import check_whole
 from air.support.handlers import closed
@@ -77,17 +77,18 @@ def infer(air: AIR, images: Tensor | NDArray[Any], refine: bool = False) -> Infe
         scene = infer_scene(air, images)
         if refine:
             scene = refine_scene(air, images, scene)
-        objects = [air.likelihood.add(scene.background, each) for each in paint_objects(air, scene)]
-        canvas = paint(air, scene)
-    painted = torch.stack(objects, 1)
-    changes = (painted - scene.background[:, None]).abs()
+        painted = paint_objects(air, scene)
+        present = scene.in_use.T.to(painted.dtype)
+        canvas = air.likelihood.compose(painted, present, scene.background)
+        objects = torch.stack([air.likelihood.add(scene.background, each) for each in painted], 1)
+    changes = (objects - scene.background[:, None]).abs()
     return Inference(
         count_probs=scene.log_q.exp(),
         counts=scene.counts,
         z_where=scene.where,
         z_what=scene.what,
         boxes=window_boxes(scene.where, air.x_size),
-        objects=painted,
+        objects=objects,
         reconstructions=canvas,
         backgrounds=scene.background,
         changes=changes.amax(2) if air.channels > 1 else changes,
@@ -103,8 +104,10 @@ def mean_count_probs(air: AIR, images: Tensor | NDArray[Any]) -> list[float]:
     images = to_tensor(images)
     if not images.numel():
         raise ValueError(f"images: expected one image or more, got {list(images.shape)}")
-    parts = [infer(air, part).count_probs.cpu() for part in torch.split(images, 500)]
-    mean = torch.cat(parts).double().mean(0).clamp(min=MIN_LEARNT_PROB)
+    air.check_images(images)
+    with closed(air):
+        log_q = [infer_scene(air, air.to_images(part)).log_q for part in torch.split(images, 500)]
+    mean = torch.cat(log_q).exp().cpu().double().mean(0).clamp(min=MIN_LEARNT_PROB)
     return [float(p) for p in mean / mean.sum()]
 
 

@@ -9,8 +9,8 @@ With a whole image or difference, the guide learns for each place of an object w
 belongs. Where objects are small or many, few windows meet one at first, and this takes thousands
 of steps. A glimpse (Mnih et al. 2014, arXiv:1406.6247) needs no learning to meet an object: the
 square of the difference is blurred, and the pixel with the greatest value is its centre. The guide
-sees the glimpse alone, and its window lies relative to that centre. So what it learns of an object
-at one place holds for every place.
+sees the glimpse alone, and predicts its window relative to that centre. So what it learns of an
+object at one place holds for every place.
 """
 
 import torch

@@ -14,11 +14,10 @@ Two things are done:
   but at least `LEAST_PROB`.
 
 - *Merging.* Now and then a guide puts two windows on one object, half of it under each. Both
-  explain the scene well, so the ELBO hardly says that one object is enough. But a window over both
-  shows a complete object then, which one code describes well. Two close objects are different: one
-  code paints them badly. So the residual of the merged object tells whether two windows hold one
-  object or two: the share of what all other objects leave that stays unexplained,
-  |x - canvas|^2 / |x - canvas of the others|^2.
+  explain the scene well, so the ELBO hardly says that one object is enough. But one code describes
+  a window over both well if they hold one object, and badly if they hold two close ones. So the
+  residual of the merged object, |x - canvas|^2 / |x - canvas of the other objects|^2, tells one
+  object from two.
 
 The constants were chosen on scenes of digits.
 """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from air.air import AIR
 from air.marginal import AllStepsActive
-from air.priors import at_least_probs, count_log_probs
+from air.priors import count_log_probs
 
 
 class Scene(NamedTuple):
@@ -34,11 +34,6 @@ class Scene(NamedTuple):
     def in_use(self) -> Tensor:
         """The objects of the most probable counts, bool [B, T]."""
         return first_objects(self.counts, self.where.shape[1])
-
-    @property
-    def presence(self) -> Tensor:
-        """q(n >= t), the probability of each object, [B, T]."""
-        return at_least_probs(self.log_q.exp())
 
     def pick(self, rows: Tensor) -> "Scene":
         """The scenes of these indices, or of a mask."""

@@ -17,6 +17,7 @@ from air import AIR
 from air.evaluation.elbo import importance_weighted_bound, sample_elbo
 from air.evaluation.metrics import HeldOut, evaluate
 from air.inference import forked_rng, infer, mean_count_probs, sample_prior
+from air.visualization.snapshots import take_snapshot
 
 
 def test_count_probabilities_equal_the_enumeration_of_all_z_pres(air: AIR, images: Tensor) -> None:
@@ -78,11 +79,14 @@ class NetWithMoments(nn.Module):
         lambda air, images: evaluate(air, HeldOut(images)),
         lambda air, images: importance_weighted_bound(air, images, 2),
         lambda air, images: sample_prior(air, len(images), seed=0),
+        lambda air, images: take_snapshot(air, HeldOut(images), 0, seed=0),
     ],
 )  # fmt: skip
 def test_functions_of_images_are_closed(use: Callable[[AIR, Tensor], object]) -> None:
     """They leave the nets, Pyro's store and Pyro's handlers outside as they are."""
-    air, images = small_air(embed=NetWithMoments(), use_baselines=False), torch.rand(8, 12, 12)
+    decode = nn.Sequential(nn.Linear(5, 49), nn.BatchNorm1d(49), nn.Sigmoid())
+    air = small_air(embed=NetWithMoments(), decode=decode, use_baselines=False)
+    images = torch.rand(8, 12, 12)
     air.encode.eval()  # a mode of its own, which stays
     modes = [net.training for net in air.modules()]
     before = copy.deepcopy(air.state_dict())

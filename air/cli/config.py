@@ -73,7 +73,8 @@ def resolve_config(
     if model:  # settings that an earlier program did not know have their defaults
         of_model = [spec for spec in _ALL if spec.about["with_model"]]
         below = below | {spec.key: model.get(spec.key, spec.plain_default) for spec in of_model}
-        below["background_steps"] = 0  # the background was learnt
+    if "load" in cli_args:
+        below = below | {"background_steps": 0}  # the background was learnt
     overridden = {
         key for given in cli_args.keys() & FLAGS for key in FLAGS[given].about["overrides"]
     }
@@ -115,7 +116,7 @@ def _image_settings(
 
     Without any of these, images keep their size (x_size None) and channels.
     """
-    if model.get("crop") is None:  # its images kept their size, and so do these
+    if model.get("crop") is None:  # it was trained without resizing, so nothing is resized here
         model = {key: value for key, value in model.items() if key != "x_size"}
     found = {"x_size": None, "channels": None, **model, **run, **cli_args}
     settings = {spec.key: found.get(spec.key, spec.default) for spec in settings_of(ImageSettings)}
@@ -134,8 +135,8 @@ def _check_resumed(cli_args: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         is_kept = FLAGS[key].about["on_resume"] == "keep" or is_fixed
         if is_kept and value != run.get(key, DEFAULTS[key]):
             raise ValueError(
-                f"--resume keeps the settings of the run, where {key} is {run.get(key)}, got "
-                f"{value}; leave this flag out, or begin a new run"
+                f"{FLAGS[key].flags[-1]}: --resume keeps the settings of the run, which has "
+                f"{run.get(key)}, got {value}; leave this flag out, or begin a new run"
             )
 
 
@@ -154,7 +155,7 @@ def _check_flags(
         if not flat["data"] and key in _OF_IMAGES - _OF_SCENES:
             raise ValueError(f"{flag} applies only to images of --data, which is missing")
     if flat["refine"] and flat["background_model"] != "none":
-        raise ValueError("--refine does not support background models: expected none")
+        raise ValueError("--refine cannot be combined with a --background-model")
     if flat["save"]:
         is_of_run = flat["save"] == run.get("save")
         check_output_file("--save", Path(flat["save"]), may_exist=is_of_run)

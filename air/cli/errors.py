@@ -34,8 +34,8 @@ def explained_errors(parser: Parser) -> Iterator[Callable[[RunFolder | None], No
     try:
         yield begin
     except KeyboardInterrupt as interrupt:
-        hint = run.resume_hint() if run else "Training had not begun"
-        parser.fail(exit_code(interrupt), f"interrupted. {hint}")
+        hint = run.resume_hint() if run else "" if has_begun else "Training had not begun"
+        parser.fail(exit_code(interrupt), f"interrupted. {hint}".rstrip())
     except Exception as error:
         if not has_begun and isinstance(error, ValueError | OSError | ModuleNotFoundError):
             parser.error(str(error))

@@ -40,8 +40,8 @@ class ProgramSettings:
     )
     preset: str | None = _input(
         None,
-        "kind of scenes to generate, with settings that suit them; other flags override the "
-        "preset. With --data, also give the flags that --suggest prints",
+        "settings that suit a kind of scenes; other flags override them. For your own images, "
+        "--suggest chooses a preset",
         accepts=PRESETS.__contains__,
         expected=" or ".join(PRESETS),
         metavar=f"{{{','.join(PRESETS)}}}",

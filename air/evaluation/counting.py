@@ -32,7 +32,7 @@ class CountScores(NamedTuple):
     each band of `DISTANCES` and `SHARED_PIXELS`, None for a band without scenes.
     """
 
-    accuracy_mode: float  # the inferred count is the mode of q(n), as in all measures but one
+    accuracy_mode: float  # the inferred count is the mode of q(n), as in all but accuracy_sample
     accuracy_sample: float  # the inferred count is one sample of q(n)
     accuracy_within_one: float  # the inferred count is off by one at most
     accuracy_by_distance: list[float | None] | None  # several objects, by the closest two centres

@@ -17,8 +17,11 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 T = TypeVar("T")
 
-# A resumed run keeps the value of the run; or keeps it unless another is given; or has the default
-# unless another is given, for a file must not name files to write or servers to reach.
+# The value of a setting in a resumed run:
+#   keep    the value of the run; a flag with another value is refused
+#   free    the value of the flag or, without it, of the run
+#   forget  the value of the flag or, without it, the default, because a file must not name files to
+#           write or servers to reach
 OnResume = Literal["keep", "free", "forget"]
 
 
@@ -138,7 +141,7 @@ class Setting:
             least, most = self.about["length"]
             options["nargs"] = most or ("+" if least else "*")
         help = self.about["help"].replace("%", "%%")
-        if self.default is not None:
+        if self.default is not None and self.default is not False:
             default = self.default if self.is_list else [self.default]
             help += f" (default: {' '.join(map(str, default))})"
         options |= {"dest": self.key, "default": argparse.SUPPRESS}

@@ -1,8 +1,8 @@
-"""Who sees a model's parameters and sites: Pyro's parameter store, outer handlers, or nobody.
+"""Handlers that connect a model with Pyro's parameter store, or isolate it.
 
 ``pyro.infer.SVI`` trains the parameters that a model and its guide name by ``pyro.param``. AIR
-names its parameters as they are named in the module, where Pyro's example has
-``pyro.module("decode", net)`` and so "decode$$$mlp.seq.0.weight".
+names its parameters as they are named in the module ("decode.mlp.seq.0.weight"); Pyro's example
+names them by ``pyro.module`` ("decode$$$mlp.seq.0.weight").
 """
 
 from collections.abc import Iterator
@@ -56,23 +56,18 @@ class LocalParameters(Messenger):
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """For the block, sets all nets to evaluation mode; afterwards each has its former mode."""
-    training = [each for each in module.modules() if each.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for each in training:
-            each.training = True
-
-
-@contextmanager
 def closed(module: nn.Module) -> Iterator[None]:
     """For the block, model and guide are plain functions of their arguments.
 
     Outer handlers see no site, Pyro's store stays as it is, no gradients are recorded, and the nets
-    are in evaluation mode, so that batch normalisation keeps its statistics.
+    are in evaluation mode, so that batch normalisation keeps its statistics. Afterwards each net
+    has its former mode.
     """
-    with evaluating(module), torch.no_grad(), poutine.block(), LocalParameters():
-        yield
+    training = [each for each in module.modules() if each.training]
+    module.eval()
+    try:
+        with torch.no_grad(), poutine.block(), LocalParameters():
+            yield
+    finally:
+        for each in training:
+            each.training = True

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from pyro.infer import TraceGraph_ELBO
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -24,9 +25,8 @@ def inductor(graph: fx.GraphModule) -> Captured:
     }
     devices = (node.kwargs.get("device") for node in graph.graph.nodes)
     if any(isinstance(device, torch.device) and device.type == "cuda" for device in devices):
-        # A CUDA graph launches all kernels of a step at once. There are some 160 small ones, one
-        # after another, and they should be few: independent kernels run as one, and cheap values
-        # are computed twice instead of stored.
+        # A step has some 160 small kernels. A CUDA graph launches them at once, and the options
+        # below merge them: independent kernels, and those that compute cheap values twice.
         wanted |= {"triton.cudagraphs": True}
         wanted |= {"combo_kernels": True, "combo_kernel_max_num_nodes": 32}
         wanted |= {"realize_opcount_threshold": 100, "realize_reads_threshold": 8}
@@ -82,6 +82,8 @@ class CompiledSVI(SVI):
         return found if isinstance(found, Tensor) else StepResult(*found)
 
     def _loss_and_grads(self, data: Tensor, args: Arguments, kwargs: Keywords) -> Tensor:
+        if type(self.loss) is not TraceGraph_ELBO:
+            return super()._loss_and_grads(data, args, kwargs)
         elbo, surrogate_loss = self._elbo_and_surrogate_loss(data, args, kwargs)
         gradients = torch.autograd.grad(surrogate_loss, self._parameters, allow_unused=True)
         alone = _as_backward_leaves_them(gradients)

@@ -1,8 +1,8 @@
 """The phases of training: which objective until which step, and with how many objects.
 
-1. With a trainable model of the background, a first phase knows no object. Otherwise an object can
-   learn to paint the background before the background does: a window as large as the image, half
-   transparent, that darkens or lightens all of it. Then it covers no object.
+1. With a trainable model of the background, a first phase has no objects. Otherwise a step of the
+   model can learn to paint the background: a half-transparent window as large as the image, which
+   darkens or lightens all of it and is then lost for objects.
 2. The ELBO, by the estimator of the settings.
 3. With `added_scenes`, the ELBO and the teacher of the count; the guide should count well by then.
 """

@@ -40,8 +40,9 @@ class Trainer:
 
     Args:
         air: The model, on the device to train on. Parameters that are frozen now stay frozen.
-        images: Training scenes, [N, (C,) H, H], on the same device. With several processes each one
-            trains on its shard of them.
+        images: Training scenes, [N, (C,) H, H], on any device. They move to the model's device if
+            they take less than half of its free memory, and otherwise batch by batch. With several
+            processes, each one trains on its shard of them.
         held_out: Scenes to evaluate on.
         settings: How to train; the batch size is that of all processes together.
         compiler: For a compiled step; see `CompiledSVI`.
@@ -74,7 +75,7 @@ class Trainer:
         air.check_images(images)
         held_out = check_scenes(air, held_out)
         self.air = air
-        self.images: Tensor = shard(images)
+        self.images = to_device(shard(images), air.h_init.device)
         self.held_out = held_out
         self.settings = settings
         self.batch_size = settings.batch_size // world_size()  # of this process
@@ -289,7 +290,7 @@ class Trainer:
 
     def _random_state(self) -> dict[str, Any]:
         """The state of the random number generators of the CPU and of the model's device."""
-        device = self.images.device
+        device = self.air.h_init.device
         state: dict[str, Any] = {"rng": torch.get_rng_state(), "cuda_rng": None}
         if device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(device)
@@ -300,7 +301,7 @@ class Trainer:
     def _restore_random_state(self, state: dict[str, Any]) -> None:
         """Restores the generator of the CPU, and that of the device if it was saved."""
         torch.set_rng_state(state["rng"])
-        device = self.images.device
+        device = self.air.h_init.device
         if device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], device)
         elif device.type == "mps" and state.get("mps_rng") is not None:
@@ -332,3 +333,10 @@ def make_count_prior(settings: TrainingSettings, air: AIR) -> CountPrior:
         settings.anneal_prior_duration,
         air.h_init.device,
     )
+
+
+def to_device(images: Tensor, device: torch.device) -> Tensor:
+    """Moves images to a device, unless they would take more than half of a GPU's free memory."""
+    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return images
+    return images.to(device)

@@ -27,7 +27,7 @@ PICTURES = {  # names and titles
     "reconstructions": "Reconstructions of the same scenes",
     "objects": "The window of each step, the probability that the step is used, and its object",
     "prior_samples": "Samples from the prior; all counts equally likely unless the prior is learnt",
-    "errors": "Scenes counted wrongly in the last evaluation, and still now",
+    "errors": "Scenes counted wrongly in the last evaluation and by the present model",
     "backgrounds": "Backgrounds of the same scenes",
 }
 _ROWS, _COLUMNS, _OBJECT_ROWS = 2, 8, 5  # of scenes in a picture, and in the picture of objects
@@ -125,8 +125,8 @@ def draw_page(
     """Draws every pane in the environment of the client.
 
     A pane has a fixed name, under which a later drawing replaces it. All panes are drawn from the
-    beginning, before they have anything to show, so that no pane moves later. The accuracy and the
-    confusion matrix are left out if the true counts are unknown.
+    beginning, before they have anything to show, so that no pane moves later. The accuracy, the
+    confusion matrix and the errors are left out if the true counts are unknown.
     """
     history, panels = History(records), {panel.name: panel for panel in PANELS}
     has_truth = snapshot.scenes.true_counts is not None
@@ -137,7 +137,7 @@ def draw_page(
     for name, title in PICTURES.items():
         if name == "errors":  # beside the picture before
             _draw_counts(client, history.latest, has_truth)
-        if name in pictures:
+        if name in pictures and (has_truth or name != "errors"):
             options = {"title": f"{title} (step {snapshot.step:,})"}
             client.image(pictures[name].transpose(2, 0, 1), win=name, opts=options)
     for name in ("grad_norm", "rates", "speed"):

@@ -22,6 +22,7 @@ from air.inference import Inference, infer, sample_prior
 from air.priors import at_least_probs
 from air.spatial_transformer import image_to_window
 from air.storage.files import write_atomically
+from air.support.handlers import closed
 
 SCENES = 64  # in a snapshot
 DECOMPOSED_SCENES = 8  # of them, with the window and the object of each step
@@ -80,7 +81,7 @@ def take_snapshot(
     """
     is_empty = (held_out.images[:num_scenes] == 0).flatten(1).all(1)
     first = torch.argsort(is_empty.int(), stable=True)
-    chosen = torch.cat((first, torch.tensor(miscounted, dtype=torch.long)))
+    chosen = torch.cat((first.cpu(), torch.tensor(miscounted, dtype=torch.long)))
     images = air.to_images(held_out.images[chosen].to(air.h_init.device))
     inference = infer(air, images)
     true_counts = None if held_out.counts is None else held_out.counts[chosen].cpu().numpy()
@@ -97,7 +98,9 @@ def take_snapshot(
     canvases, boxes, counts = sample_prior(air, num_scenes, seed, count_prior)
     samples = as_bytes(canvases)
     decomposed = slice(min(DECOMPOSED_SCENES, len(first)))
-    windows = _windows(air, images[decomposed], Inference._make(f[decomposed] for f in inference))
+    with closed(air):
+        shown = Inference._make(field[decomposed] for field in inference)
+        windows = _windows(air, images[decomposed], shown)
     return Snapshot(
         step=step,
         scenes=inferred.pick(slice(len(first))),
