@@ -24,6 +24,7 @@ from torch import Tensor
 
 from air.air import AIR, Latents
 from air.priors import PresencePrior, check_presence_prior, count_log_probs
+from air.support.checks import check_call
 
 CountTerm = Callable[[Tensor, Tensor, int], None]  # of images, log q(n), and the size of the data
 
@@ -106,6 +107,7 @@ class MarginalAIR:
     ) -> None:
         """p(x, z_where, z_what), with the expectation over n under the guide's q(n)."""
         air = self.air
+        check_call(data, batch_size, num_images)
         n = min(batch_size or len(data), len(data))
         one = air.h_init.new_ones(())  # not 1.0, which would be copied from the host to the device
         anything = dist.Normal(one.new_zeros(n, air.num_steps), one).to_event(2)

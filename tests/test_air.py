@@ -437,9 +437,11 @@ def test_the_prior_paints_what_it_draws(air: AIR) -> None:
 
 
 def test_the_default_prior_is_geometric(air: AIR) -> None:
-    _, z_pres = air.prior(100_000)[0]
-    share = torch.cat(z_pres, 1)[:, 0].mean().item()
-    assert 0 < share < 0.001
+    trace: Any = poutine.trace(air.prior).get_trace(5)
+    probs = [trace.nodes[f"z_pres_{t}"]["fn"].mean for t in range(3)]
+    expected = geometric_presence(1e-4, 3)
+    torch.testing.assert_close(probs[0], torch.full((5, 1), expected[0]))
+    assert air.presence(None) == expected
 
 
 def test_a_far_off_guide_stays_finite(air: AIR, images: Tensor) -> None:

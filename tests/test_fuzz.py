@@ -122,7 +122,7 @@ words = st.one_of(
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-@cases(150)
+@cases(75)
 @given(st.lists(st.tuples(st.sampled_from(options()), st.lists(words, max_size=2)), max_size=3))
 def test_flags(
     scenes: Path, program: Callable[[list[str]], int], asked: list[tuple[str, list[str]]]
@@ -161,7 +161,7 @@ def use(path: Path) -> None:
         evaluate(small_air(channels=found.channels), held_out)
 
 
-@cases(400)
+@cases(200)
 @given(st.data())
 def test_damaged_files_and_folders_of_scenes(scenes: Path, data: st.DataObject) -> None:
     folder = scenes.with_name("folder")
@@ -180,7 +180,7 @@ numbers = st.one_of(st.integers(-5, 5), st.floats(width=32), st.integers(-(2**60
 types = st.sampled_from(["uint8", "int8", "int64", "float32", "float64", "bool", "U3", "complex64"])
 
 
-@cases(150)
+@cases(75)
 @given(st.data())
 def test_files_of_other_arrays(scenes: Path, data: st.DataObject) -> None:
     with np.load(scenes) as file:
@@ -241,7 +241,7 @@ def test_damaged_files_of_images(
     load()
 
 
-@cases(300)
+@cases(150)
 @given(st.data())
 def test_damaged_idx_files(tmp_path: Path, data: st.DataObject) -> None:
     images = np.full((20, 28, 28), 9, np.uint8)
@@ -267,7 +267,7 @@ def checkpoint(scenes: Path, tmp_path: Path) -> Path:
     return tmp_path / "run" / "checkpoint.pt"
 
 
-@cases(100)
+@cases(50)
 @given(st.data())
 def test_damaged_checkpoints(checkpoint: Path, tmp_path: Path, data: st.DataObject) -> None:
     other = tmp_path / "damaged.pt"
@@ -283,7 +283,7 @@ values = st.one_of(
 )  # fmt: skip
 
 
-@cases(100)
+@cases(50)
 @given(
     st.sampled_from(["", "config", "model", "optimizer", "tally"]),
     st.integers(0, 10**6),

@@ -11,6 +11,7 @@ from tests.benchmarks.gpu_check import Options
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.benchmark
 def test_all_that_needs_no_gpu_is_ok_on_the_cpu(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,8 @@ from air import AIR
 from air.marginal import MarginalAIR
 from air.tutorial.render import PAGE, SOURCE, pictures_of, render_page, run_cells, split_cells
 
+pytestmark = pytest.mark.xdist_group("tutorial")  # one run of it serves all tests
+
 CELLS = split_cells(SOURCE.read_text("utf-8"))
 RIGHT = r"([\d.]+) % are counted right"
 

@@ -67,14 +67,16 @@ def _load(path: Path | str) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
-    check_unpacked_size(path)
     try:
+        check_unpacked_size(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
                 if damaged := file.testzip():  # torch does not compare checksums
                     raise ValueError(f"{damaged} in it is damaged")
         with warnings.catch_warnings(action="ignore"):  # about foreign files
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnusableFileError as error:
+        raise CheckpointError(str(error)) from error
     except Exception as error:  # of many types; torch would advise to run the code in the file
         raise CheckpointError(
             f"{path} cannot be read as weights: the file is damaged, truncated or of another type, "

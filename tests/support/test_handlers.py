@@ -162,8 +162,9 @@ def test_our_svi_trains_models_side_by_side(kind: str) -> None:
 def test_parameters_that_several_names_share_are_registered_once() -> None:
     layer = nn.Linear(3, 3)
     tied = nn.ModuleDict({"a": layer, "b": layer})
-    register_parameters(tied)
-    register_parameters(tied)
+    with poutine.trace():
+        register_parameters(tied)
+        register_parameters(tied)
     assert set(pyro.get_param_store().keys()) == {"a.weight", "a.bias"}
 
 

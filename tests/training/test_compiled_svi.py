@@ -184,32 +184,6 @@ def test_inductor_chooses_no_kernel_by_timing_it_where_it_can(known: list[str]) 
     assert compiler.call_args.kwargs["options"] == dict.fromkeys(known, True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["score", "marginal"])
-def test_learning_curves_of_captured_and_eager_steps_agree(estimator: str) -> None:
-    """At first to rounding; over 200 steps far better than the curves of two seeds.
-
-    Where a gradient is zero but for its rounding, Adam makes a whole step of it.
-    """
-
-    def curve(kind: type[SVI], seed: int, **extra: Any) -> Tensor:  # noqa: ANN401
-        pyro.set_rng_seed(0)
-        air = small_air(num_steps=1).double()
-        program = MarginalAIR(air) if estimator == "marginal" else air
-        optimizer = make_optimizer(air, 1e-3, 1e-2, clip_grad_norm=100.0)
-        svi = kind(program.model, program.guide, optimizer, TraceGraph_ELBO(), **extra)
-        pyro.set_rng_seed(seed)
-        with pyro.validation_enabled(False):
-            return torch.tensor([svi.step(data, batch_size=8) for _ in range(200)])
-
-    data = torch.randint(256, (40, 12, 12), dtype=torch.uint8)
-    eager = curve(SVI, 1)
-    captured = curve(CompiledSVI, 1, compiler=as_it_is)
-    torch.testing.assert_close(captured[:5], eager[:5], rtol=1e-6, atol=0.0)
-    assert (captured - eager).std() < 0.02 * (curve(SVI, 2) - eager).std()
-    assert eager[-20:].mean() < eager[:20].mean()
-
-
 # The path of a GPU, without one.
 
 
