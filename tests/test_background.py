@@ -147,7 +147,7 @@ def test_scenes_with_backgrounds_are_not_refined(
     line = f"{SMALL} --background-model vae --refine --output-dir run"
     done = run(line, tmp_path, environment)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "error: --refine does not support background models" in done.stderr
+    assert "error: --refine cannot be combined with a --background-model" in done.stderr
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="refine: expected False for a model with a background"):
         infer(small_air(background_model="vae"), scenes(2, 1), refine=True)

@@ -104,7 +104,7 @@ def assert_same_run(whole: Path, other: Path) -> None:
         assert same(states[0][key], states[1][key]), key
     assert lines(whole) == lines(other)
     names = [{each.name for each in path.glob("snapshots/[0-9]*.npz")} for path in (whole, other)]
-    assert names[0] == names[1]
+    assert names[0] <= names[1]  # a run that is interrupted leaves one more, where it stopped
     assert not list(other.glob(".*"))
 
 

@@ -308,6 +308,7 @@ def test_a_pyro_recipe_draws_the_scenes_of_pyros_example(
         load_scenes(settings, cache_dir=tmp_path, mnist_dir=write_idx(tmp_path / "idx", digits))
 
 
+@pytest.mark.benchmark  # 70,000 scenes each
 @pytest.mark.slow
 @pytest.mark.skipif(not MNIST.is_dir(), reason=f"needs full MNIST in {MNIST}")
 @pytest.mark.parametrize(("name", "total"), [("nearest", 883_114_919), ("bicubic", 894_575_454)])

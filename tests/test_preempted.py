@@ -28,7 +28,7 @@ SLURM = {
     "scontrol": 'echo "$@" >>requeued',
     "python": f'exec {sys.executable} "$@"',
 }
-STEPS, PREEMPTIONS = 50, 2
+STEPS, PREEMPTIONS = 40, 2
 
 
 @pytest.fixture

@@ -19,8 +19,6 @@ from air import AIR
 from air.marginal import MarginalAIR
 from air.tutorial.render import PAGE, SOURCE, pictures_of, render_page, run_cells, split_cells
 
-pytestmark = pytest.mark.xdist_group("tutorial")  # one run of it serves all tests
-
 CELLS = split_cells(SOURCE.read_text("utf-8"))
 RIGHT = r"([\d.]+) % are counted right"
 
@@ -39,10 +37,14 @@ def run_tutorial(folder: Path, **environment: str) -> Run:
     return Run(names, outputs, folder)
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Run:
-    folder = tmp_path_factory.mktemp("tutorial")
-    return run_tutorial(folder, AIR_TUTORIAL_QUICK="1", AIR_CACHE=environment["AIR_CACHE"])
+@pytest.mark.slow
+def test_a_quick_run(tmp_path: Path, environment: dict[str, str]) -> None:
+    """One run serves all that needs one, since it takes half a minute."""
+    quick = run_tutorial(tmp_path, AIR_TUTORIAL_QUICK="1", AIR_CACHE=environment["AIR_CACHE"])
+    check_that_the_page_shows_what_the_code_prints(quick)
+    check_that_every_picture_is_drawn_and_on_the_page(quick)
+    for estimator in ("score", "exact"):
+        check_that_elbo_and_gradients_are_those_of_the_package(estimator, quick)
 
 
 def without_outputs(page: str) -> str:
@@ -58,14 +60,14 @@ def test_the_page_shows_the_text_and_the_code() -> None:
     assert without_outputs(PAGE.read_text("utf-8")) == page.strip()
 
 
-def test_the_page_shows_what_the_code_prints(quick: Run) -> None:
+def check_that_the_page_shows_what_the_code_prints(quick: Run) -> None:
     """Its numbers are those of a complete run."""
     shown = re.findall(r"^```text\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     printed = [output for output in quick.outputs if output]
     assert [*map(without_numbers, shown)] == [*map(without_numbers, printed)]
 
 
-def test_every_picture_is_drawn_and_on_the_page(quick: Run) -> None:
+def check_that_every_picture_is_drawn_and_on_the_page(quick: Run) -> None:
     names = [name for cell in CELLS for name in pictures_of(cell)]
     assert len(names) > 8
     assert sorted(names) == sorted(path.stem for path in quick.folder.iterdir())
@@ -128,8 +130,7 @@ def to_tutorial(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return moved
 
 
-@pytest.mark.parametrize("estimator", ["score", "exact"])
-def test_elbo_and_gradients_are_those_of_the_package(estimator: str, quick: Run) -> None:
+def check_that_elbo_and_gradients_are_those_of_the_package(estimator: str, quick: Run) -> None:
     names, n = quick.names, 12
     x = names["test_x"][:n]
     ours, air, baseline = AIR(), names["AIR"](), names["Baseline"]()

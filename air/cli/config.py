@@ -73,7 +73,7 @@ def resolve_config(
     if model:  # settings that an earlier program did not know have their defaults
         of_model = [spec for spec in _ALL if spec.about["with_model"]]
         below = below | {spec.key: model.get(spec.key, spec.plain_default) for spec in of_model}
-    if "load" in cli_args:
+    if model or "load" in cli_args:
         below = below | {"background_steps": 0}  # the background was learnt
     overridden = {
         key for given in cli_args.keys() & FLAGS for key in FLAGS[given].about["overrides"]

@@ -87,10 +87,10 @@ def test_what_is_not_finite_never_reaches_the_weights(air: AIR, images: Tensor) 
     only = SVI(other.model, other.guide, make_optimizer(other, 0.01, 0.1), TraceGraph_ELBO())
     before = [p.detach().clone() for p in air.parameters()]
     with pyro.validation_enabled(False):
-        air.likelihood.fixed_sd = 1e-30
+        air.likelihood.sd = 1e-30
         assert not math.isfinite(svi.step(images))
         assert svi.skipped
-        air.likelihood.fixed_sd = 0.3
+        air.likelihood.sd = 0.3
         hook = air.c_init.register_hook(lambda gradient: gradient * math.nan)
         assert math.isfinite(svi.step(images))
         assert svi.skipped

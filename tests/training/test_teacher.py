@@ -196,7 +196,7 @@ def test_teaching_raises_the_probability_of_the_sums() -> None:
 
 
 def test_a_weight_is_refused_where_it_cannot_be_used() -> None:
-    with pytest.raises(ValueError, match="added_scenes: expected 0 with estimator score, got 3"):
+    with pytest.raises(ValueError, match="added_scenes: expected 0 with --estimator score, got 3"):
         TrainingSettings(added_scenes=3, estimator="score")
 
 

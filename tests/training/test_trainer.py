@@ -84,16 +84,15 @@ def test_same_seed_same_run_and_evaluations_change_nothing() -> None:
     assert elbos != run(SETTINGS, 1)[0]
 
 
-def test_the_earlier_guide_begins_with_the_weights_that_were_loaded() -> None:
+def test_the_teacher_begins_with_the_weights_that_were_loaded() -> None:
     running = trainer(replace(SETTINGS, added_scenes=5.0, added_scenes_from=0))
     with torch.no_grad():
         for parameter in running.air.parameters():
             parameter += torch.randn_like(parameter) / 10
     running._take_step()
-    assert running.added_scenes
-    for ours, theirs in zip(
-        running.air.parameters(), running.added_scenes.teacher.parameters(), strict=True
-    ):
+    teacher = running.phase.teacher
+    assert teacher
+    for ours, theirs in zip(running.air.parameters(), teacher.air.parameters(), strict=True):
         if ours.grad is not None:
             torch.testing.assert_close(ours, theirs.requires_grad_(), atol=2e-3, rtol=0)
 
@@ -213,12 +212,13 @@ def test_the_random_state_of_a_device_is_saved_and_restored(
     monkeypatch.setattr(f"torch.{kind}.set_rng_state", lambda value, *_: restored.append(value))
     running = trainer()
     of_a_cpu = running._random_state()
-    on_cpu, running.images = running.images, SimpleNamespace(device=torch.device(kind))  # type: ignore[assignment]
+    on_cpu = running.air
+    running.air = SimpleNamespace(h_init=SimpleNamespace(device=torch.device(kind)))  # type: ignore[assignment]
     state = running._random_state()
     running._restore_random_state(state)
     assert [int(each) for each in restored] == [7]
     running._restore_random_state(of_a_cpu)
-    running.images = on_cpu
+    running.air = on_cpu
     running._restore_random_state(state)
     assert len(restored) == 1
 
@@ -260,7 +260,7 @@ def test_training_ends_where_all_steps_are_skipped(every: int) -> None:
     """A run that reports nothing ends too."""
     settings = replace(SETTINGS, num_steps=400, progress_every=every, eval_every=0, save_every=0)
     running = trainer(settings)
-    running.air.likelihood.fixed_sd = 1e-30
+    running.air.likelihood.sd = 1e-30
     events: list[Any] = []
     message = r"log_likelihood and .* for \d+ steps in a row"
     with pyro.validation_enabled(False), pytest.raises(FloatingPointError, match=message):

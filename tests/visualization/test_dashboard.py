@@ -87,7 +87,7 @@ def test_without_true_counts_no_pane_is_about_them(draw: Draw) -> None:
     blind = snapshot._replace(scenes=snapshot.scenes._replace(true_counts=None))
     measured = [{"step": 1, "eval_elbo": 1.0, "accuracy_mode": None, "confusion": None}]
     for records in ([], measured):
-        assert set(draw(records, blind)) == PANES - {"accuracy", "confusion"}
+        assert set(draw(records, blind)) == PANES - {"accuracy", "confusion", "errors"}
 
 
 def test_plots_show_their_numbers_in_their_colours(draw: Draw) -> None:
