@@ -42,7 +42,7 @@ class MLP(nn.Module):
 
 
 class ConvEmbed(nn.Module):
-    """What the LSTMs see of an image: convolutions, and linear layers behind them.
+    """Image embedding for the LSTMs: convolutions followed by linear layers.
 
     Each convolution halves the sides. One linear layer cannot see the edges and corners by which
     two touching digits differ from one.

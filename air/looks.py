@@ -46,7 +46,7 @@ class Look(nn.Module):
         self.side = settings.x_size
 
     def remainder(self, images: Tensor, background: Tensor | None, canvas: Tensor | None) -> Tensor:
-        """What is left of images, [B, (C,) H, H]; the windows are cut out of it.
+        """The unexplained part of images, [B, (C,) H, H], from which windows are cut.
 
         Args:
             images: The images, [B, (C,) H, H].
@@ -57,7 +57,7 @@ class Look(nn.Module):
         return images if canvas is None else images - canvas
 
     def forward(self, remainder: Tensor, prior: Place) -> tuple[Tensor, Place]:
-        """What a step sees, flat, [B, C * side * side], and the place that `predict` relates to.
+        """The input of a step, flat, [B, C * side * side], and the place that `predict` relates to.
 
         Args:
             remainder: As returned by `remainder`.
