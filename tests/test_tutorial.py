@@ -44,6 +44,7 @@ def test_a_quick_run(tmp_path: Path, environment: dict[str, str]) -> None:
     check_that_the_page_shows_what_the_code_prints(quick)
     check_that_every_picture_is_drawn_and_on_the_page(quick)
     for estimator in ("score", "exact"):
+        pyro.clear_param_store()
         check_that_elbo_and_gradients_are_those_of_the_package(estimator, quick)
 
 

@@ -309,12 +309,13 @@ def browser() -> Iterator[Any]:
     ):  # fmt: skip
         options.add_argument(f"--{flag}")
     service = webdriver.ChromeService(driver)
-    opened = webdriver.Chrome(options, service)
-    try:
-        yield opened
-    finally:
-        opened.quit()
-        service.stop()
+    with mock.patch.dict(os.environ, {"no_proxy": "localhost,127.0.0.1"}):  # to the driver
+        opened = webdriver.Chrome(options, service)
+        try:
+            yield opened
+        finally:
+            opened.quit()
+            service.stop()
 
 
 @pytest.mark.slow
