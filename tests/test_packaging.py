@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT
 from packaging.requirements import Requirement
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.slow
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOWER_BOUNDS = {">=", ">", "~=", "=="}

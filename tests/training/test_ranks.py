@@ -21,8 +21,6 @@ from air.support.fields import SettingError
 from air.support.subsampling import draw_indices
 from air.training import ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one start of two ranks serves several tests
-
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
 
