@@ -97,14 +97,17 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
+def snapshots(run: Path) -> set[str]:
+    return {each.name for each in run.glob("snapshots/[0-9]*.npz")}
+
+
 def assert_same_run(whole: Path, other: Path) -> None:
     """The second run has the states, metrics and snapshots of the first."""
     states = [torch.load(path / "checkpoint.pt", weights_only=True) for path in (whole, other)]
     for key in ("step", "model", "optimizer", "rng", "tally", "miscounted"):
         assert same(states[0][key], states[1][key]), key
     assert lines(whole) == lines(other)
-    names = [{each.name for each in path.glob("snapshots/[0-9]*.npz")} for path in (whole, other)]
-    assert names[0] <= names[1]  # a run that is interrupted leaves one more, where it stopped
+    assert snapshots(whole) <= snapshots(other)  # an interrupted run leaves one where it stopped
     assert not list(other.glob(".*"))
 
 
@@ -124,6 +127,7 @@ def test_a_killed_run_ends_as_one_that_was_never_killed(
         page_shown = panes(port, "air_killed")
     assert writing >= kills // 6
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert snapshots(tmp_path / "whole") == snapshots(tmp_path / "killed")
     taken = [line["step"] for line in lines(tmp_path / "killed") if "elbo" in line]
     assert taken == list(range(1, steps + 1))
     traces = {trace["name"]: trace["x"] for trace in page_shown["elbo"]["content"]["data"]}

@@ -71,11 +71,11 @@ def test_precedence(saved: dict[str, Any]) -> None:
 def test_a_resumed_run_keeps_its_settings(saved: dict[str, Any]) -> None:
     resolved = flat({**RESUME, "num_steps": 20, "seed": 4}, saved)
     assert (resolved["num_steps"], resolved["seed"], resolved["counts"]) == (20, 4, [1])
-    with pytest.raises(ValueError, match=r"--batch-size: --resume keeps .* has 64"):
+    with pytest.raises(ValueError, match=r"--batch-size: --resume keeps .* has 64, got 32"):
         flat({**RESUME, "batch_size": 32}, saved)
     saved["lr_schedule"] = "cosine"  # of which the number of steps is a part
     flat({**RESUME, "num_steps": 10}, saved)
-    with pytest.raises(ValueError, match="--num-steps: --resume keeps"):
+    with pytest.raises(ValueError, match=r"--num-steps: --resume keeps .* has 10, got 20"):
         flat({**RESUME, "num_steps": 20}, saved)
     del saved["lr_schedule"]  # of a program with fewer flags
     assert flat(RESUME, saved)["lr_schedule"] == TrainingSettings().lr_schedule
