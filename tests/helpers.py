@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -168,7 +170,7 @@ def write_pictures(folder: Path) -> None:
 @contextlib.contextmanager
 def visdom_server(
     folder: Path, port: int | None = None, site: Path | None = None, login: str | None = None
-) -> Iterator[tuple[int, "programs.Program | subprocess.Popen[bytes]"]]:
+) -> Iterator[tuple[int, BaseProcess]]:
     """A real server, with its environments in that folder.
 
     Args:
@@ -180,30 +182,35 @@ def visdom_server(
     if port is None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-    code = (
-        "from visdom.server import run_server as r\n"
-        f"import hashlib, os; login = {login!r}; user = None\n"
-        "if login:\n"
-        "    sent = hashlib.sha256(login.encode()).hexdigest()\n"
-        "    user = {'username': login, 'password': r.hash_password(sent)}\n"
-        "    r.set_cookie(os.urandom(8).hex())\n"
-        f"r.start_server(port={port}, env_path={str(folder)!r}, bind_local=True, base_url='', "
-        "user_credential=user)"
-    )
     (folder / ".visdom").mkdir(parents=True, exist_ok=True)  # for a cookie
-    environment = {**os.environ, "PYTHONPATH": str(site or ""), "HOME": str(folder)}
-    command = [sys.executable, "-c", code]
-    # A fork has imported visdom: from elsewhere, and with another HOME for the cookie.
-    start = subprocess.Popen if site or login else programs.start
-    with start(command, stdout=-3, stderr=-3, env=environment) as server:
-        for _ in range(300):
+    environment = {**os.environ, "HOME": str(folder)}
+    arguments = serve_visdom, folder, port, site, login
+    server = programs.start(*arguments, folder=folder, environment=environment)
+    try:
+        for _ in range(3000):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break
-            time.sleep(0.1)
-        try:
-            yield port, server
-        finally:
-            server.kill()
+            time.sleep(0.01)
+        yield port, server
+    finally:
+        server.kill()
+        server.join()
+
+
+def serve_visdom(folder: Path, port: int, site: Path | None, login: str | None) -> None:
+    """Never ends."""
+    if site:
+        sys.path.insert(0, str(site))
+    from visdom.server import run_server
+
+    user = None
+    if login:
+        sent = hashlib.sha256(login.encode()).hexdigest()
+        user = {"username": login, "password": run_server.hash_password(sent)}
+        run_server.set_cookie(os.urandom(8).hex())
+    run_server.start_server(
+        port=port, env_path=str(folder), bind_local=True, base_url="", user_credential=user
+    )
 
 
 def panes(port: int, env: str) -> dict[str, Any]:

@@ -3,15 +3,17 @@
 import json
 import random
 import shutil
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import programs
 import pytest
 import torch
-from helpers import ROOT, capture_only, panes, run, visdom_server
+from helpers import capture_only, panes, run, visdom_server
+
+from main import main
 
 pytestmark = pytest.mark.slow
 
@@ -21,12 +23,9 @@ FLAGS = (
     "--anneal-prior exp --anneal-prior-to 1e-3 --anneal-prior-duration 200 "
     "--lr-schedule cosine --progress-every 1 --eval-every 21 --save-every 5"
 )
-CAPTURED = (  # Inductor would compile for a minute
-    "import sys, main; sys.exit(main.main(sys.argv[1:], compiler=lambda graph: graph))"
-)
 
 
-def train(folder: Path, kills: int, start: list[str], flags: str, page: str) -> int:
+def train(folder: Path, kills: int, environment: dict[str, str], flags: str, page: str) -> int:
     """Trains and kills so often, every third time while the run writes a checkpoint.
 
     Returns:
@@ -36,19 +35,23 @@ def train(folder: Path, kills: int, start: list[str], flags: str, page: str) -> 
     writing = 0
     for number in range(kills + 1):
         if (folder / "checkpoint.pt").exists():
-            words = [*start, "--resume", str(folder), *page.split()]
+            line = f"--resume {folder} {page}"
         else:
             shutil.rmtree(folder, ignore_errors=True)
-            words = [*start, *flags.split(), "--output-dir", str(folder), *page.split()]
-        with programs.start([sys.executable, *words], cwd=folder.parent, stdout=-3) as life:
-            if number < kills:
-                wait_for_a_moment(life, folder, in_writing=number % 3 == 2)
-                life.kill()
-                assert life.wait() == -9, "the run came to its end before"
-                writing += is_writing(folder)
-            else:
-                assert life.wait() == 0
+            line = f"{flags} --output-dir {folder} {page}"
+        options = {"folder": folder.parent, "environment": environment}
+        life = programs.start(main_captured, line.split(), **options)
+        if number < kills:
+            wait_for_a_moment(life, folder, in_writing=number % 3 == 2)
+            life.kill()
+        life.join()
+        assert life.exitcode == (-9 if number < kills else 0)
+        writing += number < kills and is_writing(folder)
     return writing
+
+
+def main_captured(words: list[str]) -> int:
+    return main(words, compiler=capture_only)  # Inductor would compile for a minute
 
 
 def is_writing(folder: Path) -> bool:
@@ -62,7 +65,7 @@ def written(path: Path) -> tuple[int, int]:
     return (found.st_mtime_ns, found.st_size) if found else (0, 0)
 
 
-def wait_for_a_moment(life: Any, folder: Path, in_writing: bool) -> None:  # noqa: ANN401
+def wait_for_a_moment(life: BaseProcess, folder: Path, in_writing: bool) -> None:
     """Waits until a run writes its second checkpoint, or for a time in its start, or a few steps.
 
     Each step adds a line to metrics.jsonl.
@@ -70,7 +73,7 @@ def wait_for_a_moment(life: Any, folder: Path, in_writing: bool) -> None:  # noq
     steps, pause = random.randrange(7), random.uniform(0, 0.4)
     until = time.monotonic() + pause
     checkpoint, size = written(folder / "checkpoint.pt"), written(folder / "metrics.jsonl")[1]
-    while life.poll() is None:
+    while life.is_alive():
         if in_writing:
             if is_writing(folder) and written(folder / "checkpoint.pt") != checkpoint:
                 return
@@ -115,15 +118,12 @@ def assert_same_run(whole: Path, other: Path) -> None:
 def test_a_killed_run_ends_as_one_that_was_never_killed(
     tmp_path: Path, environment: dict[str, str], captured: bool, steps: int, kills: int
 ) -> None:
-    flags = f"{FLAGS} -n {steps} {'--compile' * captured}"
+    flags = f"{FLAGS} -n {steps} {'--compile -t 1' * captured}"
     done = run(f"{flags} --output-dir whole", tmp_path, environment, compiler=capture_only)
     assert done.returncode == 0, done.stderr
-    start = ["-c", CAPTURED] if captured else [str(ROOT / "main.py")]
-    with pytest.MonkeyPatch.context() as patch, visdom_server(tmp_path / "server") as (port, _):
-        patch.setenv("AIR_CACHE", environment["AIR_CACHE"])
-        patch.setenv("PYTHONPATH", str(ROOT))
+    with visdom_server(tmp_path / "server") as (port, _):
         page = f"--viz --visdom-server localhost:{port} --viz-every 20"
-        writing = train(tmp_path / "killed", kills, start, flags, page)
+        writing = train(tmp_path / "killed", kills, environment, flags, page)
         page_shown = panes(port, "air_killed")
     assert writing >= kills // 6
     assert_same_run(tmp_path / "whole", tmp_path / "killed")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import programs
 import pytest
 from helpers import ROOT, write_idx
 from PIL import Image
@@ -53,7 +52,7 @@ def cut(image: Array) -> Array:
 def script(cwd: Path, line: str) -> tuple[int, str, str]:
     """Exit code, output and errors."""
     words = [sys.executable, str(ROOT / "multi_mnist.py"), *line.split()]
-    done = programs.run(words, cwd=cwd, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -246,8 +245,8 @@ def test_same_settings_give_the_same_bytes(tmp_path: Path) -> None:
     words = [sys.executable, str(ROOT / "multi_mnist.py"), *line.split()]
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with (
-        programs.start([*words, "a.npz"], cwd=tmp_path, **pipes) as first,
-        programs.start([*words, "b.npz"], cwd=tmp_path, **pipes) as second,
+        subprocess.Popen([*words, "a.npz"], cwd=tmp_path, **pipes) as first,
+        subprocess.Popen([*words, "b.npz"], cwd=tmp_path, **pipes) as second,
     ):
         assert [each.communicate(timeout=60)[1] for each in (first, second)] == ["", ""]
     assert files(tmp_path / "one") == files(tmp_path / "two")
@@ -422,7 +421,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 numpy.save = lambda file, array, allow_pickle: print(file.write(b"x"), flush=True) or time.sleep(60)
 multi_mnist.main("--out out.npz --cache-dir . --num-scenes 300 --num-test-scenes 40".split())"""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with programs.start([sys.executable, "-c", code], cwd=tmp_path, **pipes) as process:
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, **pipes) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "1\n"  # one byte of the file is written
         process.send_signal(end)

@@ -119,12 +119,15 @@ def test_a_net_with_other_outputs_is_refused(name: str, net: nn.Module, message:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["", "--compile", "--estimator score --compile"])
+@pytest.mark.parametrize(
+    "flags",
+    ["-t 2", "-t 1 --compile", "-t 1 --estimator score --compile"],  # to capture takes long
+)
 def test_a_run_trains_resumes_loads_and_detects(
     flags: str, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     options: dict[str, Any] = {"nets": nets, "compiler": capture_only}
-    line = f"{SMALL} {flags} --window-size 9 -t 2"  # to capture a third step takes long
+    line = f"{SMALL} {flags} --window-size 9"
     assert run(f"{line} --output-dir whole -n 6", tmp_path, environment, **options).returncode == 0
     assert run(f"{line} --output-dir run -n 3", tmp_path, environment, **options).returncode == 0
     done = run("--resume run -n 6", tmp_path, environment, **options)

@@ -1,13 +1,15 @@
 """The README keeps its promises: its commands, flags, links and programs work as written."""
 
-import importlib.util
+import contextlib
 import json
 import re
+import runpy
 import shlex
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import programs
@@ -33,19 +35,18 @@ def block(before: str, language: str) -> str:
     return found[1]
 
 
-def start(program: Path, *arguments: str, environment: dict[str, str]) -> None:
-    command = [sys.executable, program, *arguments]
-    own = {**environment, "PYTHONPATH": str(ROOT)}
-    programs.run(command, cwd=program.parent, env=own, check=True)
-
-
-def module_from(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def start(program: Path, line: str, environment: dict[str, str]) -> dict[str, Any]:
+    """Runs a program in this process, which has imported torch and Pyro."""
+    with (
+        contextlib.chdir(program.parent),
+        mock.patch.dict("os.environ", environment),
+        mock.patch("sys.argv", [program.name, *line.split()]),
+        mock.patch("sys.exit") as ended,
+        programs.paint_no_figures(),
+    ):
+        names = runpy.run_path(str(program), run_name="__main__")
+    assert ended.call_args in (None, mock.call(0))
+    return names
 
 
 def test_the_readme_is_short() -> None:
@@ -95,7 +96,7 @@ def test_the_python_example_runs(tmp_path: Path, environment: dict[str, str]) ->
     program = tmp_path / "example.py"
     check = "\nassert len(found.counts) == 10 and loss == loss and len(z[0]) == 3\n"
     program.write_text(block("## From Python", "python") + check)
-    start(program, environment=environment)
+    start(program, "", environment)
 
 
 def test_the_example_of_a_user_defined_net_trains_resumes_and_detects(
@@ -104,8 +105,7 @@ def test_the_example_of_a_user_defined_net_trains_resumes_and_detects(
     program = tmp_path / "my_air.py"
     program.write_text(block("## Your own net", "python"))
     flags = f"{SMALL} --estimator score --output-dir run"
-    start(program, *flags.split(), environment=environment)
-    my_air = module_from(program)
+    my_air = SimpleNamespace(**start(program, flags, environment))
     resumed = run("--resume run -n 6", tmp_path, environment, nets=my_air.nets)
     assert resumed.returncode == 0, resumed.stderr
 

@@ -1,7 +1,4 @@
-"""The program of tests of training by two ranks; each rank saves its results.
-
-torchrun --nproc-per-node 2 tests/two_ranks.py FOLDER
-"""
+"""What each of two ranks computes in tests of training by several ranks."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,7 +13,7 @@ from pyro.infer import TraceGraph_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, this is not a package
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for scripts of tests/benchmarks
 from air import AIR
 from air.evaluation.metrics import HeldOut
 from air.marginal import MarginalAIR
@@ -97,8 +94,8 @@ def train(trainer: Trainer) -> Iterator[float]:
         yield from [event.elbo] if hasattr(event, "elbo") else []
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
+    """Saves this rank's results into a folder."""
     torch.set_num_threads(1)
     pyro.enable_validation(False)  # a captured step has no values to look at
     trainer_module.LEARN_PRIOR_EVERY = 10
@@ -126,7 +123,3 @@ def main() -> None:
         list(train(stopped))
         found["stopped"] = stopped.step, stopped.stopped
         torch.save(found, folder / f"{rank()}.pt")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,15 +3,20 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import programs
 import pyro
 import pytest
 import torch
+import two_ranks
 from helpers import ROOT, SETTINGS, SMALL, as_rank, trainer
 from helpers import run as run_main
 from two_ranks import CASES, STEPS, make_trainer, one_step, train
@@ -20,6 +25,7 @@ from air.storage.checkpoint import read_state
 from air.support.fields import SettingError
 from air.support.subsampling import draw_indices
 from air.training import ranks
+from main import main
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
@@ -85,18 +91,33 @@ def test_a_rank_that_is_lost_is_named_in_a_line(monkeypatch: pytest.MonkeyPatch)
     assert str(raised.value) == expected
 
 
-# Two ranks under torchrun.
+# Two ranks.
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
-    """The folder with their checkpoint, and the results of each of two ranks."""
-    folder = tmp_path_factory.mktemp("ranks")
-    process = start("tests/two_ranks.py", str(folder))
-    _, complained = process.communicate(timeout=300)
-    assert process.returncode == 0, complained
-    first, second = (torch.load(folder / f"{k}.pt", weights_only=True) for k in (0, 1))
-    return folder, first, second
+def start_ranks(
+    function: Callable[..., int | None],
+    *arguments: object,
+    folder: Path,
+    environment: dict[str, str] = os.environ,  # type: ignore[assignment]
+) -> list[BaseProcess]:
+    """Two ranks as torchrun starts them, each of which prints into a file of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+    joined = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = []
+    for rank in "01":
+        own = {**environment, **joined, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+        options = {"folder": folder, "environment": own, "output": folder / f"{rank}.log"}
+        started.append(programs.start(function, *arguments, **options))
+    return started
+
+
+def ends(started: list[BaseProcess], folder: Path) -> tuple[list[int | None], list[str]]:
+    """The exit codes of ranks, and what each printed."""
+    for each in started:
+        each.join(200)
+    codes = [each.exitcode for each in started]
+    return codes, [(folder / f"{rank}.log").read_text() for rank in "01"]
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -104,26 +125,14 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("estimator", "captured"), CASES)
-def test_a_step_of_two_ranks_is_that_of_one_process_on_the_joined_batch(
-    found: tuple[Path, Any, Any], estimator: str, captured: bool
-) -> None:
-    pyro.enable_validation(False)
-    _, first, second = found
-    alone, case = one_step(estimator, captured), str((estimator, captured))
-    assert same(first[case], second[case])
-    assert len([name for name in alone if name.startswith("bl_")]) == (
-        10 if estimator == "score" else 0
-    )
-    for name, value in alone.items():
-        torch.testing.assert_close(
-            first[case][name].to(value), value, rtol=1e-4, atol=1e-5 * float(value.abs().max())
-        )
-
-
-@pytest.mark.slow
-def test_ranks_have_the_same_weights_and_draw_their_own(found: tuple[Path, Any, Any]) -> None:
-    _, first, second = found
+def test_two_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
+    codes, said = ends(start_ranks(two_ranks.main, tmp_path, folder=tmp_path), tmp_path)
+    assert codes == [0, 0], said
+    first, second = (torch.load(tmp_path / f"{k}.pt", weights_only=True) for k in (0, 1))
+    with pyro.validation_enabled(False):
+        for case in CASES:
+            check_a_step_on_the_joined_batch(case, first[str(case)], second[str(case)])
+    # They have the same weights, and draw their own random numbers.
     for estimator in ("marginal", "score"):
         assert same(first[f"weights {estimator}"], second[f"weights {estimator}"])
         assert first[f"prior {estimator}"] == second[f"prior {estimator}"]
@@ -132,34 +141,37 @@ def test_ranks_have_the_same_weights_and_draw_their_own(found: tuple[Path, Any, 
         assert elbos[-1] > elbos[0] + 4
         assert len(elbos) == STEPS // 10
     assert (first["drawn"] != second["drawn"]).all()
-
-
-@pytest.mark.slow
-def test_two_ranks_resume_exactly_and_one_process_resumes_from_two(
-    found: tuple[Path, Any, Any],
-) -> None:
-    folder, *of_ranks = found
-    for results in of_ranks:
+    # They resume exactly, and one process resumes from two.
+    for results in (first, second):
         assert same(results["uninterrupted"], results["resumed"])
     alone = [make_trainer(10) for _ in range(2)]
     for each in alone:
-        each.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
+        each.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
         list(train(each))
     assert same(*(each.air.state_dict() for each in alone))
+    # Rank 1 alone was asked to stop, before the first step.
+    assert [results["stopped"] for results in (first, second)] == [(0, True)] * 2
 
 
-@pytest.mark.slow
-def test_ranks_stop_at_the_same_step(found: tuple[Path, Any, Any]) -> None:
-    """Rank 1 alone was asked to, before the first step."""
-    assert [results["stopped"] for results in found[1:]] == [(0, True)] * 2
+def check_a_step_on_the_joined_batch(
+    case: tuple[str, bool], first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
+) -> None:
+    alone = one_step(*case)
+    assert same(first, second)
+    of_baseline = [name for name in alone if name.startswith("bl_")]
+    assert len(of_baseline) == (10 if case[0] == "score" else 0)
+    for name, value in alone.items():
+        torch.testing.assert_close(
+            first[name].to(value), value, rtol=1e-4, atol=1e-5 * float(value.abs().max())
+        )
 
 
-def wait_for(process: "subprocess.Popen[str]", condition: Any) -> None:  # noqa: ANN401
+def wait_for(is_alive: Callable[[], bool], condition: Callable[[], bool]) -> None:
     until = time.monotonic() + 200
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert is_alive()
         assert time.monotonic() < until
-        time.sleep(0.3)
+        time.sleep(0.1)
 
 
 def process_of(rank: int, agent: int) -> int:
@@ -183,7 +195,7 @@ def test_ranks_that_end_lose_no_run(tmp_path: Path, environment: dict[str, str])
     steps = SMALL.replace("-n 4", "-n 100000")
     flags = f"{steps} --no-compile --save-every 20 --eval-every 0 --output-dir {folder}".split()
     process = start("main.py", *flags, environment=environment)
-    wait_for(process, checkpoint.exists)
+    wait_for(lambda: process.poll() is None, checkpoint.exists)
     for number in (process.pid, *(process_of(rank, process.pid) for rank in (0, 1))):
         os.kill(number, signal.SIGTERM)  # as a cluster's scheduler does; torchrun sends more
     said, complained = process.communicate(timeout=60)
@@ -192,15 +204,15 @@ def test_ranks_that_end_lose_no_run(tmp_path: Path, environment: dict[str, str])
     stopped_at = read_state(checkpoint)["step"]
     assert f"step {stopped_at:,} of" in said
 
-    process = start("main.py", "--resume", str(folder), environment=environment)
-    wait_for(process, lambda: read_state(checkpoint)["step"] > stopped_at)
-    os.kill(process_of(1, process.pid), signal.SIGKILL)
-    said, complained = process.communicate(timeout=60)
-    assert process.returncode == 1
-    (line,) = own_lines(complained)
+    words = ["--resume", str(folder)]
+    started = start_ranks(main, words, folder=tmp_path, environment=environment)
+    wait_for(started[0].is_alive, lambda: read_state(checkpoint)["step"] > stopped_at)
+    started[1].kill()
+    codes, (line, _) = ends(started, tmp_path)
+    assert codes == [1, -signal.SIGKILL]
+    (line,) = own_lines(line)
     assert "another rank has exited" in line
     assert f"--resume {folder}" in line
-    assert complained.count("Traceback") == 1  # torchrun's
 
     end = read_state(checkpoint)["step"] + 5
     shutil.copytree(folder, tmp_path / "copy")
@@ -209,21 +221,12 @@ def test_ranks_that_end_lose_no_run(tmp_path: Path, environment: dict[str, str])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("flags", "problem", "code"),
-    [
-        ("--counts 0 99", "expected a whole number of at least 0, at most 50", 2),
-        ("--likelihood-sd 1e-30 -n 40 --output-dir {}", "not finite for 20 steps in a row", 1),
-    ],
-)
-def test_an_error_ends_all_ranks_with_its_line(
-    tmp_path: Path, environment: dict[str, str], flags: str, problem: str, code: int
-) -> None:
-    words = f"{SMALL} {flags.format(tmp_path / 'run')}".split()
-    process = start("main.py", *words, environment=environment)
-    _, complained = process.communicate(timeout=200)
-    lines = own_lines(complained)
-    assert 1 <= len(lines) <= 2
-    assert all(problem in line for line in lines)
-    assert f"exitcode  : {code}" in complained
-    assert complained.count("Traceback") == 1  # torchrun's
+def test_an_error_ends_all_ranks_with_its_line(tmp_path: Path, environment: dict[str, str]) -> None:
+    words = f"{SMALL} --likelihood-sd 1e-30 -n 40 --output-dir run".split()
+    started = start_ranks(main, words, folder=tmp_path, environment=environment)
+    codes, said = ends(started, tmp_path)
+    assert codes == [1, 1]
+    for printed in said:
+        (line,) = own_lines(printed)
+        assert "not finite for 20 steps in a row" in line
+        assert "Traceback" not in printed

@@ -218,7 +218,8 @@ def test_training_never_waits_for_a_server_and_one_that_comes_back_gets_every_pa
         board.draw(make_snapshot(1))
         wait_for_title(port, "phoenix", 1)
         monkeypatch.setattr(visdom_client, "TIMEOUT_SECONDS", 0.5)
-        server.send_signal(signal.SIGSTOP)
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGSTOP)
         begin = time.monotonic()
         for record in RECORDS[3:20]:
             board.record(record)
@@ -261,7 +262,7 @@ def test_a_login_comes_from_the_environment(
         board.close(60)
         assert "step 3" in (tmp_path / "safe.json").read_text()
         server.kill()
-        server.wait()
+        server.join()
     with visdom_server(tmp_path, port, login="ada"):  # it does not know the old cookie
         board = Dashboard(client, "safe", {})
         board.draw(make_snapshot(4))
