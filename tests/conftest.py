@@ -16,6 +16,12 @@ from helpers import small_air
 from air import AIR
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves out the slow file that imports hypothesis, which takes two seconds."""
+    is_fuzz = collection_path.name == "test_fuzz.py"
+    return True if is_fuzz and config.option.markexpr == "not slow" else None
+
+
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
     """Seeds the generators, empties Pyro's store, and keeps torch to one thread.

@@ -174,28 +174,30 @@ def by_hand(
     return scale * elbo.sum(), regression - surrogate
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3])
 @pytest.mark.parametrize(
-    "options",
+    ("num_steps", "options"),
     [
-        {},
-        {"use_baselines": False},
-        {"use_masking": False},
-        {"embed_net": None, "x_size": 9},
-        {"embed_channels": [3, 2], "embed_net": [7]},
-        {"guide_input": "difference"},
-        {"guide_input": "difference", "use_masking": False},
-        {"channels": 3, "guide_input": "difference"},
-        {"channels": 3, "guide_input": "difference", "embed_channels": [4]},
-        {"guide_input": "glimpse"},
-        {"channels": 3, "guide_input": "glimpse", "embed_net": [5], "use_masking": False},
-        {"background_model": "vae", "guide_input": "glimpse", "embed_channels": [4]},
-        {"likelihood": "bernoulli"},
-        {"likelihood": "bernoulli", "channels": 2, "guide_input": "difference"},
-        {"background_model": "vae", "z_background_size": 4, "background_net": [6, 5]},
-        {"background_model": "constant", "likelihood": "bernoulli"},
-        {"background_model": "constant", "channels": 3, "guide_input": "difference"},
-        {"background_model": "vae", "use_masking": False},
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (3, {"use_baselines": False}),
+        (3, {"use_masking": False}),
+        (3, {"embed_net": None, "x_size": 9}),
+        (3, {"embed_channels": [3, 2], "embed_net": [7]}),
+        (3, {"guide_input": "difference"}),
+        (3, {"guide_input": "difference", "use_masking": False}),
+        (3, {"channels": 3, "guide_input": "difference"}),
+        (3, {"channels": 3, "guide_input": "difference", "embed_channels": [4]}),
+        (1, {"guide_input": "glimpse"}),
+        (3, {"guide_input": "glimpse"}),
+        (3, {"channels": 3, "guide_input": "glimpse", "embed_net": [5], "use_masking": False}),
+        (3, {"background_model": "vae", "guide_input": "glimpse", "embed_channels": [4]}),
+        (3, {"likelihood": "bernoulli"}),
+        (3, {"likelihood": "bernoulli", "channels": 2, "guide_input": "difference"}),
+        (3, {"background_model": "vae", "z_background_size": 4, "background_net": [6, 5]}),
+        (3, {"background_model": "constant", "likelihood": "bernoulli"}),
+        (3, {"background_model": "constant", "channels": 3, "guide_input": "difference"}),
+        (3, {"background_model": "vae", "use_masking": False}),
     ],
     ids=str,
 )
@@ -448,9 +450,9 @@ def test_a_far_off_guide_stays_finite(air: AIR, images: Tensor) -> None:
     with torch.no_grad():
         air.predict.mlp.seq[-1].bias[1] = -3.0  # s around zero
         air.predict.mlp.seq[-1].bias[4] = 3.0
-    for _ in range(20):
-        loss = TraceGraph_ELBO().loss_and_grads(air.model, air.guide, images)
-        assert math.isfinite(loss)
+    for _ in range(2):
+        many = images.repeat(10, 1, 1)
+        assert math.isfinite(TraceGraph_ELBO().loss_and_grads(air.model, air.guide, many))
     for name, parameter in air.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name

@@ -25,7 +25,6 @@ from air import AIR
 from air.data.scenes import Scenes
 from air.marginal import MarginalAIR
 from air.storage.checkpoint import save_weights
-from tests.benchmarks import downstream
 from tests.benchmarks.plain_torch import LOSSES
 
 pytestmark = pytest.mark.slow
@@ -222,6 +221,8 @@ def test_downstream_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_tasks_are_of_the_digits_from_left_to_right() -> None:
+    from tests.benchmarks import downstream  # here, for scikit-learn takes a second to import
+
     x = np.zeros((2, 50, 50), np.uint8)
     boxes = np.array([[[30, 0, 40, 9], [5, 0, 15, 9]], [[5, 0, 15, 9], [30, 0, 40, 9]]], np.float32)
     scenes = Scenes(x, np.array([2, 2]), None, np.array([[3, 7], [3, 7]]), boxes)

@@ -50,7 +50,7 @@ LINES = [
     "--lr-schedule cosine --clip-grad-norm 5 --estimator score --baseline-scalar 2",
     f"{SMALL} -t 1 --estimator score --no-baselines --no-masking --embed-net 20 10 "
     "--embed-channels 4 --non-linearity Tanh --jit",
-    f"{SMALL} -t 5 --estimator marginal --window-size 20 --no-decoder-output-use-sigmoid "
+    f"{SMALL} -t 1 --estimator marginal --window-size 20 --no-decoder-output-use-sigmoid "
     "--likelihood-sd 0.4 --compile",
     f"{SMALL} --added-scenes 9 --z-pres-prior 0.9 --z-pres-prior-raw "
     "--anneal-prior exp --anneal-prior-to 1e-3 "
@@ -87,7 +87,9 @@ def test_every_flag_is_run() -> None:
     assert on_off <= given
 
 
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize(
+    "line", [*LINES[-2:], *(pytest.param(line, marks=pytest.mark.slow) for line in LINES[:-2])]
+)
 def test_lines_end_well(line: str, tmp_path: Path, environment: dict[str, str]) -> None:
     if "--data" in line.split():
         write_scenes(tmp_path / "mine.npz")
@@ -113,6 +115,7 @@ def test_lines_end_well(line: str, tmp_path: Path, environment: dict[str, str]) 
     assert "Warning" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_readme_says(tmp_path: Path, environment: dict[str, str]) -> None:
     line = f"{SMALL} --eval-every 2 --output-dir out --save-every 2"
     done = run(line, tmp_path, environment, dpi=viz.DPI)
@@ -144,6 +147,7 @@ def test_a_run_leaves_what_the_readme_says(tmp_path: Path, environment: dict[str
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_resume_refuses_what_would_be_another_run(
     tmp_path: Path, environment: dict[str, str], refused: Callable[[str], str]
 ) -> None:
@@ -193,6 +197,7 @@ def test_a_run_of_a_preset_goes_on_and_is_loaded(
     assert presence_from_counts(config["count_prior"]) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_loaded_model_is_evaluated_as_it_was_trained_on_all_of_a_file(
     tmp_path: Path, environment: dict[str, str], refused: Callable[[str], str]
 ) -> None:
@@ -281,6 +286,7 @@ def test_a_signal_during_an_evaluation_ends_the_run(
     assert (tmp_path / "run" / "evaluation.json").exists()
 
 
+@pytest.mark.slow
 def test_a_foreign_checkpoint_names_no_files_to_write_and_a_collapse_is_told(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -300,6 +306,7 @@ def test_a_foreign_checkpoint_names_no_files_to_write_and_a_collapse_is_told(
     assert metrics(tmp_path / "run")[-1]["alarm"]
 
 
+@pytest.mark.slow
 def test_figures_that_fail_do_not_cost_the_evaluations(
     tmp_path: Path, environment: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -361,6 +368,7 @@ def test_viz_on_a_server_that_dies_and_comes_back(
     assert traces["training"]["y"] == told
 
 
+@pytest.mark.slow
 def test_visdom_is_not_imported_without_viz() -> None:
     code = "import sys, main; assert not {m for m in sys.modules if m.startswith('visdom')}"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)

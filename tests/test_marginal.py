@@ -105,8 +105,10 @@ def test_the_loss_is_scaled_to_the_size_of_the_data_set() -> None:
     assert losses[1] == pytest.approx(10 * losses[0])
 
 
-@pytest.mark.parametrize("use_baselines", [True, False])
-@pytest.mark.parametrize("guide_input", ["image", "difference", "glimpse"])
+@pytest.mark.parametrize(
+    ("guide_input", "use_baselines"),
+    [("image", True), ("image", False), ("difference", True), ("glimpse", True)],
+)
 def test_the_score_function_has_the_same_expected_gradient(
     guide_input: str, use_baselines: bool
 ) -> None:

@@ -25,6 +25,7 @@ from multi_mnist import DataError, Scenes, SceneSettings, load_scenes
 
 MNIST = ROOT.parent / "shared" / "mnist"
 SMALL = partial(SceneSettings, num_scenes=300, num_test_scenes=40)
+FEW = partial(SceneSettings, num_scenes=20, num_test_scenes=5)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,9 @@ def test_overlaps_count_the_pixels_of_two_digits(tmp_path: Path) -> None:
 
 def test_min_gap_is_kept(tmp_path: Path) -> None:
     for gap in (0, 5.0):
-        _, _, overlaps, _, boxes = train(tmp_path, counts=(3,), min_gap=gap, x_size=60)
+        _, _, overlaps, _, boxes = train(
+            tmp_path, counts=(3,), min_gap=gap, x_size=60, num_scenes=100
+        )
         assert not overlaps.any()
         pairs = [pair for places in boxes for pair in combinations(places, 2)]
         gaps = [max(*(a[:2] - b[2:]), *(b[:2] - a[2:])) for a, b in pairs]
@@ -237,6 +240,7 @@ def test_each_split_shows_its_own_digits(
         assert len({image.tobytes() for image in x}) > 200
 
 
+@pytest.mark.slow
 def test_same_settings_give_the_same_bytes(tmp_path: Path) -> None:
     before = str(np.random.get_state()), random.getstate()  # noqa: NPY002
     train(tmp_path / "one", counts=(2, 0, 1))
@@ -271,13 +275,13 @@ def test_scenes_are_the_same_on_every_machine(
 
 
 def test_other_settings_give_other_scenes(tmp_path: Path) -> None:
-    one = load_scenes(SMALL(), cache_dir=tmp_path)
+    one = load_scenes(FEW(), cache_dir=tmp_path)
     changes: list[dict[str, Any]] = [
         *({"seed": 1}, {"counts": (0, 1)}, {"x_size": 51}, {"scale_sd": 0.2}, {"min_gap": 3.0}),
         *({"rotation": 9.0}, {"sides": (9, 18)}, {"binary": True}, {"recipe": "dsprites"}),
         *({"background": "noisy"}, {"background": "uniform"}),
     ]
-    others = {load_scenes(SMALL(**change), cache_dir=tmp_path).sha256 for change in changes}
+    others = {load_scenes(FEW(**change), cache_dir=tmp_path).sha256 for change in changes}
     assert len({one.sha256, *others}) == len(files(tmp_path)) == 12
 
 
@@ -413,6 +417,7 @@ def test_a_damaged_cache_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
         train(path)  # a file, not a folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_a_process_killed_while_writing_leaves_no_file(end: signal.Signals, tmp_path: Path) -> None:
     code = f"""import signal, sys, time; sys.path.insert(0, {str(ROOT)!r})
@@ -432,6 +437,7 @@ multi_mnist.main("--out out.npz --cache-dir . --num-scenes 300 --num-test-scenes
     assert len(train(tmp_path)[0]) == 300
 
 
+@pytest.mark.slow
 def test_command_line_writes_a_file_once_and_has_a_flag_for_every_setting(tmp_path: Path) -> None:
     line = "--out s.npz --data-seed 1e1 --counts 0 2 --scale-sd 0.2 --num-scenes 9 --sides 9 12"
     line += " --num-test-scenes 2 --binary --recipe dsprites --min-gap 1 --x-size 40 --cache-dir c"
@@ -476,6 +482,7 @@ def test_command_line_writes_a_folder_of_pictures(
         multi_mnist.main([*line.split(), "pictures"])
 
 
+@pytest.mark.slow
 def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
     x_size = "argument --x-size: expected a whole number of at least 8, at most 1000"
     for line, problem in (

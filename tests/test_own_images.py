@@ -13,6 +13,7 @@ import air.detect
 from air.storage.checkpoint import load_air
 
 
+@pytest.mark.slow
 def test_a_run_on_users_data_records_their_size(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -31,6 +32,7 @@ def test_a_run_on_users_data_records_their_size(
     assert load_air(tmp_path / "run" / "checkpoint.pt").x_size == 30
 
 
+@pytest.mark.slow
 def test_a_run_on_pictures_records_how_they_are_read(
     tmp_path: Path,
     environment: dict[str, str],
@@ -65,6 +67,7 @@ def test_a_run_on_pictures_records_how_they_are_read(
     assert capsys.readouterr().out.count("\n") == 20
 
 
+@pytest.mark.slow
 def test_a_model_of_images_of_another_size_is_refused_with_both_sizes(
     tmp_path: Path, environment: dict[str, str], refused: Callable[[str], str]
 ) -> None:

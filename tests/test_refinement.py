@@ -141,6 +141,7 @@ def test_two_halves_of_one_object_are_merged(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(paint(air, refined)[:2], images[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_new", [True, False])
 def test_the_elbo_of_a_hypothesis_is_that_of_the_model(
     is_new: bool, monkeypatch: pytest.MonkeyPatch

@@ -42,6 +42,7 @@ def make_run(path: Path, *steps: int, **options: Any) -> RunFolder:  # noqa: ANN
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "wrong", "steps"), [(1, 0, 1), (70, 40, 3)])
 def test_the_last_snapshot_of_a_run_is_drawn(
     tmp_path: Path, count: int, wrong: int, steps: int
@@ -60,6 +61,7 @@ def test_the_last_snapshot_of_a_run_is_drawn(
         assert picture.info["dpi"] == pytest.approx((viz.DPI, viz.DPI), abs=0.1)
 
 
+@pytest.mark.slow
 def test_an_animation_shows_one_snapshot_after_another(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", *range(0, 1000, 20))
     viz.draw_run(run, gif=True)
@@ -75,6 +77,7 @@ def test_an_animation_shows_one_snapshot_after_another(tmp_path: Path) -> None:
     assert (frames[0] != frames[1]).any()  # the number of the step
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_whatever_matplotlibrc_says(tmp_path: Path) -> None:
     """LaTeX may be missing."""
     run = make_run(tmp_path / "run", 1)
@@ -86,6 +89,7 @@ def test_figures_are_the_same_whatever_matplotlibrc_says(tmp_path: Path) -> None
     assert (run.figures / "curves.png").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", 1)
     viz.draw_run(run)
@@ -96,6 +100,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert {path.name: path.read_bytes() for path in run.figures.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "records",
     [
@@ -128,6 +133,7 @@ def test_reliability_is_drawn_with_its_intervals() -> None:
             assert abs(accuracy - end) == pytest.approx(error, rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_program_draws_a_run_or_says_why_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +155,7 @@ def test_the_program_draws_a_run_or_says_why_not(
         assert name in said
 
 
+@pytest.mark.slow
 def test_importing_viz_imports_neither_visdom_nor_pyplot() -> None:
     code = "import sys, viz; print({'visdom', 'matplotlib.pyplot'} & set(sys.modules))"
     run = [sys.executable, "-W", "ignore", "-c", code]

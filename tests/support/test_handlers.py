@@ -24,7 +24,7 @@ from air.training.compiled_svi import CompiledSVI
 from air.training.svi import SVI, make_optimizer
 
 NAME = "decode.mlp.seq.0.weight"
-KINDS = ["pyro", "own", "captured"]
+KINDS = ["pyro", "own", pytest.param("captured", marks=pytest.mark.slow)]
 IMAGES = torch.randint(256, (20, 12, 12), dtype=torch.uint8)
 
 
@@ -65,7 +65,7 @@ def moved(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
             [False, True],
             [("decode.",), (NAME, "c_init"), ("embed.", "rnn."), ("bl_",)],
         ),
-        ("captured", True, ("decode.", "c_init")),
+        pytest.param("captured", True, ("decode.", "c_init"), marks=pytest.mark.slow),
     ],
 )
 def test_frozen_parameters_stay_as_they_are_and_all_others_train(
@@ -138,7 +138,7 @@ def test_pyros_svi_refuses_names_of_other_tensors(
     assert {NAME, "h_init"} <= moved(second, before)
 
 
-@pytest.mark.parametrize("kind", ["own", "captured"])
+@pytest.mark.parametrize("kind", KINDS[1:])
 def test_our_svi_trains_models_side_by_side(kind: str) -> None:
     """And beside one that Pyro trains, and beside a copy."""
     one = small_air(num_steps=1)

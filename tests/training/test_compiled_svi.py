@@ -75,20 +75,24 @@ def compare_with_eager(
 
 CASES: list[tuple[int, int | None, dict[str, Any]]] = [  # number of steps, batch size, options
     (1, 3, {}),
-    (3, None, {"likelihood": "bernoulli"}),
-    (5, 7, {"embed_channels": [3, 2], "embed_net": [5]}),
+    (2, None, {"likelihood": "bernoulli"}),
+    (2, 7, {"embed_channels": [3, 2], "embed_net": [5]}),
     (2, 3, {"guide_input": "difference"}),
     (2, 3, {"guide_input": "glimpse"}),
-    (2, 3, {"background_model": "vae"}),
+    (1, 3, {"background_model": "vae"}),
 ]
 
 
 @pytest.mark.parametrize(
     ("estimator", "num_steps", "batch_size", "options"),
     [
-        *((estimator, *case) for estimator in ("score", "marginal") for case in CASES),
-        ("teacher", 3, 9, {"use_baselines": False}),
-        ("teacher", 2, 9, {"guide_input": "difference", "embed_channels": [3]}),
+        *((estimator, *CASES[0]) for estimator in ("score", "marginal")),
+        *(
+            pytest.param(estimator, *case, marks=pytest.mark.slow)
+            for estimator in ("score", "marginal")
+            for case in CASES[1:]
+        ),
+        pytest.param("teacher", 2, 9, {"use_baselines": False}, marks=pytest.mark.slow),
     ],
 )
 def test_captured_gradients_equal_eager_ones(
@@ -104,7 +108,9 @@ def test_captured_gradients_equal_eager_ones(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["score", "marginal"])
+@pytest.mark.parametrize(
+    "estimator", [pytest.param("score", marks=pytest.mark.benchmark), "marginal"]
+)
 def test_compiled_gradients_equal_eager_ones(estimator: str) -> None:
     air = small_air(num_steps=1)
     program = MarginalAIR(air) if estimator == "marginal" else air
@@ -112,12 +118,13 @@ def test_compiled_gradients_equal_eager_ones(estimator: str) -> None:
         compare_with_eager(air, program, torch.rand(10, 12, 12), inductor, 1e-4, batch_size=4)
 
 
+@pytest.mark.slow
 def test_capturing_draws_no_random_numbers_and_random_numbers_advance(images: Tensor) -> None:
     """A rate of zero keeps the weights: losses differ by their noise alone."""
     runs = []
     for kind in (SVI, CompiledSVI):
         pyro.set_rng_seed(1)
-        air = small_air()
+        air = small_air(num_steps=1)
         extra = {"compiler": as_it_is} if kind is CompiledSVI else {}
         optimizer = make_optimizer(air, 0.0, 0.0)
         svi = kind(air.model, air.guide, optimizer, TraceGraph_ELBO(), **extra)
@@ -127,12 +134,12 @@ def test_capturing_draws_no_random_numbers_and_random_numbers_advance(images: Te
     assert len(set(runs[1])) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_captured_step_holds_operations_on_tensors_alone(
-    ranks: int, air: AIR, images: Tensor
-) -> None:
+def test_the_captured_step_holds_operations_on_tensors_alone(ranks: int, images: Tensor) -> None:
     """With another one, such as a mark for a profiler, Inductor makes two functions of it."""
     graphs: list[fx.GraphModule] = []
+    air = small_air(num_steps=1)
     optimizer = make_optimizer(air, 0.01, 0.1, clip_grad_norm=1.0)
     elbo = TraceGraph_ELBO()
     compiler = lambda graph: graphs.append(graph) or graph  # noqa: E731
@@ -146,8 +153,10 @@ def test_the_captured_step_holds_operations_on_tensors_alone(
 
 
 def test_what_cannot_be_compiled_runs_uncompiled(
-    air: AIR, images: Tensor, caplog: pytest.LogCaptureFixture
+    images: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
+    air = small_air(num_steps=1)
+
     def fails(graph: fx.GraphModule) -> Callable[..., Any]:
         raise RuntimeError("no compiler\nand a long story")
 
@@ -158,6 +167,7 @@ def test_what_cannot_be_compiled_runs_uncompiled(
     assert caplog.messages == ["steps run uncompiled: RuntimeError: no compiler"]
 
 
+@pytest.mark.slow
 def test_a_model_that_is_gone_is_freed_at_once(images: Tensor) -> None:
     """A cycle would keep its CUDA graphs and their memory while the next model needs it."""
     air = small_air(num_steps=1)
@@ -203,6 +213,7 @@ class OffTheHost(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "settings"),
     [
@@ -238,6 +249,7 @@ def test_a_step_and_inference_stay_on_their_device(
     assert update.call_count == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("captured", [False, True])
 def test_the_path_of_a_gpu_takes_the_same_steps(captured: bool, images: Tensor) -> None:
     """A skipped step too, although a CUDA graph overwrites the results of its last run."""
@@ -306,6 +318,7 @@ class IndexArithmetic(fx.Interpreter):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [60_000, 10**8])
 def test_indices_of_a_batch_need_no_more_than_31_bits(size: int) -> None:
     def captured(n: int) -> fx.GraphModule:
@@ -315,6 +328,7 @@ def test_indices_of_a_batch_need_no_more_than_31_bits(size: int) -> None:
         IndexArithmetic(captured(min(n, size))).run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("estimator", "batch_size"), [("score", 1024), ("marginal", 1024), ("marginal", 65_536)]
 )

@@ -46,6 +46,7 @@ def stop_at(running: Trainer, step: int) -> None:
     list(running.train())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("estimator", "prefixes"),
     [

@@ -39,7 +39,10 @@ def test_steps_equal_those_of_pyros_svi(images: Tensor) -> None:
         torch.testing.assert_close(a, b, msg=name)
 
 
-@pytest.mark.parametrize(("copies", "captured"), [(1, False), (50, False), (50, True)])
+@pytest.mark.parametrize(
+    ("copies", "captured"),
+    [(1, False), (50, False), pytest.param(50, True, marks=pytest.mark.slow)],
+)
 def test_norm_and_clipping_are_in_nats_per_image(copies: int, captured: bool) -> None:
     """They mean the same for a data set of any size. The baseline is not clipped."""
     air, data = small_air(num_steps=1), torch.rand(4, 12, 12).repeat(copies, 1, 1)

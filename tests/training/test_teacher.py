@@ -179,6 +179,7 @@ def test_the_gradient_is_that_of_log_q_and_the_loss_is_unchanged(
     assert {name.split(".")[0] for name in changed} >= {"rnn", "predict"}
 
 
+@pytest.mark.slow
 def test_teaching_raises_the_probability_of_the_sums() -> None:
     pyro.set_rng_seed(0)
     air = small_air(use_baselines=False)

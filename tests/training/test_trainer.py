@@ -72,6 +72,7 @@ def test_progress_tells_of_rates_prior_and_gradients() -> None:
     assert all(event.images_per_second == 4 * event.steps_per_second for event in told)
 
 
+@pytest.mark.slow
 def test_same_seed_same_run_and_evaluations_change_nothing() -> None:
     def run(settings: TrainingSettings, seed: int) -> tuple[list[float], list[torch.Tensor]]:
         running = trainer(settings, seed)
@@ -97,6 +98,7 @@ def test_the_teacher_begins_with_the_weights_that_were_loaded() -> None:
             torch.testing.assert_close(ours, theirs.requires_grad_(), atol=2e-3, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stop", "captured", "estimator", "added_scenes"),
     [
@@ -133,6 +135,7 @@ def test_resumed_is_as_if_never_stopped(
         assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["score", "marginal"])
 def test_a_learnt_count_prior_is_the_mean_of_q(
     estimator: Estimator, monkeypatch: pytest.MonkeyPatch
@@ -158,6 +161,7 @@ def test_a_learnt_count_prior_is_the_mean_of_q(
     assert all(torch.equal(x, y) for x, y in zip(weights(whole), weights(resumed), strict=True))
 
 
+@pytest.mark.slow
 def test_annealing_goes_on_from_a_count_prior_that_was_given() -> None:
     settings = replace(SETTINGS, count_prior=[4.0, 3.0, 2.0, 1.0])
     whole, stopped = trainer(settings), trainer(settings)
@@ -170,6 +174,7 @@ def test_annealing_goes_on_from_a_count_prior_that_was_given() -> None:
     assert resumed.prior.now == whole.prior.now == pytest.approx([1e-3] * 3)
 
 
+@pytest.mark.slow
 def test_a_prior_is_learnt_after_it_was_annealed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("air.training.trainer.LEARN_PRIOR_EVERY", 3)
     settings = replace(SETTINGS, learn_count_prior_from=10, num_steps=14, progress_every=1)
