@@ -294,6 +294,26 @@ def trainer(settings: TrainingSettings = SETTINGS, seed: int = 0, **options: Any
     return Trainer(small_air(), images, HeldOut(held_out, counts), settings, **options)
 
 
+def run_until(running: Trainer, stop: int) -> list[Any]:
+    """The events to the end of step `stop`, where the run ends as a signal would end it."""
+    take_step = running._take_step
+
+    def step_and_stop() -> None:
+        take_step()
+        running.stop_requested = running.step == stop
+
+    running._take_step = step_and_stop  # type: ignore[method-assign]
+    return list(running.train())
+
+
+def saved(running: Trainer) -> dict[str, Any]:
+    """The state of a run, gone through a file."""
+    file = io.BytesIO()
+    torch.save(running.state_dict(), file)
+    file.seek(0)
+    return dict(torch.load(file, weights_only=True))
+
+
 def weights(done: Trainer) -> list[torch.Tensor]:
     return list(done.air.state_dict().values())
 

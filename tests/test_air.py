@@ -284,53 +284,10 @@ def _all_on(trace: Any) -> dict[str, Tensor]:  # noqa: ANN401
     return {n: torch.ones_like(v) if n.startswith("z_pres") else v for n, v in sites.items()}
 
 
-def test_finished_steps_cost_exactly_nothing(air: AIR, images: Tensor) -> None:
-    guide_trace: Any = poutine.trace(air.guide).get_trace(images)
-    model_trace: Any = poutine.trace(poutine.replay(air.model, guide_trace)).get_trace(images)
-    finished_somewhere = False
-    for trace in (guide_trace, model_trace):
-        trace.compute_log_prob()
-        for t in range(3):
-            done = trace.nodes[f"z_pres_{t}"]["value"][:, 0] == 0
-            finished_somewhere |= bool(done.any())
-            for name in (f"z_where_{t}", f"z_what_{t}", *([f"z_pres_{t + 1}"] if t < 2 else [])):
-                assert (trace.nodes[name]["log_prob"][done] == 0).all(), name
-                assert (trace.nodes[name]["log_prob"][~done] != 0).all(), name
-    assert finished_somewhere
-
-
 def test_an_object_never_returns_after_the_last(air: AIR, images: Tensor) -> None:
     for z_pres in (air.guide(images)[1], air.prior(50, lambda t: 0.5)[0][1]):
         present = torch.cat(z_pres, 1)
         assert (present.diff(dim=1) <= 0).all()
-
-
-def test_the_baseline_depends_on_its_own_nets_alone(air: AIR, images: Tensor) -> None:
-    trace: Any = poutine.trace(air.guide).get_trace(images)
-    names, parameters = zip(*air.named_parameters(), strict=True)
-    for t in range(3):
-        value = trace.nodes[f"z_pres_{t}"]["infer"]["baseline"]["baseline_value"]
-        gradients = torch.autograd.grad(
-            value.sum(), parameters, allow_unused=True, retain_graph=True
-        )
-        for name, gradient in zip(names, gradients, strict=True):
-            assert (gradient is not None) == name.startswith("bl_"), name
-
-
-def test_the_baseline_is_on_unit_scale(air: AIR, images: Tensor) -> None:
-    many = images.repeat(20, 1, 1)
-    trace: Any = poutine.trace(air.guide).get_trace(many, batch_size=10)
-    value = trace.nodes["z_pres_0"]["infer"]["baseline"]["baseline_value"]
-    torch.testing.assert_close(
-        value, 20 * bl_value_by_hand(air, many[trace.nodes["data"]["value"]])
-    )
-
-
-def bl_value_by_hand(air: AIR, x: Tensor) -> Tensor:
-    n = len(x)
-    latents = (air.z_where_init.expand(n, -1), air.z_what_init.expand(n, -1), x.new_ones(n, 1))
-    state = (air.bl_h_init.expand(n, -1), air.bl_c_init.expand(n, -1))
-    return air.bl_predict(lstm(air.bl_rnn, torch.cat((x.flatten(1), *latents), 1), state)[0])[:, 0]
 
 
 def test_pyros_svi_trains_two_models_in_a_row_if_its_store_is_cleared(images: Tensor) -> None:
@@ -419,15 +376,6 @@ def test_weights_keep_the_names_of_pyros_example() -> None:
     expected |= {"z_where_init": (1, 3), "z_what_init": (1, 50)}
     expected |= {"z_where_loc_prior": (3,), "z_where_scale_prior": (3,)}
     assert {name: tuple(t.shape) for name, t in air.state_dict().items()} == expected
-
-
-def test_bytes_and_floats_are_the_same_images(air: AIR) -> None:
-    data = torch.randint(256, (6, 12, 12), dtype=torch.uint8)
-    losses = []
-    for images in (data, data.float() / 255):
-        pyro.set_rng_seed(3)
-        losses.append(TraceGraph_ELBO().loss(air.model, air.guide, images))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_the_prior_paints_what_it_draws(air: AIR) -> None:

@@ -20,7 +20,6 @@ from air.evaluation.metrics import HeldOut, evaluate
 from air.inference import infer, sample_prior
 from air.likelihoods import make_likelihood
 from air.marginal import MarginalAIR
-from air.storage.checkpoint import load_air, write_state
 from air.training import Trainer, TrainingSettings
 from air.training.events import CheckpointDue, Progress
 from air.visualization.dashboard import draw_page
@@ -198,20 +197,6 @@ def test_detect_draws_backgrounds_below_the_images(tmp_path: Path) -> None:
     for index, (row, column) in {2: (1, 2), 9: (3, 1)}.items():
         middle = row * (side + 4) + side // 2, column * (side + 4) + side // 2
         assert pixels[middle].tolist() == behind[index, :, 6, 6].tolist()
-
-
-def test_a_checkpoint_brings_its_background(tmp_path: Path) -> None:
-    options = {"background_model": "vae", "z_background_size": 4, "background_net": [6]}
-    air, images = small_air(**options), scenes(5, 1)
-    sizes = {
-        "x_size": 12, "window_size": 7, "encoder_latent_size": 5, "rnn_hidden_size": 11,
-        "encoder_net": [9], "decoder_net": [8], "predict_net": [6], "bl_predict_net": [4],
-    }  # fmt: skip
-    config = {**sizes, **options}
-    state = {"format": 3, "model": air.state_dict(), "optimizer": {}, "step": 1, "config": config}
-    write_state(tmp_path / "checkpoint.pt", state)
-    loaded = load_air(tmp_path / "checkpoint.pt")
-    assert torch.equal(infer(loaded, images).backgrounds, infer(air, images).backgrounds)
 
 
 @pytest.mark.parametrize("options", [{}, {"channels": 3}, {"likelihood": "bernoulli"}])

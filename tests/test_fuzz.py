@@ -5,8 +5,6 @@ checkpoints. Of training, only one step is taken.
 """
 
 import contextlib
-import os
-import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,6 @@ from air.data.user_images.preparation import ImageSettings
 from air.data.user_images.sources import load_data
 from air.evaluation.metrics import HeldOut, evaluate
 from air.storage.checkpoint import CheckpointError, read_weights
-from air.storage.run_folder import RunFolder
 from air.training.events import SnapshotDue
 from air.training.trainer import Trainer
 
@@ -309,37 +306,3 @@ def test_checkpoints_of_other_content(
     folder.mkdir()
     torch.save({**state, inner: target} if inner else target, folder / "checkpoint.pt")
     program(["--resume", str(folder), "--no-viz"])
-
-
-class Trap:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (os.mkdir, (str(self.path),))
-
-
-def test_no_file_is_ever_executed(
-    tmp_path: Path, scenes: Path, program: Callable[[list[str]], int]
-) -> None:
-    sprung = tmp_path / "sprung"
-    trap = Trap(sprung)
-    np.savez(tmp_path / "trap.npz", x=np.array([trap, trap], dtype=object))
-    (tmp_path / "raw.npz").write_bytes(pickle.dumps(trap))
-    torch.save(
-        {"format": 3, "config": trap, "model": {}, "optimizer": {}, "step": 1}, tmp_path / "t.pt"
-    )
-    (tmp_path / "raw.pt").write_bytes(pickle.dumps(trap))
-    for name in MNIST_FILES:
-        (tmp_path / name).write_bytes(pickle.dumps(trap))
-    run = RunFolder.create(tmp_path / "run", 0)
-    run.checkpoint.write_bytes(pickle.dumps(trap))
-    del run
-    for line in (
-        "--data trap.npz", "--data raw.npz", f"--data {scenes} --load t.pt", "--resume run",
-        f"--data {scenes} --load raw.pt", f"--digits mnist --mnist-dir {tmp_path} --num-scenes 3",
-    ):  # fmt: skip
-        assert program(line.split()) == 2
-    assert not sprung.exists()

@@ -92,10 +92,6 @@ def test_bytes_become_intensities_and_images_of_another_shape_are_refused(channe
 def test_bernoulli_needs_intensities() -> None:
     with pytest.raises(ValueError, match="likelihood bernoulli needs decoder_output_use_sigmoid"):
         AIR(likelihood="bernoulli", decoder_output_use_sigmoid=False)
-    with pytest.raises(
-        ValueError, match="guide_input: expected image or difference or glimpse, got 'both'"
-    ):
-        AIR(guide_input="both")  # type: ignore[arg-type]
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -12,14 +12,15 @@ from helpers import run, write_pictures, write_scenes
 import air.detect
 from air.storage.checkpoint import load_air
 
+TINY = "-n 2 -b 8 --rnn-hidden-size 16 --encoder-net 12 --decoder-net 12 --predict-net 8"
+
 
 @pytest.mark.slow
 def test_a_run_on_users_data_records_their_size(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     write_scenes(tmp_path / "mine.npz", size=30)
-    tiny = "-n 2 -b 8 --rnn-hidden-size 16 --encoder-net 12 --decoder-net 12 --predict-net 8"
-    done = run(f"{tiny} --data mine.npz --output-dir run", tmp_path, environment)
+    done = run(f"{TINY} --data mine.npz --output-dir run", tmp_path, environment)
     assert done.returncode == 0, done.stderr
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     for config in (json.loads((tmp_path / "run" / "config.json").read_text()), state["config"]):
@@ -40,9 +41,8 @@ def test_a_run_on_pictures_records_how_they_are_read(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_pictures(tmp_path / "pictures")
-    tiny = "-n 2 -b 8 --rnn-hidden-size 16 --encoder-net 12 --decoder-net 12 --predict-net 8"
     flags = "--data pictures --x-size 32 --channels 1 --alpha-over white"
-    done = run(f"{tiny} {flags} --output-dir run", tmp_path, environment)
+    done = run(f"{TINY} {flags} --output-dir run", tmp_path, environment)
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["x_size"], config["channels"], config["crop"]) == (32, 1, False)
@@ -71,15 +71,14 @@ def test_a_run_on_pictures_records_how_they_are_read(
 def test_a_model_of_images_of_another_size_is_refused_with_both_sizes(
     tmp_path: Path, environment: dict[str, str], refused: Callable[[str], str]
 ) -> None:
-    tiny = "-n 1 -b 8 --rnn-hidden-size 16 --encoder-net 12 --decoder-net 12 --predict-net 8"
     for size in (20, 30):
         write_scenes(tmp_path / f"{size}.npz", size=size)
-    line = f"{tiny} --data 30.npz --output-dir run --save weights.pt"
+    line = f"{TINY} --data 30.npz --output-dir run --save weights.pt"
     assert run(line, tmp_path, environment).returncode == 0
-    said = refused(f"--load run/checkpoint.pt --data 20.npz {tiny}")
+    said = refused(f"--load run/checkpoint.pt --data 20.npz {TINY}")
     assert "trained on images of [1, 30, 30]" in said
     assert "these images are [1, 20, 20]" in said
-    said = refused(f"--load weights.pt --data 20.npz {tiny}")  # weights alone do not tell the size
+    said = refused(f"--load weights.pt --data 20.npz {TINY}")  # weights alone do not tell the size
     assert "the weights in weights.pt do not fit" in said
 
 

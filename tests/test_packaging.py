@@ -18,6 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOWER_BOUNDS = {">=", ">", "~=", "=="}
 LOAD_COMMANDS = """
 from importlib.metadata import distribution
+from air import AIR
 for command in distribution("air").entry_points:
     function = command.load()
     assert callable(function)
@@ -94,18 +95,15 @@ def test_every_requirement_has_a_lower_bound(name: str) -> None:
         assert {bound.operator for bound in requirement.specifier} & LOWER_BOUNDS, requirement
 
 
-def test_every_command_resolves_to_the_installed_copy(installed: Path, tmp_path: Path) -> None:
+def test_the_package_and_its_commands_work_in_another_folder(
+    installed: Path, tmp_path: Path
+) -> None:
     lines = elsewhere(installed, tmp_path, "-c", LOAD_COMMANDS).splitlines()
     homes = dict(line.split(" ", 1) for line in lines)
     assert homes.keys() == PROJECT["scripts"].keys()
     for name, home in homes.items():
         module = PROJECT["scripts"][name].split(":")[0]
         assert Path(home) == installed / f"{module.replace('.', '/')}.py"
-
-
-def test_the_package_works_in_another_folder(installed: Path, tmp_path: Path) -> None:
-    code = "from air import AIR; import air; print(air.__file__, AIR.__name__)"
-    assert elsewhere(installed, tmp_path, "-c", code) == f"{installed}/air/__init__.py AIR\n"
     assert "--load" in elsewhere(installed, tmp_path, "-m", "air.detect", "--help")
 
 

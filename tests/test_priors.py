@@ -33,15 +33,6 @@ def test_the_counts_are_geometric(num_steps: int, ratio: float) -> None:
         assert math.log(p[n]) == pytest.approx(n * math.log(ratio) - math.log(total), abs=1e-6)
 
 
-@pytest.mark.parametrize("k", [0.01, 0.5, 1.0])
-def test_three_steps_equal_pyros_formula(k: float) -> None:
-    u = 1 / (1 + k + k**2 + k**3)
-    p0 = 1 - u
-    p1 = 1 - k * u / p0
-    p2 = 1 - k**2 * u / (p0 * p1)
-    assert geometric_presence(k, 3) == pytest.approx([p0, p1, p2])
-
-
 @pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5, math.nan])
 def test_a_ratio_out_of_range_is_refused(ratio: float) -> None:
     with pytest.raises(ValueError, match=r"must be in \(0, 1\], got"):

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import programs
@@ -16,11 +15,6 @@ def tell() -> int:
     print(os.getcwd(), os.environ["A"], len(os.environ), "torch._dynamo" in sys.modules)
     print([signal.getsignal(number) is signal.SIG_IGN for number in programs.SIGNALS])
     return 3
-
-
-def sleep() -> None:
-    print("sleeps", flush=True)
-    time.sleep(100)
 
 
 def test_a_program_has_its_own_folder_environment_and_signals(tmp_path: Path) -> None:
@@ -36,15 +30,3 @@ def test_a_program_has_its_own_folder_environment_and_signals(tmp_path: Path) ->
         assert (tmp_path / "log").read_text() == expected
     finally:
         signal.signal(signal.SIGINT, former)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_signals_end_a_program(number: int, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    program = programs.start(sleep, folder=tmp_path, output=log)
-    while not (log.exists() and log.read_text()):
-        time.sleep(0.01)
-    assert program.pid is not None
-    os.kill(program.pid, number)
-    program.join(20)
-    assert program.exitcode == -number

@@ -95,7 +95,9 @@ def test_every_file_of_the_reading_order_exists() -> None:
 def test_the_python_example_runs(tmp_path: Path, environment: dict[str, str]) -> None:
     program = tmp_path / "example.py"
     check = "\nassert len(found.counts) == 10 and loss == loss and len(z[0]) == 3\n"
-    program.write_text(block("## From Python", "python") + check)
+    code = block("## From Python", "python")
+    assert "SceneSettings()" in code  # of which the scenes take long to draw
+    program.write_text(code.replace("SceneSettings()", "SceneSettings(num_scenes=500)") + check)
     start(program, "", environment)
 
 

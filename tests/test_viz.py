@@ -156,7 +156,7 @@ def test_the_program_draws_a_run_or_says_why_not(
 
 
 @pytest.mark.slow
-def test_importing_viz_imports_neither_visdom_nor_pyplot() -> None:
-    code = "import sys, viz; print({'visdom', 'matplotlib.pyplot'} & set(sys.modules))"
+def test_the_programs_import_neither_visdom_nor_pyplot() -> None:
+    code = "import sys, main, viz; print({'visdom', 'matplotlib.pyplot'} & set(sys.modules))"
     run = [sys.executable, "-W", "ignore", "-c", code]
     assert subprocess.check_output(run, cwd=Path(viz.__file__).parent, text=True) == "set()\n"

@@ -95,7 +95,7 @@ def draw(
 
 # %%
 H, W = 50, 28  # sides of a scene and of a window, in pixels
-sizes = (500, 200) if QUICK else (20_000, 2000)
+sizes = (200, 100) if QUICK else (20_000, 2000)
 scenes = load_scenes(SceneSettings(num_scenes=sizes[0], num_test_scenes=sizes[1]))
 train_x = torch.tensor(scenes.train.x) / 255
 test_x, test_n = torch.tensor(scenes.test.x) / 255, torch.tensor(scenes.test.counts)

@@ -1,12 +1,11 @@
 """Training of a model of which a part is frozen: the loop, its state, and its checkpoints."""
 
-import io
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import SETTINGS, capture_only, trainer, weights
+from helpers import SETTINGS, capture_only, run_until, saved, trainer, weights
 
 from air.air import AIR
 from air.training.trainer import Trainer
@@ -27,25 +26,6 @@ def frozen_trainer(*prefixes: str, seed: int = 0, **changes: Any) -> Trainer:  #
     return Trainer(made.air, made.images, made.held_out, made.settings, compiler=capture_only)
 
 
-def saved(state: dict[str, Any]) -> dict[str, Any]:
-    """A state that went through a file."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return dict(torch.load(file, weights_only=True))
-
-
-def stop_at(running: Trainer, step: int) -> None:
-    take_step = running._take_step
-
-    def step_and_stop() -> None:
-        take_step()
-        running.stop_requested = running.step == step
-
-    running._take_step = step_and_stop  # type: ignore[method-assign]
-    list(running.train())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("estimator", "prefixes"),
@@ -64,8 +44,8 @@ def test_resumed_is_as_if_never_stopped(prefixes: tuple[str, ...], estimator: Es
     unused = ("bl_",) if estimator == "marginal" else ()
     assert moved == {name for name in before if not name.startswith(prefixes + unused)}
     stopped = frozen_trainer(*prefixes, estimator=estimator)
-    stop_at(stopped, 2)
-    state = saved(stopped.state_dict())
+    run_until(stopped, 2)
+    state = saved(stopped)
     resumed = frozen_trainer(*prefixes, seed=7, estimator=estimator)
     resumed.load_state_dict(state)
     list(resumed.train())
@@ -94,4 +74,4 @@ def test_a_state_with_other_frozen_parameters_is_refused(
 def test_a_model_with_all_parameters_frozen_is_evaluated() -> None:
     evaluating = frozen_trainer("", num_steps=0)
     list(evaluating.train())
-    evaluating.load_state_dict(saved(evaluating.state_dict()))
+    evaluating.load_state_dict(saved(evaluating))

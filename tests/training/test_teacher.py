@@ -27,7 +27,6 @@ from air.training.teacher import (
     infer_counts,
     make_sums,
 )
-from air.training.training_settings import TrainingSettings
 
 WEIGHT = 7.0
 
@@ -194,11 +193,6 @@ def test_teaching_raises_the_probability_of_the_sums() -> None:
         for _ in range(30):
             svi.step(torch.zeros(4, 12, 12))
     assert log_q_by_hand(air, made.images, made.counts).mean() > before + 0.3
-
-
-def test_a_weight_is_refused_where_it_cannot_be_used() -> None:
-    with pytest.raises(ValueError, match="added_scenes: expected 0 with --estimator score, got 3"):
-        TrainingSettings(added_scenes=3, estimator="score")
 
 
 @pytest.mark.parametrize(

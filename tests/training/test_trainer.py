@@ -1,6 +1,5 @@
 """The loop: its events, and that a resumed run ends as one that never stopped."""
 
-import io
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,14 +8,14 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from helpers import SETTINGS, capture_only, trainer, weights
+from helpers import SETTINGS, capture_only, run_until, saved, trainer, weights
 
 from air.inference import infer
 from air.priors import geometric_presence, presence_from_counts
 from air.storage.checkpoint import check_progress
 from air.training.events import CheckpointDue, Evaluated, Progress, SnapshotDue
 from air.training.schedules import learning_rate_factor
-from air.training.trainer import MAX_SKIPPED, SYNC_EVERY, Trainer
+from air.training.trainer import MAX_SKIPPED, SYNC_EVERY
 from air.training.training_settings import Estimator, TrainingSettings
 
 
@@ -117,13 +116,10 @@ def test_resumed_is_as_if_never_stopped(
     expected = [without_times(e) for e in whole.train() if e.step > stop]
 
     stopped = trainer(settings, compiler=capture_only)
-    for event in trainer_events_until(stopped, stop):
-        assert event.step <= stop
-    file = io.BytesIO()
-    torch.save(stopped.state_dict(), file)
-    file.seek(0)
+    assert all(event.step <= stop for event in run_until(stopped, stop))
+    state = saved(stopped)  # before the next one sets its seed
     resumed = trainer(settings, seed=7, compiler=capture_only)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
+    resumed.load_state_dict(state)
     found = [without_times(e) for e in resumed.train()]
 
     assert found == expected
@@ -152,7 +148,7 @@ def test_a_learnt_count_prior_is_the_mean_of_q(
     assert [float(whole.prior(t)) for t in range(3)] == pytest.approx(whole.prior.now)
 
     stopped = trainer(settings)
-    list(trainer_events_until(stopped, 7))
+    run_until(stopped, 7)
     state = stopped.state_dict()
     resumed = trainer(settings, seed=7)
     resumed.load_state_dict(state)
@@ -166,7 +162,7 @@ def test_annealing_goes_on_from_a_count_prior_that_was_given() -> None:
     settings = replace(SETTINGS, count_prior=[4.0, 3.0, 2.0, 1.0])
     whole, stopped = trainer(settings), trainer(settings)
     list(whole.train())
-    list(trainer_events_until(stopped, 5))
+    run_until(stopped, 5)
     resumed = trainer(settings)
     resumed.load_state_dict(stopped.state_dict())
     assert resumed.prior.now == stopped.prior.now != list(resumed.prior.start)
@@ -226,18 +222,6 @@ def test_the_random_state_of_a_device_is_saved_and_restored(
     running.air = on_cpu
     running._restore_random_state(state)
     assert len(restored) == 1
-
-
-def trainer_events_until(running: Trainer, stop: int) -> list[Any]:
-    """Runs to the end of step `stop` as a signal would end it there."""
-    take_step = running._take_step
-
-    def step_and_stop() -> None:
-        take_step()
-        running.stop_requested = running.step == stop
-
-    running._take_step = step_and_stop  # type: ignore[method-assign]
-    return list(running.train())
 
 
 def test_a_run_that_is_done_only_evaluates_again() -> None:

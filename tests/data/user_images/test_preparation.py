@@ -1,7 +1,6 @@
 """Images of every type, layout, size and colour become the bytes that they show."""
 
 import re
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -124,22 +123,6 @@ def test_grey_is_pillows_grey() -> None:
     assert np.array_equal(prepared(RGB, ImageSettings(channels=1))[0], to_grey(RGB)[:, 0])
 
 
-@pytest.mark.parametrize("background", ["black", "white"])
-@pytest.mark.parametrize("colours", [1, 3])
-def test_alpha_is_laid_over_as_by_pillow(
-    background: Literal["black", "white"], colours: int
-) -> None:
-    images = RNG.integers(0, 256, (2, colours + 1, 20, 20), np.uint8)
-    images[:, -1, :5], images[:, -1, 5:9] = 0, 255
-    done, _ = prepared(images, ImageSettings(channels=colours, alpha_over=background))
-    mode = {1: "LA", 3: "RGBA"}[colours]
-    for image, mine in zip(images, done.reshape(2, colours, 20, 20), strict=True):
-        picture = Image.fromarray(image.transpose(1, 2, 0), mode).convert("RGBA")
-        behind = Image.new("RGBA", picture.size, background)
-        theirs = np.asarray(Image.alpha_composite(behind, picture))[..., :colours]
-        assert abs(mine - theirs.transpose(2, 0, 1).astype(int)).max() <= 1
-
-
 def test_alpha_over_is_exact_for_all_bytes() -> None:
     colours, alpha = np.divmod(np.arange(65536), 256)
     for background, behind in (("black", 0), ("white", 255)):
@@ -202,17 +185,6 @@ def test_cropping_is_a_slice_from_the_middle(shape: tuple[int, ...]) -> None:
     assert abs(x0 - (shape[3] - x1)) <= 1
     assert abs(y0 - (shape[2] - y1)) <= 1
     assert not np.may_share_memory(done, images)  # which are large
-
-
-@pytest.mark.parametrize("crop", [True, False])
-def test_a_marked_pixel_is_found_again(crop: bool) -> None:
-    image = np.zeros((60, 90), np.uint8)
-    image[24:30, 36:48] = 255
-    (done,), placement = prepared(image[None], ImageSettings(x_size=30, crop=crop))
-    rows, columns = np.nonzero(done > 127)
-    box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-    found = placement.to_original([float(edge) for edge in box])
-    assert found == pytest.approx([36, 24, 48, 30], abs=0 if crop else 1.5)
 
 
 @pytest.mark.parametrize(
