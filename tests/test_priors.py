@@ -52,14 +52,6 @@ def test_a_prior_moves_from_start_to_end(kind: Annealing, middle: float) -> None
     assert values == pytest.approx([0.8, 0.8, middle, end, end])
 
 
-def test_annealing_equals_pyros_formulas() -> None:
-    for t in range(0, 50, 7):
-        lin = max(min((1e-4 - 0.9) * (t - 5) / 30 + 0.9, 0.9), 1e-4)
-        exp = max(min(0.9 * math.exp(-math.log(0.9 / 1e-4) / 30 * (t - 5)), 0.9), 1e-4)
-        assert at(t, "lin", 0.9, 1e-4, 5, 30) == pytest.approx(lin)
-        assert at(t, "exp", 0.9, 1e-4, 5, 30) == pytest.approx(exp)
-
-
 def test_a_prior_moves_in_place_until_it_is_learnt() -> None:
     """So that a captured step, which holds its tensors, sees the new values."""
     prior = CountPrior([0.5, 0.25], "lin", 0.0, 0, 100)

@@ -5,13 +5,13 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import count_on, small_air
+from helpers import small_air
 from torch import Tensor
 from torch.distributions import Normal
 
 from air import AIR
 from air.evaluation.alarms import collapse_alarm, empty_canvas_elbo, first_not_finite
-from air.evaluation.metrics import Evaluation, HeldOut, evaluate
+from air.evaluation.metrics import Evaluation
 
 
 def evaluation(elbo: float, histogram: list[int]) -> Evaluation:
@@ -49,14 +49,6 @@ def test_each_kind_of_collapse_raises_its_own_alarm_and_a_good_model_none(
         assert words in message
         assert "--seed" in message
         assert "\n" not in message
-
-
-def test_a_model_that_infers_no_object_raises_the_alarm(images: Tensor) -> None:
-    air = small_air()
-    count_on(air, 0, -30.0)
-    message = collapse_alarm(evaluate(air, HeldOut(images)), empty_canvas_elbo(air, images))
-    assert message is not None
-    assert "canvases without objects" in message
 
 
 @pytest.mark.parametrize(

@@ -338,25 +338,6 @@ def test_pictures_that_do_not_fit_are_named_with_a_remedy(tmp_path: Path) -> Non
     refused(tmp_path / "one", "1.png: cannot be read as a picture: the file is of another kind")
 
 
-@pytest.mark.parametrize(
-    ("x", "problem"),
-    [
-        (X / 1.0, "is float64: .* from 0 to 2..; divide by 255"),
-        (X[0], "has the shape 12 x 12: expected "),
-        (X[:, :7], "images of 12 x 7 pixels, which are not square"),
-        (X[:, None].repeat(5, 1), "5 channels, expected 3; only grey and RGB"),
-    ],
-    ids=lambda given: given if isinstance(given, str) else str(given.dtype),
-)
-def test_arrays_that_do_not_fit_are_named_with_a_remedy(
-    x: Array, problem: str, tmp_path: Path
-) -> None:
-    for suffix in ("npz", "npy", "h5"):
-        channels = 3 if x.ndim == 4 else None
-        path = save_arrays(tmp_path / f"a.{suffix}", x)
-        refused(path, problem, ImageSettings(channels=channels))
-
-
 def test_prepared_images_stay_in_a_file_that_may_be_larger_than_memory(tmp_path: Path) -> None:
     """The file is sparse: it takes no disk."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
