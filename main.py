@@ -1,6 +1,7 @@
 """Learns to count and find the digits in multi-MNIST scenes, with no labels: AIR in Pyro.
 
-    python main.py                       the best recipe known: minutes on two CPU cores
+    python main.py                       sets what follows from the scenes, and trains: minutes
+    python main.py --data pictures       the same for your own pictures
     python main.py -n 3000 --seed 1      fewer steps, another seed
     python main.py --resume runs/RUN     resumes a run that was interrupted
 
@@ -29,10 +30,11 @@ from air.cli.device import pick_device, torch_settings_of_a_run
 from air.cli.errors import explained_errors
 from air.cli.flags import build_parser, settings_named_by_flag
 from air.cli.progress import ProgressBar
+from air.cli.recipe import Found, describe, find_image_settings, find_settings, is_surveyed
 from air.cli.recorder import Recorder, SilentRecorder, final_evaluations, restore_trainer
 from air.data.scenes import DataError
+from air.data.survey import data_hints, survey
 from air.data.user_images.sources import load_data
-from air.data.user_images.survey import data_hints
 from air.evaluation import HeldOut
 from air.storage.checkpoint import check_image_size, load_weights_strict, read_weights
 from air.storage.files import quoted
@@ -70,18 +72,19 @@ def main(
         logging.basicConfig(format="%(levelname)s: %(message)s")
         parser = build_parser(__doc__ or "")
         cli_args = vars(parser.parse_args(argv))
-        if cli_args.get("suggest"):
-            from air.cli.suggestion import print_suggestion  # SciPy would make every start slower
-
-            return print_suggestion(parser, cli_args, argv)
         with explained_errors(parser) as run_begins, ExitStack() as exit_stack:
             saved = read_saved(cli_args, exit_stack)
-            config = resolve_config(cli_args, saved.config)
+            found = survey_source(cli_args)
+            config = resolve_config(cli_args, saved.config, found)
             check_steps(config, saved)
             device = pick_device(config.program.device)
             scenes = load_scenes(config)
-            show_hints(config, cli_args, scenes)
+            found = survey_scenes(cli_args, found, scenes)
+            if config.program.suggest:
+                return 0
+            config = resolve_config(cli_args, saved.config, found)
             config = config.with_image_size(scenes.x_size, scenes.channels)
+            show_hints(config, scenes)
             trainer = build_trainer(config, scenes, device, nets, compiler)
             restore(trainer, saved, scenes.sha256)
             recorder = open_recorder(config, trainer, scenes.sha256, saved.run, exit_stack)
@@ -143,13 +146,33 @@ def load_scenes(config: Config) -> multi_mnist.SceneSplits:
         raise
 
 
-def show_hints(
-    config: Config, cli_args: Mapping[str, Any], scenes: multi_mnist.SceneSplits
-) -> None:
+def survey_source(cli_args: Mapping[str, Any]) -> Found:
+    """How to prepare the images of --data, by a survey of some of them."""
+    if not (is_surveyed(cli_args) and cli_args.get("data")):
+        return {}
+    return find_image_settings(Path(cli_args["data"]), cli_args)
+
+
+def survey_scenes(
+    cli_args: Mapping[str, Any], of_source: Found, scenes: multi_mnist.SceneSplits
+) -> Found:
+    """All settings that follow from a survey of the training scenes; prints them."""
+    if not is_surveyed(cli_args):
+        if cli_args.get("suggest"):
+            raise ValueError("--suggest: expected a new run, whose settings follow from its images")
+        return {}
+    seen = survey(scenes.train.x)
+    found = of_source | find_settings(seen, scenes, cli_args)
+    for line in describe(seen, found) if is_main() else ():
+        print(line)
+    return found
+
+
+def show_hints(config: Config, scenes: multi_mnist.SceneSplits) -> None:
     """Warns of settings and scenes that are probably not what the user means."""
     on_black = config.model.background_model == "none"
     hints = [
-        *config_hints(config, cli_args),
+        *config_hints(config),
         *data_hints(scenes, config.model.num_steps, on_black),
     ]
     for hint in hints if is_main() else ():

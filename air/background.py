@@ -16,26 +16,39 @@ from torch import Tensor, nn
 from air.support.model_settings import ModelSettings
 from modules import MLP, Decoder, Encoder, NonLinearity
 
+MAX_GRID = 32
+
 
 class Background(nn.Module):
     """p(background | z_background) p(z_background) and q(z_background | x).
 
-    A "constant" background has one level per channel, and a code of C dimensions. A "vae" has a
-    level for each pixel.
+    A "constant" background has one level per channel, and a code of C dimensions. A "vae" has
+    levels on a grid of at most `MAX_GRID` cells along each side, between which it is interpolated:
+    enough for light, ramps and textures, too coarse to paint objects, and fast in large images.
     """
+
+    rows: Tensor
 
     def __init__(self, settings: ModelSettings, non_linearity: NonLinearity) -> None:
         super().__init__()
-        s, area = settings, settings.x_size**2
-        self.shape = [s.channels, s.x_size, s.x_size] if s.channels > 1 else [s.x_size, s.x_size]
+        s = settings
+        self.channels, self.x_size = s.channels, s.x_size
         is_constant = s.background_model == "constant"
         self.z_size = s.channels if is_constant else s.z_background_size
-        pixels, hidden = s.channels * area, s.background_net
-        self.encode = Encoder(pixels, hidden, self.z_size, non_linearity)
+        cell = -(-s.x_size // MAX_GRID)  # side of a cell in pixels
+        self.grid = 1 if is_constant else -(-s.x_size // cell)
+        levels, hidden = s.channels * self.grid**2, s.background_net
+        pixels = torch.arange(s.x_size, dtype=torch.get_default_dtype())
+        cells = torch.arange(self.grid, dtype=pixels.dtype)
+        # Linear interpolation between the centres of cells.
+        place = ((pixels + 0.5) / s.x_size * self.grid - 0.5).clamp(0, self.grid - 1)
+        rows = (1 - (place[:, None] - cells).abs()).clamp(min=0)
+        self.register_buffer("rows", rows, persistent=False)
+        self.encode = Encoder(levels, hidden, self.z_size, non_linearity)
         self.decode: nn.Module = (
-            ConstantDecoder(s.channels, area)
+            ConstantDecoder(s.channels)
             if is_constant
-            else Decoder(pixels, hidden[::-1], self.z_size, None, True, non_linearity)
+            else Decoder(levels, hidden[::-1], self.z_size, None, True, non_linearity)
         )
 
     def model(self, like: Tensor, n: int) -> Tensor:
@@ -49,22 +62,24 @@ class Background(nn.Module):
 
     def guide(self, images: Tensor) -> Tensor:
         """Samples z_background given images, [B, (C,) H, H], and paints the backgrounds."""
-        code = dist.Normal(*self.encode(images.flatten(1)))
+        means = self.rows.T / self.rows.sum(0)[:, None]  # over the pixels around each cell
+        coarse = means @ images @ means.T
+        code = dist.Normal(*self.encode(coarse.flatten(1)))
         return self.paint(pyro.sample("z_background", code.to_event(1)))
 
     def paint(self, z_background: Tensor) -> Tensor:
         """Backgrounds from their codes, [B, z_size] to [B, (C,) H, H]."""
-        return self.decode(z_background).view(len(z_background), *self.shape)
+        shape = [self.channels] if self.channels > 1 else []
+        levels = self.decode(z_background).view(len(z_background), *shape, self.grid, self.grid)
+        return self.rows @ levels @ self.rows.T
 
 
 class ConstantDecoder(nn.Module):
-    """The same level at every pixel, for each channel: [B, C] to [B, C * pixels]."""
+    """The same level at every pixel, for each channel: [B, C] to [B, C]."""
 
-    def __init__(self, channels: int, pixels: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.pixels = pixels
         self.mlp = MLP(channels, [channels], nn.Identity)
 
     def forward(self, z: Tensor) -> Tensor:
-        levels = torch.sigmoid(self.mlp(z))
-        return levels[:, :, None].expand(-1, -1, self.pixels).flatten(1)
+        return torch.sigmoid(self.mlp(z))

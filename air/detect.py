@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,7 @@ from air.air import AIR
 from air.cli.device import pick_device
 from air.cli.flags import Parser
 from air.data.scenes import Array, DataError
+from air.data.survey import brightness_hints
 from air.data.user_images.picture_files import SUFFIXES
 from air.data.user_images.preparation import ImageSettings, Placement
 from air.data.user_images.sources import (
@@ -36,7 +38,6 @@ from air.data.user_images.sources import (
     find_files,
     read_images,
 )
-from air.data.user_images.survey import brightness_hints
 from air.evaluation.boxes import tight_boxes
 from air.inference import infer
 from air.priors import at_least_probs
@@ -68,6 +69,8 @@ class DetectedObject:
     probability: float  # q(count >= step)
     box: list[float]  # (x0, y0, x1, y1) in pixels, tight around the painted object
     window: list[float]  # (x0, y0, x1, y1) in pixels, the attention window; may leave the image
+    cut: bool = False  # whether the box reaches the border of the image
+    z_what: list[float] | None = None  # its code, if asked for
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,19 @@ class Detection:
     count: int  # the most probable count
     probability: float  # q(count)
     objects: list[DetectedObject]  # `count` objects
+
+    def record(self) -> dict[str, Any]:
+        """The detection as JSON has it, without codes that were not asked for."""
+        record = asdict(self)
+        for each in record["objects"]:
+            if each["z_what"] is None:
+                del each["z_what"]
+        return record
+
+    def without_cut(self) -> "Detection":
+        """Only the objects that lie within the image; `probability` is that of all."""
+        whole = [each for each in self.objects if not each.cut]
+        return replace(self, count=len(whole), objects=whole)
 
     def in_original(self, placement: Placement) -> "Detection":
         """The detection with boxes in pixels of the image before it was prepared."""
@@ -88,11 +104,13 @@ class Detection:
         return replace(self, objects=objects)
 
 
-def detect(air: AIR, images: Tensor | Array, refine: bool = False) -> list[Detection]:
+def detect(
+    air: AIR, images: Tensor | Array, refine: bool = False, codes: bool = False
+) -> list[Detection]:
     """Finds the objects in images, [N, (C,) H, H], floats in [0, 1] or uint8, on any device.
 
     With `refine`, latents are fitted to images that the guide explains badly, and two windows on
-    one object are merged (see `infer`).
+    one object are merged (see `infer`). With `codes`, each object has its z_what.
     """
     images = to_tensor(images)
     detections = []
@@ -102,9 +120,17 @@ def detect(air: AIR, images: Tensor | Array, refine: bool = False) -> list[Detec
         boxes = tight_boxes(inference.changes).tolist()
         windows = inference.boxes.tolist()
         probs = inference.count_probs.amax(1).tolist()
+        z_what = inference.z_what.tolist()
         for i, count in enumerate(inference.counts.tolist()):
             objects = [
-                DetectedObject(t + 1, reached[i][t], boxes[i][t], windows[i][t])
+                DetectedObject(
+                    step=t + 1,
+                    probability=reached[i][t],
+                    box=(box := boxes[i][t]),
+                    window=windows[i][t],
+                    cut=min(box) <= 0 or max(box) >= air.x_size,
+                    z_what=z_what[i][t] if codes else None,
+                )
                 for t in range(count)
             ]
             detections.append(Detection(count, probs[i], objects))
@@ -114,7 +140,7 @@ def detect(air: AIR, images: Tensor | Array, refine: bool = False) -> list[Detec
 def draw(air: AIR, images: Array, detections: Sequence[Detection], path: Path) -> None:
     """Draws images, uint8 [N, (C,) H, H], with windows and counts, as PNG.
 
-    With a model of the background, the background of an image is drawn below the image.
+    The reconstruction of an image is drawn below the image.
     """
     counts = np.array([detection.count for detection in detections])
     boxes = np.full((len(detections), max(counts.max(), 1), 4), np.nan)
@@ -123,12 +149,23 @@ def draw(air: AIR, images: Array, detections: Sequence[Detection], path: Path) -
             boxes[i, t] = each.window
     zoom, columns = max(1, 200 // images.shape[-1]), min(COLUMNS, len(images))
     pictures = draw_boxes(images, boxes, counts, zoom)
-    if air.background is not None:
-        behind = enlarge(as_bytes(infer(air, images).backgrounds), zoom)
-        gap = np.full_like(behind[:, :4], 255)
-        pictures = np.concatenate((pictures, gap, behind), axis=1)
+    painted = enlarge(as_bytes(infer(air, images).reconstructions), zoom)
+    gap = np.full_like(painted[:, :4], 255)
+    pictures = np.concatenate((pictures, gap, painted), axis=1)
     sheet = Image.fromarray(tile(pictures, columns))
     write_atomically(path, lambda file: sheet.save(file, "PNG"))
+
+
+def write_crops(folder: Path, image: PreparedImage, detection: Detection) -> None:
+    """Writes each object of an image, cut out along its box, as FOLDER/NAME-STEP.png."""
+    name = re.sub(r"[^\w.-]+", "-", image.name).strip("-.")
+    height = image.pixels.shape[-2]
+    for each in detection.objects:
+        x0, y0, x1, y1 = (min(max(round(edge), 0), height) for edge in each.box)
+        if x0 < x1 and y0 < y1:
+            crop = image.pixels[..., y0:y1, x0:x1]
+            picture = Image.fromarray(crop if crop.ndim == 2 else crop.transpose(1, 2, 0))
+            picture.save(folder / f"{name}-{each.step}.png")
 
 
 def read_sources(
@@ -182,6 +219,10 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
         if output:
             check_output_file(flag, output)
     air = load_air(args.load, pick_device(args.device), nets)
+    if args.crops:
+        if args.crops.exists():
+            raise ValueError(f"--crops: expected a new folder, and {args.crops} exists")
+        args.crops.mkdir(parents=True)
     unreadable: list[DataError] = []
 
     def report(error: DataError) -> None:
@@ -197,11 +238,16 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
         on_black = air.background is None
         for hint in brightness_hints(pixels, on_black) if number == 0 else ():
             logging.getLogger("air").warning(hint)
-        for image, detection in zip(batch, detect(air, pixels, args.refine), strict=True):
+        found = detect(air, pixels, args.refine, args.codes)
+        for image, detection in zip(batch, found, strict=True):
+            if args.drop_cut:
+                detection = detection.without_cut()
+            if args.crops:
+                write_crops(args.crops, image, detection)
             if args.figure and len(shown) < MAX_DRAWN:
                 shown.append((image.pixels, detection))
             original = detection.in_original(image.placement)
-            print(json.dumps({"image": image.name} | asdict(original)), flush=True)
+            print(json.dumps({"image": image.name} | original.record()), flush=True)
             if args.csv:
                 rows += csv_rows(image.name, original)
     if rows:
@@ -237,6 +283,13 @@ def build_parser() -> Parser:
         action="store_true",
         help="fit latents to images that the guide explains badly, and merge two windows on one "
         "object",
+    )
+    parser.add_argument(
+        "--drop-cut", action="store_true", help="leave out objects that the border cuts"
+    )
+    parser.add_argument("--codes", action="store_true", help="also print z_what of each object")
+    parser.add_argument(
+        "--crops", type=Path, metavar="DIR", help="write each object as a PNG file to a new folder"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
     as_trained = "(default: as for training)"

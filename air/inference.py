@@ -58,14 +58,11 @@ def infer(air: AIR, images: Tensor | NDArray[Any], refine: bool = False) -> Infe
         refine: Whether to fit the latents of images that are explained badly, which takes some
             0.3 s for each of them on a CPU, and to merge two objects that one object explains as
             well (see `air.refinement`). An image has the same latents every time, whatever other
-            images there are. Not for a model of the background.
+            images there are.
 
     Raises:
-        ValueError: If the images have another shape, type or range than `AIR.to_images` takes, or
-            a model of the background is to be refined.
+        ValueError: If the images have another shape, type or range than `AIR.to_images` takes.
     """
-    if refine and air.background is not None:
-        raise ValueError("refine: expected False for a model with a background, got True")
     images = to_tensor(images)
     air.check_images(images)
     images = images.to(air.h_init.device)

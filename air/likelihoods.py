@@ -17,6 +17,7 @@ from air.support.model_settings import Likelihood
 # The probability that a pixel differs from the canvas. It bounds the cost of a pixel, to 6.9 nats,
 # and the gradient where the canvas contradicts the image.
 FLIP_PROB = 1e-3
+MAX_HIDDEN = 0.15  # share of objects that others may hide where images are added
 
 
 class PixelLikelihood(nn.Module, ABC):
@@ -53,6 +54,39 @@ class PixelLikelihood(nn.Module, ABC):
             return self.add_light(canvas, painted)
         colours, opacity = painted[..., :-1, :, :], painted[..., -1:, :, :]
         return (canvas.view_as(colours) * (1 - opacity) + colours).view_as(canvas)
+
+    def cut_out(self, images: Tensor, painted: Tensor, present: Tensor) -> Tensor:
+        """The objects of images as one painted object, which `add` can add to another image.
+
+        Without opacity these are the images themselves, whose background is black.
+
+        Args:
+            images: [B, (C,) H, H].
+            painted: The objects in them, [T, B, (C,) H, H] or [T, B, C + 1, H, H].
+            present: One for objects that are present, zero for others, [T, B].
+        """
+        if not self.covers:
+            return images
+        clear = 1 - painted[..., -1:, :, :] * present[..., None, None, None]
+        opacity = 1 - clear.prod(0)
+        return torch.cat((images.view(len(images), -1, *images.shape[-2:]) * opacity, opacity), 1)
+
+    def fits(self, images: Tensor, objects: Tensor, other: Tensor) -> Tensor:
+        """Whether other objects can be added to images and all remain visible, bool [B].
+
+        Without opacity, no intensity of the sum is above one (with Bernoulli pixels none is, so
+        objects may overlap). With opacity, the objects overlap little.
+
+        Args:
+            images: [B, (C,) H, H].
+            objects: Their objects, as returned by `cut_out`.
+            other: Other objects, of the same shape.
+        """
+        if not self.covers:
+            return self.add(images, other).flatten(1).amax(1) <= 1
+        mine, others = objects[:, -1].flatten(1), other[:, -1].flatten(1)
+        least = torch.minimum(mine.sum(1), others.sum(1))
+        return (mine * others).sum(1) <= MAX_HIDDEN * least
 
     def compose(self, painted: Tensor, present: Tensor, canvas: Tensor | None = None) -> Tensor:
         """Adds painted objects to a canvas.

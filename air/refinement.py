@@ -73,7 +73,7 @@ def refine_scene(air: AIR, images: Tensor, scene: Scene) -> Scene:
     the global generators.
 
     Args:
-        air: The model, without a model of the background.
+        air: The model.
         images: The images, as `AIR.to_images` returns them, [B, (C,) H, H].
         scene: What the guide inferred in them.
 
@@ -84,22 +84,20 @@ def refine_scene(air: AIR, images: Tensor, scene: Scene) -> Scene:
         of refined counts says little. All other scenes stay as they are.
     """
     canvas = paint(air, scene)
-    rows = (relative_residual(images, canvas) > BADLY_EXPLAINED).nonzero()[:, 0]
+    residual = relative_residual(images, canvas, scene.background)
+    rows = (residual > BADLY_EXPLAINED).nonzero()[:, 0]
     if len(rows):
         scene = _fit_scenes(air, images, scene, rows, images - canvas)
     close = (closest_windows(scene)[0] < CLOSE).nonzero()[:, 0]
     for k in torch.split(close, MAX_AT_ONCE // NUM_TRIES) if len(close) else ():
-        merged = merge(air, images[k], scene.pick(k))
-        scene = Scene._make(
-            part.index_copy(0, k, new) for part, new in zip(scene, merged, strict=True)
-        )
+        scene = scene.put(k, merge(air, images[k], scene.pick(k)))
     return scene
 
 
-def relative_residual(images: Tensor, canvas: Tensor) -> Tensor:
-    """|x - canvas|^2 / |x|^2 of each image, [B, (C,) H, H] to [B]."""
+def relative_residual(images: Tensor, canvas: Tensor, background: Tensor | float = 0) -> Tensor:
+    """|x - canvas|^2 / |x - background|^2 of each image, [B, (C,) H, H] to [B]."""
     tiny = torch.finfo(images.dtype).tiny
-    return _energy(images - canvas) / _energy(images).clamp(min=tiny)
+    return _energy(images - canvas) / _energy(images - background).clamp(min=tiny)
 
 
 def _energy(images: Tensor) -> Tensor:
@@ -150,7 +148,10 @@ def make_hypotheses(air: AIR, residual: Tensor, scene: Scene, rows: Tensor) -> I
     # The mean scale of the scene's windows; that of the prior for a scene without objects.
     scale = (where[..., 0] * used).sum(1) / counts.clamp(min=1)
     scale = positive_scale(torch.where(counts > 0, scale, air.z_where_loc_prior[0]))[:, None]
-    peak = where_at(_peak(residual[rows], scale[:, 0]), scale)
+    missing = residual[rows]
+    # Objects only add light, or they cover a background that may be lighter.
+    missing = missing.clamp(min=0) if air.background is None else missing.abs()
+    peak = where_at(_peak(missing, scale[:, 0]), scale)
     scenes, more = torch.arange(len(rows), device=rows.device), counts < air.num_steps
     next_one, last = counts.clamp(max=air.num_steps - 1), (counts - 1).clamp(min=0)
     none_new = torch.zeros_like(used)
@@ -179,9 +180,8 @@ def make_hypotheses(air: AIR, residual: Tensor, scene: Scene, rows: Tensor) -> I
             yield pick(has & more, counts + 1, (t, one), (next_one, other))
 
 
-def _peak(residual: Tensor, scale: Tensor) -> Tensor:
+def _peak(missing: Tensor, scale: Tensor) -> Tensor:
     """Where a window of each scale, [F], covers most of what is missing, in [-1, 1], [F, 2]."""
-    missing = residual.clamp(min=0)
     if missing.dim() == 4:
         missing = missing.sum(1)
     sides = (missing.shape[-1] / scale).int() // 2 * 2 + 1
@@ -283,7 +283,7 @@ def merge(air: AIR, images: Tensor, scene: Scene) -> Scene:
     one that explains the scene best is kept. Nothing here waits for the device.
 
     Args:
-        air: The model; its objects add up, so it has no model of the background.
+        air: The model.
         images: The images, as `AIR.to_images` returns them, [B, (C,) H, H].
         scene: The scenes.
 

@@ -39,6 +39,12 @@ class Scene(NamedTuple):
         """The scenes of these indices, or of a mask."""
         return Scene._make(part[rows] for part in self)
 
+    def put(self, rows: Tensor, scenes: "Scene") -> "Scene":
+        """These scenes, with others in the place of those of these indices."""
+        return Scene._make(
+            part.index_copy(0, rows, new) for part, new in zip(self, scenes, strict=True)
+        )
+
 
 def first_objects(counts: Tensor, num_steps: int) -> Tensor:
     """The first `counts` of T objects, bool [B, T]."""

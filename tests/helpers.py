@@ -37,7 +37,7 @@ from air.training.training_settings import TrainingSettings
 from air.visualization.snapshots import InferredScenes, Snapshot
 
 ROOT = Path(__file__).parent.parent
-SCENES = "--num-scenes 300 --num-test-scenes 40"
+SCENES = "--no-survey --num-scenes 300 --num-test-scenes 40"
 SMALL = (
     f"{SCENES} -n 4 -b 8 --rnn-hidden-size 16 --encoder-latent-size 5 --encoder-net 12 "
     "--decoder-net 12 --predict-net 8 --bl-predict-net 8 --progress-every 2"

@@ -94,7 +94,9 @@ def by_hand(
     where_prior = Normal(air.z_where_loc_prior, air.z_where_scale_prior)
     canvas, pathwise, behind = torch.zeros_like(x), x.new_zeros(n), 0.0
     if air.background is not None:
-        loc, raw = air.background.encode.mlp(x.flatten(1)).chunk(2, 1)
+        is_constant = air.background.grid == 1
+        seen = x.flatten(-2).mean(-1).view(n, -1) if is_constant else x.flatten(1)
+        loc, raw = air.background.encode.mlp(seen).chunk(2, 1)
         q_behind = Normal(loc, softplus(raw) + 1e-6)
         z = q_behind.loc + q_behind.scale * noise["z_background"]
         levels = air.background.decode.mlp(z).sigmoid()

@@ -8,18 +8,21 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import count_on, small_air
+from helpers import SMALL, count_on, run, small_air
 from PIL import Image
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
+from air.background import Background
 from air.detect import detect, draw
 from air.evaluation.elbo import sample_elbo
 from air.evaluation.metrics import HeldOut, evaluate
 from air.inference import infer, sample_prior
 from air.likelihoods import make_likelihood
 from air.marginal import MarginalAIR
+from air.support.model_settings import ModelSettings
 from air.training import Trainer, TrainingSettings
 from air.training.events import CheckpointDue, Progress
 from air.visualization.dashboard import draw_page
@@ -31,6 +34,17 @@ KINDS = [("constant", 1), ("constant", 3), ("vae", 1), ("vae", 3)]
 
 def scenes(number: int, channels: int) -> Tensor:
     return torch.rand(number, channels, 12, 12).squeeze(1)
+
+
+@pytest.mark.parametrize("side", [20, 64, 75])
+def test_levels_are_interpolated_as_pytorch_does(side: int) -> None:
+    background = Background(ModelSettings(x_size=side, background_model="vae", channels=3), nn.ReLU)
+    assert background.grid <= 32
+    levels = torch.rand(2, 3, background.grid, background.grid)
+    background.decode = nn.Identity()
+    painted = background.paint(levels)
+    expected = interpolate(levels, (side, side), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(painted, expected)
 
 
 @pytest.mark.parametrize("name", ["normal", "bernoulli"])
@@ -133,16 +147,37 @@ def test_the_terms_of_the_elbo_add_up_to_pyros(options: dict[str, Any]) -> None:
     assert (sample_elbo(without, images).kl_background == 0).all()
 
 
-def test_sums_of_scenes_with_backgrounds_are_refused() -> None:
-    air, images = small_air(background_model="constant"), scenes(8, 1)
-    settings = TrainingSettings(num_steps=200, added_scenes=1.0)
-    with pytest.raises(ValueError, match="added_scenes: expected 0 with a model of the background"):
-        Trainer(air, images, HeldOut(images), settings)
+def test_objects_are_pasted_on_the_background_of_another_scene() -> None:
+    """Opaque squares: the sum is one scene with the squares of the other in front."""
+    air = small_air(background_model="constant", channels=3)
+    images = torch.rand(2, 3, 12, 12)
+    painted = torch.zeros(2, 2, 4, 12, 12)  # two objects in each image
+    painted[0, :, 3, 1:4, 1:4] = painted[1, 1, 3, 6:9, 6:9] = 1
+    present = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    alone = air.likelihood.cut_out(images, painted, present)
+    expected = images[0].clone()
+    expected[:, 1:4, 1:4] = images[1, :, 1:4, 1:4]
+    expected[:, 6:9, 6:9] = images[1, :, 6:9, 6:9]
+    torch.testing.assert_close(air.likelihood.add(images[:1], alone[1:])[0], expected)
+    assert not air.likelihood.fits(images[:1], alone[:1], alone[1:]).any()  # one is hidden
+    apart = alone[:1].roll(5, 3)
+    assert air.likelihood.fits(images[:1], alone[:1], apart).all()
 
 
-def test_scenes_with_backgrounds_are_not_refined() -> None:
-    with pytest.raises(ValueError, match="refine: expected False for a model with a background"):
-        infer(small_air(background_model="vae"), scenes(2, 1), refine=True)
+def test_scenes_with_backgrounds_teach_counting_and_are_refined(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    done = run(f"{SMALL} --background-model vae --refine --output-dir run", tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    assert "With refined latents" in done.stdout
+    air, images = small_air(background_model="vae"), scenes(16, 1)
+    before = air.predict.mlp.seq[0].weight.clone()
+    settings = TrainingSettings(
+        num_steps=3, batch_size=8, added_scenes=5, added_scenes_from=1, background_steps=0
+    )
+    for _ in Trainer(air, images, HeldOut(images), settings).train():
+        pass
+    assert not torch.equal(before, air.predict.mlp.seq[0].weight)
 
 
 def test_a_snapshot_and_its_sheets_show_the_background(tmp_path: Path) -> None:
@@ -176,7 +211,7 @@ def test_the_live_page_shows_the_background_and_its_kl() -> None:
         assert drawn["kl"].kwargs["opts"]["legend"] == shown
 
 
-def test_detect_draws_backgrounds_below_the_images(tmp_path: Path) -> None:
+def test_detect_draws_reconstructions_below_the_images(tmp_path: Path) -> None:
     air = small_air(background_model="constant", channels=3)
     count_on(air, 1, 0.0)
     images = (255 * scenes(11, 3)).byte().numpy()
@@ -185,8 +220,8 @@ def test_detect_draws_backgrounds_below_the_images(tmp_path: Path) -> None:
         pixels = np.asarray(picture)
     zoom = 200 // 12
     side = 12 * zoom
-    assert len(pixels) == 4 * (side + 4) - 4, "two rows of images, two of backgrounds"
-    behind = as_bytes(infer(air, images).backgrounds)
+    assert len(pixels) == 4 * (side + 4) - 4, "two rows of images, two below"
+    behind = as_bytes(infer(air, images).reconstructions)
     for index, (row, column) in {2: (1, 2), 9: (3, 1)}.items():
         middle = row * (side + 4) + side // 2, column * (side + 4) + side // 2
         assert pixels[middle].tolist() == behind[index, :, 6, 6].tolist()

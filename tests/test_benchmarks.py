@@ -32,7 +32,7 @@ in_full = pytest.mark.benchmark
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 TINY = (
-    "--num-scenes 20 --num-test-scenes 12 --rnn-hidden-size 16 --encoder-latent-size 5 "
+    "--no-survey --num-scenes 20 --num-test-scenes 12 --rnn-hidden-size 16 --encoder-latent-size 5 "
     "--encoder-net 12 --decoder-net 12 --predict-net 8 --bl-predict-net 8"
 )
 

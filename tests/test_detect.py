@@ -44,6 +44,40 @@ def found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., l
     return run
 
 
+def test_cut_objects_are_named_and_left_out_and_others_are_written_as_pictures(
+    found: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    air = small_air(channels=3)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    images = torch.stack([write_png(pictures / f"{k}.png", 3) for k in range(6)])
+    with torch.no_grad():
+        air.predict.mlp.seq[-1].bias[0] += 9  # every step is used
+    all_of_them = found(air, "pictures")
+    objects = [each for image in all_of_them for each in image["objects"]]
+    assert len(objects) > 6
+    assert not any("z_what" in each for each in objects)
+    for each in objects:
+        assert each["cut"] == (min(each["box"]) <= 0 or max(each["box"]) >= 12)
+    whole = found(air, "pictures --drop-cut --codes --crops crops")
+    for before, after in zip(all_of_them, whole, strict=True):
+        kept = [each for each in before["objects"] if not each["cut"]]
+        assert after["count"] == len(kept)
+        assert [each["box"] for each in after["objects"]] == [each["box"] for each in kept]
+    codes = infer(air, images).z_what
+    for k, image in enumerate(whole):
+        for each in image["objects"]:
+            expected = codes[k, each["step"] - 1].tolist()
+            assert each["z_what"] == pytest.approx(expected, abs=1e-5)
+            x0, y0, x1, y1 = map(round, each["box"])
+            with Image.open(tmp_path / f"crops/pictures-{k}.png-{each['step']}.png") as crop:
+                np.testing.assert_array_equal(
+                    np.asarray(crop), images[k, :, y0:y1, x0:x1].permute(1, 2, 0)
+                )
+    with pytest.raises(SystemExit, match="2"):  # never overwrites
+        found(air, "pictures --crops crops")
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_detections_are_the_models_inferences(channels: int) -> None:
     air = small_air(channels=channels)

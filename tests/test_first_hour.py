@@ -52,18 +52,18 @@ def logical_lines(script: str) -> list[str]:
     return [line for line in lines if shlex.split(line, comments=True)]
 
 
-def test_pictures_suggestion_training_and_objects_in_four_commands(
+def test_pictures_training_and_objects_in_three_commands(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     block = re.search(r"^<!-- pictures -->\n```sh\n(.*?)^```$", README, re.M | re.S)
     assert block
     subprocess.run(["sh", "-n"], input=block[1].encode(), check=True)
     script = block[1]
-    for of_readme, smaller in (("-scenes 3000", "-scenes 1000"), ("-n 500", "-n 250")):
+    for of_readme, smaller in (("-scenes 3000", "-scenes 1000"), ("-n 1000", "-n 300")):
         assert of_readme in script
         script = script.replace(of_readme, smaller)
     commands = logical_lines(script)
-    assert len(commands) == 4
+    assert len(commands) == 3
     for command in commands:
         line, _, target = command.partition(" > ")
         said = run_command(line, tmp_path, environment)
@@ -115,7 +115,7 @@ def test_objects_in_five_hundred_pictures_of_mixed_formats_are_counted(
     with (tmp_path / "pictures/counts.csv").open("w", newline="") as file:
         csv.writer(file).writerows(counts.items())
     line = (
-        "--data pictures -n 60 -b 32 -lr 3e-3 --guide glimpse --clip-grad-norm 100 "
+        "--data pictures --no-survey -n 60 -b 32 -lr 3e-3 --guide glimpse --clip-grad-norm 100 "
         "--window-size 10 --scale-prior-mean 2.4 --scale-prior-sd 0.5 --decoder-output-bias -3 "
         "--encoder-latent-size 5 --rnn-hidden-size 64 --encoder-net 64 --decoder-net 64 "
         "--predict-net 64 --output-dir run"

@@ -18,7 +18,8 @@ from main import main
 pytestmark = pytest.mark.slow
 
 FLAGS = (
-    "--num-scenes 300 --num-test-scenes 20 -b 8 --rnn-hidden-size 16 --encoder-latent-size 5 "
+    "--no-survey --num-scenes 300 --num-test-scenes 20 -b 8 --rnn-hidden-size 16 "
+    "--encoder-latent-size 5 "
     "--encoder-net 12 --decoder-net 12 --predict-net 8 --bl-predict-net 8 -t 2 --estimator score "
     "--anneal-prior exp --anneal-prior-to 1e-3 --anneal-prior-duration 200 "
     "--lr-schedule cosine --progress-every 1 --eval-every 21 --save-every 5"

@@ -54,11 +54,11 @@ LINES = [
     "--anneal-prior-begin 1 --anneal-prior-duration 1e6 --no-viz --no-refine --scale-prior-mean 2 "
     "--scale-prior-sd 0.3 --pos-prior-mean 0.1 --pos-prior-sd 0.9 --counts 0 1 --x-size 40 "
     "--data-seed 3 --digits embedded --recipe air",
-    "--data mine.npz -n 2 -b 8 --no-compile --no-suggest",
-    "--data pictures -n 2 -b 8 --x-size 40 --no-crop --no-invert --alpha-over white "
+    "--data mine.npz -n 2 -b 8 --no-compile --no-suggest --survey",
+    "--data pictures --no-survey -n 2 -b 8 --x-size 40 --no-crop --no-invert --alpha-over white "
     "--count-pattern (\\d+)-objects --threads 2",
     "--data mine.npz -n 2 -b 8 --x-size 40 --crop --channels 3 --invert",
-    f"--preset dsprites {SMALL} --background noisy --background-levels 9 90 "
+    f"--recipe dsprites {SMALL} --background noisy --background-levels 9 90 "
     "--object-levels 200 255 --min-gap 0 --guide glimpse --background-model vae "
     "--likelihood bernoulli --count-prior 1 1 1 0.1 --anneal-prior none --learn-count-prior-from 1",
     f"{SMALL} --sides 9 18 --masking --baselines --no-z-pres-prior-raw --no-verbose --no-evaluate",
@@ -171,17 +171,22 @@ def test_resume_refuses_what_would_be_another_run(
 
 
 @pytest.mark.slow
-def test_a_run_of_a_preset_goes_on_and_is_loaded(
+def test_a_run_with_an_annealed_prior_goes_on_and_is_loaded(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     tiny = SMALL.replace("-n 4", "-n 2")
-    learn = "--anneal-prior none --learn-count-prior-from 1"
+    scenes = "--x-size 64 --sides 9 18"
+    model = (
+        f"{scenes} --guide glimpse --z-pres-prior 0.99 --z-pres-prior-raw --anneal-prior exp "
+        "--anneal-prior-to 1e-4 --anneal-prior-duration 1000"
+    )
+    learn = "--learn-count-prior-from 1"
     for line in (
-        f"--preset small-digits --lr-schedule constant {tiny} --output-dir run",
+        f"{model} {tiny} --output-dir run",
         "--resume run -n 4",
-        f"--preset small-digits {SMALL} {learn} --load run/checkpoint.pt --output-dir second",
-        "--preset small-digits -n 0 --load second/checkpoint.pt --output-dir third "
-        f"{SCENES} --evaluate --iwae-samples 2",
+        f"{scenes} {SMALL} {learn} --load run/checkpoint.pt --output-dir second",
+        f"{scenes} -n 0 --load second/checkpoint.pt --output-dir third {SCENES} --evaluate "
+        "--iwae-samples 2",
     ):  # fmt: skip
         done = run(line, tmp_path, environment)
         assert (done.returncode, done.stderr) == (0, "")
@@ -233,7 +238,7 @@ def test_wrong_input_ends_in_one_line_with_exit_code_2(
         ("--data missing.npz", "missing.npz"),
         ("--data mine.npz --crop", "--crop: expected --x-size too"),
         ("--data mine.npz --x-size 90 --crop", "too small to crop to 90 x 90"),
-        ("--data mine.npz --channels 5", "x has 1 channels, expected 5"),
+        ("--data mine.npz --channels 5", "has 1 channels, expected 5"),
         ("--data mine.npz --count-pattern x", "expected a regular expression with one group"),
         ("--invert", "--invert applies only to images of --data, which is missing"),
         ("--data mine.txt", "mine.txt"),
@@ -245,10 +250,6 @@ def test_wrong_input_ends_in_one_line_with_exit_code_2(
         (
             "--save nowhere/w.pt --data mine.npz",
             "there is no folder nowhere to write w.pt into",
-        ),
-        (
-            "--refine --background-model vae",
-            "--refine cannot be combined with",
         ),
         ("--no-masking --data mine.npz", "--estimator score"),
         ("--counts 0 99", "--counts: expected a whole number of at least 0, at most 50"),

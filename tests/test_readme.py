@@ -25,7 +25,9 @@ pytestmark = pytest.mark.slow
 
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "tests/benchmarks/README.md"
-FLAGS_OF_OTHER_PROGRAMS = {"--nproc-per-node", "--out", "--figure", "--gif", "--help"}
+FLAGS_OF_OTHER_PROGRAMS = {
+    "--nproc-per-node", "--out", "--figure", "--gif", "--help", "--drop-cut", "--crops", "--codes",
+}  # fmt: skip
 
 
 def block(before: str, language: str) -> str:

@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from air.cli.flags import DEFAULTS, FLAGS, SETTINGS, ProgramSettings, settings_named_by_flag
-from air.cli.presets import PRESETS, preset_settings
 from air.data.user_images.preparation import ImageSettings
 from air.storage.checkpoint import CheckpointError
 from air.storage.files import check_output_file
@@ -38,6 +37,7 @@ class Config:
     images: ImageSettings  # how images of --data are prepared
     scenes: SceneSettings | None  # the scenes to generate; None with --data
     folders: FolderSettings
+    found: tuple[str, ...] = ()  # keys of the settings that a survey found
 
     def with_image_size(self, x_size: int, channels: int) -> "Config":
         """The configuration of a run on images of this size."""
@@ -51,25 +51,29 @@ class Config:
             for part in filter(None, parts)
             for spec in settings_of(type(part))
         }
+        values["found"] = self.found
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 
 def resolve_config(
-    cli_args: Mapping[str, Any], saved: Mapping[str, Any] = MappingProxyType({})
+    cli_args: Mapping[str, Any],
+    saved: Mapping[str, Any] = MappingProxyType({}),
+    found: Mapping[str, tuple[Any, str]] = MappingProxyType({}),
 ) -> Config:
-    """Precedence: command line > resumed run > loaded model > preset > defaults.
+    """Precedence: command line > resumed run > loaded model > survey > defaults.
 
     Args:
         cli_args: The flags on the command line.
         saved: The configuration of the run that --resume names, or the configuration that came
             with the weights that --load names; {} if there is none.
+        found: Settings that follow from a survey of the training images.
 
     Raises:
         ValueError: If a setting has a value it cannot have, or a flag has no effect or would turn
             the resumed run into another run.
     """
     run, model = (saved, {}) if "resume" in cli_args else ({}, saved)
-    below = preset_settings(cli_args.get("preset"), cli_args)
+    below: FlatConfig = {key: value for key, (value, _) in found.items()}
     if model:  # settings that an earlier program did not know have their defaults
         of_model = [spec for spec in _ALL if spec.about["with_model"]]
         below = below | {spec.key: model.get(spec.key, spec.plain_default) for spec in of_model}
@@ -86,7 +90,7 @@ def resolve_config(
         **cli_args,
     }
     if flat["data"]:
-        flat |= _image_settings(cli_args, run, model)
+        flat |= _image_settings(cli_args, run, model, below)
     if flat["compile"] is None:
         flat["compile"] = flat["num_steps"] >= COMPILE_MIN_STEPS
     most = flat["num_steps"] // 10  # most steps are for the objects
@@ -101,6 +105,7 @@ def resolve_config(
         images=_part(ImageSettings, flat if flat["data"] else {}),
         scenes=None if flat["data"] else _part(SceneSettings, flat),
         folders=_part(FolderSettings, flat),
+        found=tuple(run.get("found", [key for key in found if key not in cli_args])),
     )
 
 
@@ -110,19 +115,23 @@ def _part(cls: type[T], flat: Mapping[str, Any]) -> T:
 
 
 def _image_settings(
-    cli_args: Mapping[str, Any], run: Mapping[str, Any], model: Mapping[str, Any]
+    cli_args: Mapping[str, Any],
+    run: Mapping[str, Any],
+    model: Mapping[str, Any],
+    survey: Mapping[str, Any],
 ) -> FlatConfig:
-    """How to prepare images of --data: as for the run, as for the model, or by the flags.
+    """How to prepare images of --data: as for the run or the model, by the flags, or the survey.
 
     Without any of these, images keep their size (x_size None) and channels.
     """
     if model.get("crop") is None:  # it was trained without resizing, so nothing is resized here
         model = {key: value for key, value in model.items() if key != "x_size"}
-    found = {"x_size": None, "channels": None, **model, **run, **cli_args}
+    found = {"x_size": None, "channels": None, **survey, **model, **run, **cli_args}
     settings = {spec.key: found.get(spec.key, spec.default) for spec in settings_of(ImageSettings)}
     if settings["x_size"] is None and settings["crop"] is not None:
         raise ValueError("--crop: expected --x-size too, the side of the images")
-    if "x_size" in cli_args and settings["crop"] is None and not run:
+    is_set = "x_size" in cli_args or "x_size" in survey
+    if is_set and settings["crop"] is None and not run:
         settings["crop"] = False
     return settings
 
@@ -154,8 +163,6 @@ def _check_flags(
             )
         if not flat["data"] and key in _OF_IMAGES - _OF_SCENES:
             raise ValueError(f"{flag} applies only to images of --data, which is missing")
-    if flat["refine"] and flat["background_model"] != "none":
-        raise ValueError("--refine cannot be combined with a --background-model")
     if flat["save"]:
         is_of_run = flat["save"] == run.get("save")
         check_output_file("--save", Path(flat["save"]), may_exist=is_of_run)
@@ -180,20 +187,12 @@ def check_config(config: Mapping[str, Any], source: Path) -> None:
             raise CheckpointError(f"{source}: {error}") from error
 
 
-def config_hints(config: Config, cli_args: Mapping[str, Any]) -> list[str]:
+def config_hints(config: Config) -> list[str]:
     """Settings that probably do not do what the user means, one line each, with a remedy."""
-    hints, training, preset = [], config.training, cli_args.get("preset")
+    training = config.training
     if training.added_scenes and 0 < training.num_steps <= training.added_scenes_from:
-        source = f"of --preset {preset} " if "added_scenes" not in cli_args and preset else ""
-        hints.append(
-            f"--added-scenes {source}has no effect: it begins after step "
-            f"{training.added_scenes_from}, and --num-steps is {training.num_steps}"
-        )
-    by_preset = PRESETS.get(preset or "", {}).keys() - cli_args
-    if "z_pres_prior" in cli_args and "z_pres_prior_raw" in by_preset:
-        hints.append(
-            f"--z-pres-prior replaces the prior of --preset {preset}, which at first favours many "
-            "objects and without which training may fail; --z-pres-prior 0.99 --z-pres-prior-raw "
-            "restores it"
-        )
-    return hints
+        return [
+            f"--added-scenes has no effect: it begins after step {training.added_scenes_from}, and "
+            f"--num-steps is {training.num_steps}"
+        ]
+    return []

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
-from air.cli.presets import PRESETS
 from air.data.user_images.preparation import ImageSettings
 from air.support.fields import Setting, SettingError, check_settings, setting, settings_of
 from air.support.model_settings import ModelSettings
@@ -33,19 +32,14 @@ class ProgramSettings:
         metavar="PATH",
         on_resume="free",
     )
-    suggest: bool = _input(
-        False,
-        "inspect the images given by --data, print a suitable training command, and exit",
+    survey: bool = _input(
+        True,
+        "look at the training images first, without labels, and set what follows from them, unless "
+        "it is set by a flag; --no-survey has the settings of Pyro's example, and begins from "
+        "scratch",
         on_resume="free",
     )
-    preset: str | None = _input(
-        None,
-        "settings that suit a kind of scenes; other flags override them. For your own images, "
-        "--suggest chooses a preset",
-        accepts=PRESETS.__contains__,
-        expected=" or ".join(PRESETS),
-        metavar=f"{{{','.join(PRESETS)}}}",
-    )
+    suggest: bool = _input(False, "only print what the survey finds, and exit", on_resume="free")
     device: str = setting(
         "auto",
         "device: cpu, cuda, cuda:1, ..., mps, or auto for cuda if available and cpu otherwise",

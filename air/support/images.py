@@ -76,6 +76,13 @@ def to_intensities(images: Tensor, dtype: torch.dtype) -> Tensor:
     return intensities
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Images of any type that `as_batch` accepts as uint8 in [0, 255]."""
+    if images.dtype == torch.uint8:
+        return images
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
 def check_range(images: Tensor) -> None:
     """Checks that images of floats are in [0, 1], up to a tolerance; reads from the device.
 

@@ -10,11 +10,15 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from air.air import AIR
+from air.data.spots import FIT_SAMPLE, fit_finder, spread_indices
 from air.marginal import MarginalAIR
 from air.support.fields import SettingError
+from air.support.images import to_bytes
+from air.training.from_spots import FromSpots
 from air.training.svi import SVI
 from air.training.teacher import Teacher
 from air.training.training_settings import TrainingSettings
@@ -43,7 +47,9 @@ class Phase(NamedTuple):
             self.teacher.follow()
 
 
-def make_phases(air: AIR, settings: TrainingSettings, make_svi: MakeSVI) -> list[Phase]:
+def make_phases(
+    air: AIR, settings: TrainingSettings, images: Tensor, make_svi: MakeSVI
+) -> list[Phase]:
     """The phases of a training, in their order.
 
     Raises:
@@ -61,13 +67,20 @@ def make_phases(air: AIR, settings: TrainingSettings, make_svi: MakeSVI) -> list
             raise SettingError("background_steps", fewer)
         # Not compiled: the phase is too short for that.
         phases.append(Phase(0, make_svi(air.model, air.guide, compile=False), 0))
+    if settings.spot_steps:
+        sample = images[torch.from_numpy(spread_indices(len(images), FIT_SAMPLE))]
+        spots = FromSpots(air, fit_finder(to_bytes(sample).cpu().numpy()))
+        svi = make_svi(spots.model, spots.guide, compile=False)  # too short a phase as well
+        phases.append(Phase(begin, svi, air.num_steps))
+        begin += settings.spot_steps
     program = MarginalAIR(air) if settings.estimator == "marginal" else air
     phases.append(Phase(begin, make_svi(program.model, program.guide), air.num_steps))
     if settings.added_scenes:
         teacher = Teacher(air, settings.added_scenes)
         taught = MarginalAIR(air, teacher)
         svi = make_svi(taught.model, taught.guide)
-        phases.append(Phase(settings.added_scenes_from, svi, air.num_steps, teacher))
+        begin = max(settings.added_scenes_from, begin)
+        phases.append(Phase(begin, svi, air.num_steps, teacher))
     return phases
 
 

@@ -29,8 +29,7 @@ from air.air import AIR
 from air.marginal import AllStepsActive
 from air.priors import count_log_probs
 from air.refinement import BADLY_EXPLAINED, closest_windows, merge, relative_residual
-from air.scene import infer_scene, paint
-from air.support.fields import SettingError
+from air.scene import infer_scene, paint_objects
 from air.support.handlers import LocalParameters, closed
 
 PARTNERS = 6  # scenes to which each scene is added, to see whether the sum can be used
@@ -41,6 +40,14 @@ LEAST_SHARE = 0.05
 # Merging is tried in one sixteenth of the batch: in the scenes with the closest windows.
 BATCH_PER_MERGED = 16
 DECAY = 0.995  # share of the teacher's weights that a step keeps
+
+
+class Counted(NamedTuple):
+    """What the teacher infers in a batch."""
+
+    counts: Tensor  # [B]
+    explained: Tensor  # whether the objects explain the scene well, bool [B]
+    alone: Tensor  # the objects of each image without its background; see `cut_out`
 
 
 class Sums(NamedTuple):
@@ -63,15 +70,9 @@ class Teacher:
 
     Attributes:
         air: The teacher, an AIR of running means.
-
-    Raises:
-        SettingError: If the model has a model of the background.
     """
 
     def __init__(self, air: AIR, weight: float) -> None:
-        if air.background is not None:
-            reason = "0 with a model of the background, because a sum would have two backgrounds"
-            raise SettingError("added_scenes", f"expected {reason}")
         self.student, self.weight = air, weight
         self.air = copy.deepcopy(air).requires_grad_(False).eval()
         pairs = [
@@ -103,8 +104,8 @@ class Teacher:
             log_q: log q(n) for n = 0..T, [B, T + 1].
             size: Number of images by which every cost is multiplied.
         """
-        counts, explained = infer_counts(self.air, images)
-        sums = make_sums(self.student, images, counts, explained)
+        counted = infer_counts(self.air, images)
+        counts, sums = counted.counts, make_sums(self.student, images, counted)
         with poutine.block(), LocalParameters(), AllStepsActive(detach=True) as steps:
             self.student.guide(sums.images)
         log_q_sums = count_log_probs(torch.cat(steps.presence, 1))
@@ -117,52 +118,53 @@ class Teacher:
         pyro.factor("count_teacher", term - term.detach())
 
 
-def infer_counts(air: AIR, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts, [B], and whether the objects explain the scene well, bool [B].
+def infer_counts(air: AIR, images: Tensor) -> Counted:
+    """Counts objects, as `air.inference.infer` does, and one fewer where two objects are one.
 
-    Counts are the modes of q(n), as in `air.inference.infer`, and one fewer where two objects are
-    one, see `air.refinement.merge` and `BATCH_PER_MERGED`. Nothing here waits for the device.
+    See `air.refinement.merge` and `BATCH_PER_MERGED`. Nothing here waits for the device.
     """
     with closed(air):
         scene = infer_scene(air, images)
-        residual = relative_residual(images, paint(air, scene))
         tried = max(1, len(images) // BATCH_PER_MERGED)
         k = closest_windows(scene)[0].topk(tried, largest=False).indices
-        merged = merge(air, images[k], scene.pick(k))
-        counts = scene.counts.scatter(0, k, merged.counts)
-        residual = residual.scatter(0, k, relative_residual(images[k], paint(air, merged)))
-    return counts, residual < BADLY_EXPLAINED
+        scene = scene.put(k, merge(air, images[k], scene.pick(k)))
+        painted = paint_objects(air, scene)
+        present = scene.in_use.T.to(painted.dtype)
+        canvas = air.likelihood.compose(painted, present, scene.background)
+        residual = relative_residual(images, canvas, scene.background)
+        alone = air.likelihood.cut_out(images, painted, present)
+    return Counted(scene.counts, residual < BADLY_EXPLAINED, alone)
 
 
-def make_sums(air: AIR, images: Tensor, counts: Tensor, explained: Tensor) -> Sums:
+def make_sums(air: AIR, images: Tensor, counted: Counted) -> Sums:
     """Adds scenes in pairs; picks pairs at random that can be added.
 
     Two scenes can be added if both have objects and are explained well, so that their counts are
-    likely right; if no intensity of the sum is above one (with Bernoulli pixels none is, so objects
-    may overlap); and if the batch has scenes of as many objects, see `LEAST_SHARE`.
+    likely right; if the objects of one hide little of the other's, see `PixelLikelihood.fits`; and
+    if the batch has scenes of as many objects, see `LEAST_SHARE`.
 
     Args:
         air: Says how objects add up.
         images: The batch, [B, (C,) H, H].
-        counts: The inferred counts, [B].
-        explained: Whether the inferred objects explain the scene well, bool [B].
+        counted: What was inferred of it.
 
     Returns:
         At least one sum, and one for every `BATCH_PER_SUM` scenes in the batch.
     """
+    counts, explained, alone = counted
     n, usable = len(images), explained & (counts > 0)
     possible = torch.arange(air.num_steps + 1, device=counts.device)
     shares = (counts[:, None] == possible).to(images.dtype).mean(0)
     most = (possible * (shares >= LEAST_SHARE)).amax()
     scenes = torch.arange(n, device=counts.device)
     neighbours = [scenes.roll(k % n) for k in range(1, PARTNERS + 1)]  # in the batch
-    brightest = [air.likelihood.add(images, images[k]).flatten(1).amax(1) for k in neighbours]
-    rows, partners, fits = scenes.repeat(PARTNERS), torch.cat(neighbours), torch.cat(brightest) <= 1
+    fits = torch.cat([air.likelihood.fits(images, alone, alone[k]) for k in neighbours])
+    rows, partners = scenes.repeat(PARTNERS), torch.cat(neighbours)
     totals = counts[rows] + counts[partners]
     valid = usable[rows] & usable[partners] & (totals <= most) & fits
     valid = valid & (rows != partners)  # in a small batch, some neighbour is the scene itself
     # The valid ones first, both parts in random order.
     order = (valid + torch.rand(len(valid), device=counts.device)).argsort(descending=True)
     k = order[: max(1, n // BATCH_PER_SUM)]
-    sums = air.likelihood.add(images[rows[k]], images[partners[k]]).clamp(max=1)
+    sums = air.likelihood.add(images[rows[k]], alone[partners[k]]).clamp(max=1)
     return Sums(sums, totals[k].clamp(max=air.num_steps), valid[k])

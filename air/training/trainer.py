@@ -90,7 +90,7 @@ class Trainer:
             svi.stats = self.stats
             return svi
 
-        self.phases = make_phases(air, settings, make_svi)
+        self.phases = make_phases(air, settings, images, make_svi)
         self.prior = make_count_prior(settings, air)
         self.step = 0
         self.seconds = 0.0  # of training, without evaluations and pictures

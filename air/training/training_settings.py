@@ -96,6 +96,9 @@ class TrainingSettings:
     added_scenes_from: int = setting(
         2000, "first step with added scenes; AIR should count well by then", low=0, flag=""
     )
+    spot_steps: int = setting(
+        0, "steps for which the objects are those that a threshold sees", low=0, flag=""
+    )
     background_steps: int = setting(
         100, "number of initial steps that train only the background model", low=0, flag=""
     )

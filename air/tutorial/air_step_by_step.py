@@ -880,13 +880,14 @@ show("merged")
 #
 # ## 13. Where to go from here
 #
-# - `python main.py` trains the package's AIR. It is the model of this page; a test computes both
-#   from the same weights and the same noise, and compares every gradient. The nets are in
-#   `modules.py`, model, guide and baseline in `air/air.py`, the windows of section 2 in
+# - `python main.py --no-survey` trains the package's AIR. It is the model of this page; a test
+#   computes both from the same weights and the same noise, and compares every gradient. The nets
+#   are in `modules.py`, model, guide and baseline in `air/air.py`, the windows of section 2 in
 #   `air/spatial_transformer.py`, and section 11 is `air/marginal.py`, in Pyro's own terms.
 # - Most measures of section 12 are in `air/evaluation`; `main.py --viz` shows them live.
-# - Merged digits: `main.py --preset close-digits`. Many objects: `main.py --preset many`, whose
-#   guide looks at what is not explained yet. Backgrounds: `main.py --preset background`.
+# - Merged digits: `main.py`, which begins with what a threshold sees (`air/training/from_spots.py`)
+#   and learns to count from sums of scenes. Small objects: `--guide glimpse` looks at what is not
+#   explained yet. Backgrounds: `--background-model vae`.
 # - `tests/benchmarks/README.md` has the results on many seeds, and all recipes that were tried.
 #
 # Further reading: [Crawford and Pineau 2019](https://doi.org/10.1609/aaai.v33i01.33013412) (SPAIR)

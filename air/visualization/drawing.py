@@ -73,7 +73,9 @@ def _annotate(
             width = 1 + int(min(zoom, x1 - x0, y1 - y0) > 2)
             draw.rectangle((x0, y0, x1, y1), None, _step_colour(step), width)
     size = max(canvas.height // 8, 10)
-    draw.text((size // 3, 0), text, colour, ImageFont.load_default(size))
+    # Outlined, so that it can be read on any background.
+    font = ImageFont.load_default(size)
+    draw.text((size // 3, 0), text, colour, font, stroke_width=1, stroke_fill=(0, 0, 0))
     picture[:] = np.asarray(canvas)
 
 

@@ -1,7 +1,6 @@
 """The configuration: precedence of its sources, and what a resumed run or a loaded model keeps."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 
 from air.cli.config import COMPILE_MIN_STEPS, check_config, config_hints, resolve_config
 from air.cli.flags import DEFAULTS, SETTINGS
-from air.cli.presets import PRESETS
 from air.storage.checkpoint import CheckpointError
 from air.support.fields import settings_of
 from air.support.model_settings import ModelSettings
@@ -19,8 +17,11 @@ from air.training.training_settings import TrainingSettings
 RESUME = {"resume": "run"}
 
 
-def flat(cli_args: dict[str, Any], saved: dict[str, Any] | None = None) -> dict[str, Any]:
-    return resolve_config(cli_args, saved or {}).flat()
+def flat(
+    cli_args: dict[str, Any], saved: dict[str, Any] | None = None, **found: object
+) -> dict[str, Any]:
+    reasons = {key: (value, "because") for key, value in found.items()}
+    return resolve_config(cli_args, saved or {}, reasons).flat()
 
 
 @pytest.fixture
@@ -54,18 +55,16 @@ def test_each_part_has_its_settings_and_a_file_has_all() -> None:
 
 
 def test_precedence(saved: dict[str, Any]) -> None:
-    preset = {"preset": "dsprites"}
     model = {**saved, "window_size": 30, "decoder_output_bias": -1.0}
     assert flat({})["window_size"] == ModelSettings().window_size
-    assert flat(preset)["window_size"] == 18
-    assert flat(preset, model)["window_size"] == 30
-    assert flat({**preset, "window_size": 9}, model)["window_size"] == 9
+    assert flat({}, window_size=18)["window_size"] == 18
+    assert flat({}, model, window_size=18)["window_size"] == 30
+    assert flat({"window_size": 9}, model, window_size=18)["window_size"] == 9
+    assert flat({"window_size": 9}, window_size=18)["window_size"] == 9
     assert flat(RESUME, model)["window_size"] == 30
     older = {key: value for key, value in saved.items() if key != "embed_channels"}
-    assert flat({"preset": "close-digits"})["embed_channels"] == [16, 32, 32]
-    assert flat({"preset": "close-digits"}, older)["embed_channels"] is None
-    assert flat({"preset": "background"})["background_model"] == "vae"
-    assert flat({"preset": "background"}, older)["background_model"] == "none"
+    assert flat({}, embed_channels=[16])["embed_channels"] == [16]
+    assert flat({}, older, embed_channels=[16])["embed_channels"] is None
 
 
 def test_a_resumed_run_keeps_its_settings(saved: dict[str, Any]) -> None:
@@ -96,7 +95,10 @@ def images(cli_args: dict[str, Any], saved: dict[str, Any] | None = None) -> lis
 def test_images_of_your_own_are_as_they_are_unless_flags_run_or_model_say_more(
     saved: dict[str, Any],
 ) -> None:
-    assert images({}) == images({"preset": "dsprites"}) == [None, None, None, False]
+    assert images({}) == [None, None, None, False]
+    surveyed = {"x_size": (48, ""), "channels": (1, ""), "invert": (True, "")}
+    found = resolve_config({"data": "pictures", "channels": 3}, {}, surveyed).images
+    assert (found.x_size, found.channels, found.crop, found.invert) == (48, 3, False, True)
     assert images({"x_size": 40}) == [40, None, False, False]
     assert images({"x_size": 40, "crop": True})[2] is True
     with pytest.raises(ValueError, match="--crop: expected --x-size too"):
@@ -127,30 +129,6 @@ def test_a_loaded_model_brings_its_settings_and_its_prior_at_the_saved_step(
         assert resolved["z_pres_prior_raw"] == ("z_pres_prior" not in given)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_stands_for_flags_that_are_not_given(name: str) -> None:
-    check_config(PRESETS[name], Path("preset"))
-    given, default = flat({"preset": name, "window_size": 9}), flat({})
-    follows = {"model_steps": 6, "scale_prior_mean": 3.48, "pos_prior_sd": 2.01}
-    assert given == {
-        **default, **PRESETS[name], **(follows if name == "many" else {}), "preset": name,
-        "window_size": 9, "compile": given["compile"], "x_size": default["x_size"],
-    }  # fmt: skip
-    scenes = resolve_config({"preset": name}).scenes
-    assert scenes is not None
-    assert scenes.x_size == PRESETS[name].get("x_size", 50)
-
-
-def test_steps_and_windows_follow_from_many_objects() -> None:
-    many = flat({"preset": "many", "x_size": 84, "counts": [0, 9, 4], "sides": [20, 40]})
-    assert (many["model_steps"], many["window_size"]) == (10, 28)
-    assert 84 / many["scale_prior_mean"] == pytest.approx(46, rel=0.01)
-    # so that windows of the prior have their centres as uniform ones would, within the image
-    assert many["pos_prior_sd"] / many["scale_prior_mean"] == pytest.approx(3**-0.5, rel=0.01)
-    small = flat({"preset": "many", "sides": [4, 5], "scale_prior_mean": 6.0, "model_steps": 4})
-    assert (small["window_size"], small["pos_prior_sd"], small["model_steps"]) == (10, 3.46, 4)
-
-
 @pytest.mark.parametrize(
     ("cli_args", "compile", "background_steps"),
     [
@@ -168,30 +146,11 @@ def test_some_defaults_follow_from_the_number_of_steps(
     assert (training.compile, training.background_steps) == (compile, background_steps)
 
 
-@pytest.mark.parametrize(
-    ("cli_args", "hint"),
-    [
-        (
-            {"preset": "close-digits", "num_steps": 1500},
-            r"^--added-scenes of --preset close-digits has no effect: .* 2000, .* is 1500$",
-        ),
-        ({"added_scenes": 9.0, "num_steps": 4}, "^--added-scenes has no effect"),
-        (
-            {"preset": "close-digits", "z_pres_prior": 0.01},
-            "^--z-pres-prior replaces the prior of --preset close-digits, which at first favours "
-            ".*--z-pres-prior 0.99 --z-pres-prior-raw restores it$",
-        ),
-        ({"preset": "close-digits"}, None),
-        ({"preset": "close-digits", "z_pres_prior": 0.9, "z_pres_prior_raw": True}, None),
-        ({"z_pres_prior": 0.01, "num_steps": 4}, None),
-    ],
-)
-def test_settings_without_their_effect_are_hinted_at(
-    cli_args: dict[str, Any], hint: str | None
-) -> None:
-    hints = config_hints(resolve_config(cli_args), cli_args)
-    assert len(hints) == (hint is not None)
-    assert all(re.search(hint or "", line) for line in hints)
+def test_added_scenes_that_would_never_begin_are_hinted_at() -> None:
+    (hint,) = config_hints(resolve_config({"added_scenes": 9.0, "num_steps": 4}))
+    assert hint.startswith("--added-scenes has no effect: it begins after step 2000, and")
+    assert config_hints(resolve_config({"added_scenes": 9.0})) == []
+    assert config_hints(resolve_config({"num_steps": 4})) == []
 
 
 def test_configurations_in_files_are_checked() -> None:
@@ -201,7 +160,6 @@ def test_configurations_in_files_are_checked() -> None:
         ("batch_size", "8"), ("batch_size", 8.5), ("counts", [1, "x"]), ("counts", 3), ("viz", 1),
         ("device", 5), ("estimator", "no"), ("learning_rate", -1.0), ("use_masking", "yes"),
         ("seed", True), ("window_size", None), ("non_linearity", "Nonsense"), ("cache_dir", 3),
-        ("preset", "none"),
     ]:  # fmt: skip
         with pytest.raises(CheckpointError, match=r"^file: --\S+: expected .*, got "):
             check_config({key: value}, Path("file"))

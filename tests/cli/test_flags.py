@@ -77,7 +77,6 @@ def test_help_lists_the_common_flags_and_help_all_all(capsys: pytest.CaptureFixt
         ("--z-pres-prior 1.2", "--z-pres-prior: expected a number above 0, at most 1, got '1.2'"),
         ("--non-linearity Linear", "expected the name of an activation of torch.nn"),
         ("--anneal-prior cos", "argument --anneal-prior: invalid choice: 'cos'"),
-        ("--preset none", "expected close-digits or background or many"),
         ("--batch 3", "unrecognized arguments: --batch 3"),  # no abbreviations
         ("--encoder-net 10 0", "argument --encoder-net: expected a whole number of at least 1"),
     ],

@@ -22,6 +22,7 @@ from air.training.teacher import (
     BATCH_PER_MERGED,
     BATCH_PER_SUM,
     DECAY,
+    Counted,
     Sums,
     Teacher,
     infer_counts,
@@ -42,7 +43,7 @@ def dots(*places: tuple[int, int], size: int = 12) -> Tensor:
 def make(air: AIR, images: Tensor, counts: list[int], unexplained: tuple[int, ...] = ()) -> Sums:
     explained = torch.ones(len(images), dtype=torch.bool)
     explained[[*unexplained]] = False
-    return make_sums(air, images, torch.tensor(counts), explained)
+    return make_sums(air, images, Counted(torch.tensor(counts), explained, images))
 
 
 @pytest.mark.parametrize("likelihood", ["normal", "bernoulli"])
@@ -203,7 +204,7 @@ def test_counts_are_those_of_inference(options: dict[str, Any]) -> None:
     air = small_air(**options)
     images = air.likelihood.prepare(torch.rand(20, 12, 12))
     state = torch.get_rng_state()
-    counts, explained = infer_counts(air, images)
+    counts, explained, _ = infer_counts(air, images)
     assert torch.equal(torch.get_rng_state(), state), "random numbers were drawn"
     found = infer(air, images)
     assert torch.equal(counts, found.counts)
@@ -233,7 +234,7 @@ def test_two_objects_that_are_one_count_as_one(monkeypatch: pytest.MonkeyPatch) 
     bound = float((before + after)[0] / 2)  # between both for one of the scenes
     monkeypatch.setattr(teacher, "BADLY_EXPLAINED", bound)
     assert ((before < bound) != (after < bound)).any()
-    counts, explained = infer_counts(air, images)
+    counts, explained, _ = infer_counts(air, images)
     assert torch.equal(counts, expected)
     assert torch.equal(explained, residual < bound)
 

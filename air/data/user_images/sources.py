@@ -14,7 +14,7 @@ of uint8 [N, H, H] or [N, C, H, H] in the final size may be larger than memory.
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,9 @@ from air.data.user_images.preparation import (
     ImageSettings,
     Placement,
     check_size,
+    convert_channels,
     prepare,
+    to_bytes,
     to_channels_first,
 )
 from air.data.user_images.true_counts import PictureCounts
@@ -105,15 +107,15 @@ def prepare_image(name: str, pixels: Array, settings: ImageSettings) -> Prepared
 
 
 def source_images(
-    path: Path | str, settings: ImageSettings, every: Callable[[int], int] = lambda number: 1
+    path: Path | str, settings: ImageSettings, most: int | None = None
 ) -> Iterator[tuple[str, Array]]:
     """Reads the images of a source one by one as they are, in any size; of arrays, those of x.
 
     Args:
         path: The source.
         settings: Only `alpha_over` is used.
-        every: Maps the number of picture files, or of images in an array, to k: only every k-th is
-            read.
+        most: Number of picture files, or of images in an array, that are read at most: some at
+            random, the same ones every time, and none that are held out. None for all.
 
     Yields:
         The name of an image, and its pixels, [C, h, w], of a type that `prepare` takes.
@@ -124,12 +126,35 @@ def source_images(
     path = Path(path)
     if holds_arrays(path):
         x = to_channels_first(read_arrays(path, ("x",))["x"], f"{path}: x")
-        for i in range(0, len(x), every(len(x))):
+        for i in _sample(len(x), most):
             yield f"{path}[{i}]", x[i]
-    else:
-        files = find_files(path)
-        for file in files[:: every(len(files))]:
-            yield from read_picture(file, settings.alpha_over)
+        return
+    files = find_files(path)
+    if most is not None:
+        files = [file for file in files if not _is_held_out(path, file)] or files
+    for i in _sample(len(files), most):
+        yield from read_picture(files[i], settings.alpha_over)
+
+
+def sample_images(path: Path | str, settings: ImageSettings, most: int) -> list[Array]:
+    """Some images of a source at random, in their own sizes: uint8 [C, h, w].
+
+    Raises:
+        DataError: If they cannot be read.
+    """
+    found = list(source_images(path, settings, most))
+    found = [found[i] for i in _sample(len(found), most)]  # a file can have many pages
+    return [convert_channels(to_bytes(x[None], name), settings, name)[0] for name, x in found]
+
+
+def _sample(size: int, most: int | None) -> list[int]:
+    if most is None or size <= most:
+        return list(range(size))
+    return sorted(np.random.default_rng(0).choice(size, most, replace=False).tolist())
+
+
+def _is_held_out(path: Path, file: Path) -> bool:
+    return file.parts[len(path.parts) : -1][:1] == (HELD_OUT_FOLDER,)
 
 
 def find_files(path: Path | str) -> list[Path]:
@@ -187,7 +212,7 @@ def _read_pictures(path: Path, settings: ImageSettings, hold_out_all: bool) -> d
         for name, pixels in read_picture(file, settings.alpha_over):
             images.append(prepare_image(name, pixels, settings))
             counts.append(known.of(name, file))
-            held_out.append(file.parts[len(path.parts) : -1][:1] == (HELD_OUT_FOLDER,))
+            held_out.append(_is_held_out(path, file))
             _check_same_size(path, images[0], images[-1])
             check_size(str(path), len(images) * images[0].pixels.nbytes)
     x = np.stack(_in_same_channels([image.pixels for image in images]))

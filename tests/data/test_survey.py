@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import squares
+from PIL import Image
 
 from air.data.scenes import MAX_COUNT, Array, Scenes, SceneSplits
+from air.data.survey import brightness_hints, data_hints, survey
 from air.data.user_images.preparation import ImageSettings
-from air.data.user_images.sources import source_images
-from air.data.user_images.survey import brightness_hints, data_hints, sample_images, survey
+from air.data.user_images.sources import sample_images
 
 RNG = np.random.default_rng(0)
 COUNTS = np.repeat([0, 1, 2], 20)
@@ -43,8 +44,8 @@ def test_usual_data_need_no_hint() -> None:
     [
         (scenes(ink=1), "the largest value in the images is 1 of 255, nearly black; scale them"),
         (scenes(ink=16), "the largest value in the images is 16 of 255"),  # 12 bits as 16
-        (scenes(ink=0, ground=255), "the background is light .*, add --invert, or --preset backg"),
-        (scenes(ground=60), r"the background is not black \(60 of 255\).* --preset backg"),
+        (scenes(ink=0, ground=255), "the background is light .*, add --invert, or --background-m"),
+        (scenes(ground=60), r"the background is not black \(60 of 255\).* --background-m"),
         (scenes(2, side=201), "images of 201 x 201 pixels need much memory and time; reduce"),
     ],
     ids=["binary", "12 bits", "dark on light", "grey ground", "large"],
@@ -83,31 +84,43 @@ def test_sorted_data_are_hinted_at() -> None:
 
 
 def test_a_survey_measures_images() -> None:
-    images = squares(80, (60, 48), side=9, most=3)
-    found = survey(list(images))
-    assert (found.widths, found.heights) == ((48, 48), (60, 60))
-    assert (found.is_coloured, found.background) == (False, 0.0)
+    images = squares(80, (60, 60), side=9, most=3)
+    found = survey(images)
+    assert found.images == 80
     assert sorted(found.counts) == [0] * 20 + [1] * 20 + [2] * 20 + [3] * 20
     assert found.most == 3
     assert found.side(50) == found.side(90) == 9 / 60
-    assert found.coverage == pytest.approx((images > 0).mean())
-    assert survey(list(~images)) == found._replace(background=255)
-    colours = list(squares(8, (20, 20), 5, 2, channels=3))
-    mixed = survey([*colours, np.full((1, 9, 30), 200, np.uint8)])
-    assert (mixed.widths, mixed.heights, mixed.is_coloured) == ((20, 30), (9, 20), True)
+    assert (found.is_coloured, found.is_black, found.is_white) == (False, True, False)
+    light = survey(~images)
+    assert (round(light.level), light.is_black, light.is_white) == (255, False, True)
+    np.testing.assert_array_equal(light.counts, found.counts)
+    np.testing.assert_allclose(light.worths, found.worths, rtol=1e-3)
+    coloured = survey(squares(80, (20, 20), 5, 2, channels=3))
+    assert coloured.is_coloured
+    noisy = RNG.normal(100, 12.75, (50, 30, 30)).astype(np.uint8)
+    assert survey(noisy).noise == pytest.approx(0.05, rel=0.05)
 
 
-def test_specks_and_objects_that_touch_do_not_count() -> None:
-    images = squares(90, (48, 48), side=8, most=2)
-    images[::2, 0, 40:42, 40:42] = 255  # a speck
-    images[1, 0, :8, 8:16] = 255  # one of 90 images shows two squares that touch
-    found = survey(list(images))
-    assert found.most == 2
-    assert found.side(90) == 8 / 48
+def test_images_without_objects_have_a_survey() -> None:
+    found = survey(np.zeros((3, 8, 8), np.uint8))
+    assert (found.most, len(found.sides), found.is_black) == (0, 0, True)
+    assert 0 < found.side(50) < 1
 
 
-def test_a_sample_is_spread_over_the_images_and_loads_no_others(tmp_path: Path) -> None:
+def test_a_sample_is_random_repeatable_and_of_training_images(tmp_path: Path) -> None:
+    def read(source: Path, most: int) -> list[int]:
+        return [int(x[0, 0, 0]) for x in sample_images(source, ImageSettings(), most)]
+
     np.save(tmp_path / "x.npy", np.arange(70, dtype=np.uint8).repeat(16).reshape(70, 4, 4))
-    found = source_images(tmp_path, ImageSettings(), lambda number: number // 10)
-    assert [int(pixels[0, 0, 0]) for _, pixels in found] == list(range(0, 70, 7))
-    assert len(sample_images(tmp_path, ImageSettings(), 20)) == 18  # every fourth
+    found = read(tmp_path, 20)
+    assert len(set(found)) == 20
+    assert found == read(tmp_path, 20) == sorted(found)
+    assert len({n % 7 for n in found}) > 3  # files sorted by kind are all seen
+    assert read(tmp_path, 70) == list(range(70))
+    folder = tmp_path / "pictures"
+    for name, level in (("a", 1), ("b", 2), ("test/c", 3)):
+        file = folder / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4), level, np.uint8)).save(file)
+    assert read(folder, 9) == [1, 2]
+    assert read(folder / "test", 9) == [3]

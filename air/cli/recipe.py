@@ -1,0 +1,198 @@
+"""The settings that follow from a survey of the training images, without labels.
+
+An object is worth the log likelihood that it explains. It must be worth more than it costs (some
+ten nats for its count, more for its place and code), and what a decoder leaves of an object must be
+worth less, or a second window is used for it.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from air.data.scenes import SceneSplits
+from air.data.survey import SAMPLE, Survey, survey
+from air.data.user_images.preparation import ImageSettings, prepare
+from air.data.user_images.sources import sample_images
+from air.support.fields import from_config
+from air.training.from_spots import LEAST_SIDE, MARGIN
+from air.training.training_settings import TrainingSettings
+
+MAX_SIDE = 64  # pixels; smaller square images keep their size
+SIDES = 48, 96  # least and greatest side of images that are made smaller
+SIDE_STEP = 8
+OBJECT_SIDE = 12  # pixels that a typical object keeps
+LOOK_SIDE = 192  # pixels of the images from which the size is chosen
+WINDOW_SIDES = 10, 28  # least and greatest side of the attention window in pixels
+# Nats that a typical object explains, and that nineteen of twenty objects explain.
+WORTH, LEAST_WORTH = 200.0, 40.0
+LIKELIHOOD_SDS = 0.05, 0.6
+GLIMPSE_MARGIN = 1.6  # side of a window divided by that of a small object, for glimpses
+SMALL = 0.2  # side of an object, relative to its image, below which glimpses find it
+RELIABLE = 0.4  # agreement of two thresholds from which spots are believed
+SPOT_STEPS = 100  # for each object
+FEW = 3  # objects up to which training goes on with the ELBO
+# Training takes at most some 15 minutes on one core. A step takes this many seconds for each pixel
+# of a batch of 64 scenes, for each channel and each object, and one for the background.
+MAX_SECONDS, SECONDS_PER_VALUE = 900, 6e-6
+STEP_MULTIPLE = 500
+MAX_STEPS = 24  # of the model; a step of training takes as long as it has steps
+
+Found = dict[str, tuple[Any, str]]  # key of a setting: its value, and the reason
+
+
+def is_surveyed(given: Mapping[str, Any]) -> bool:
+    """Whether settings follow from the images: those of a model that is there already do not."""
+    is_new = not given.keys() & {"resume", "load"} and given.get("num_steps") != 0
+    return is_new and given.get("survey", True)
+
+
+def find_image_settings(path: Path, given: Mapping[str, Any]) -> Found:
+    """How to prepare users' images: their size and colours, and whether to invert them.
+
+    Args:
+        path: The source of the images.
+        given: Settings by flags, which are kept.
+
+    Raises:
+        DataError: If the images cannot be read.
+    """
+    images = sample_images(path, from_config(ImageSettings, {**given, "x_size": None}), SAMPLE)
+    found: Found = {}
+    sizes = {image.shape[1:] for image in images}
+    longest = max(max(size) for size in sizes)
+    look = ImageSettings(x_size=min(longest, LOOK_SIDE), crop=given.get("crop", False))
+    squares = [prepare(image[None], look, str(path))[0] for image in images]
+    squares = [x if x.ndim == 4 else x[:, None] for x in squares]
+    channels = max(x.shape[1] for x in squares)  # a picture can be grey among coloured ones
+    seen = survey(np.concatenate([x.repeat(channels // x.shape[1], 1) for x in squares]))
+    if not seen.is_coloured and channels == 3:
+        found["channels"] = 1, "all channels are equal"
+    if seen.is_white:
+        found["invert"] = True, f"the background is white ({seen.level:.0f} of 255)"
+    if sizes != {(longest, longest)} or longest > MAX_SIDE:
+        wanted = SIDE_STEP * math.ceil(OBJECT_SIDE / seen.side(50) / SIDE_STEP)
+        side = min(max(wanted, SIDES[0]), SIDES[1], longest)
+        text = f"a typical object is then {seen.side(50) * side:.0f} pixels long"
+        found["x_size"] = side, text
+    return {key: value for key, value in found.items() if key not in given}
+
+
+def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -> Found:
+    """Settings of model and training.
+
+    Args:
+        seen: The survey of the training images.
+        scenes: The scenes. Of their labels, only the greatest true count is used, if there is one.
+        given: Settings by flags, which are kept.
+    """
+    found: Found = {}
+    x_size, counts = scenes.x_size, scenes.train.counts
+    if counts is None:
+        most, who = seen.most, f"99 % of the images have at most {seen.most} spots"
+    else:
+        most, who = int(counts.max()), "of the true counts"
+    steps = min(max(most, 1) + 1, MAX_STEPS)
+    found["model_steps"] = steps, f"one more than the most objects; {who}"
+    half, large, is_small = seen.side(50), seen.side(90), seen.side(50) < SMALL
+    margin = GLIMPSE_MARGIN if is_small else MARGIN
+    window = round(min(max(1.05 * margin * large * x_size, WINDOW_SIDES[0]), WINDOW_SIDES[1]))
+    text = f"90 % of the objects are at most {large * x_size:.0f} pixels long"
+    found["window_size"] = window, text
+    scales = 1 / (margin * np.maximum(seen.sides, LEAST_SIDE * half))
+    mean = 1 / (margin * half)
+    spread = float(np.subtract(*np.percentile(scales, (84, 16)))) / 2 if len(scales) else 0.0
+    text = f"a typical object is {half * x_size:.0f} pixels long"
+    found["scale_prior_mean"] = round(mean, 2), text
+    sd = min(max(spread, (0.15 if is_small else 0.1) * mean), 0.3 * mean)
+    found["scale_prior_sd"] = round(sd, 2), "by the spread of the sizes"
+    shifts = np.square(seen.centres * scales[:, None])
+    sd = math.sqrt(max(1.0, shifts.mean())) if len(scales) else 1.0
+    found["pos_prior_sd"] = round(sd, 2), "by the spread of the places"
+    sd = _likelihood_sd(seen)
+    worth = float(np.median(seen.worths)) / (2 * sd**2) if len(seen.worths) else 0.0
+    found["likelihood_sd"] = sd, f"a typical object then explains {worth:.0f} nats"
+    if not seen.is_black:
+        found["background_model"] = "vae", f"the background is not black ({seen.level:.0f} of 255)"
+    found["num_steps"] = _num_steps(scenes, given.get("model_steps", steps))
+    num_steps = given.get("num_steps", found["num_steps"][0])
+    found["lr_schedule"] = "cosine", "the learning rate falls to the end"
+    agreement = seen.finder.agreement
+    if is_small:
+        found |= _by_glimpses(num_steps)
+    elif agreement >= RELIABLE:
+        found |= _from_spots(num_steps, steps, agreement)
+    if given.get("estimator") == "score":
+        found.pop("added_scenes", None)
+    return {key: value for key, value in found.items() if key not in given}
+
+
+def _by_glimpses(num_steps: int) -> Found:
+    """Small objects: what is not explained yet says where to look.
+
+    The count prior favours many objects until windows help; then it falls.
+    """
+    reason = "objects are small"
+    return {
+        "guide": ("glimpse", reason),
+        "embed_net": ([200], reason),
+        "clip_grad_norm": (100.0, reason),
+        "z_pres_prior": (0.99, "favours many objects at first"),
+        "z_pres_prior_raw": (True, "a probability"),
+        "anneal_prior": ("exp", "favours few objects later"),
+        "anneal_prior_to": (1e-4, "favours few objects later"),
+        "anneal_prior_duration": (max(min(1000, num_steps // 3), 1), "favours few objects later"),
+    }
+
+
+def _from_spots(num_steps: int, model_steps: int, agreement: float) -> Found:
+    """Larger objects: convolutions see all of them, and begin with what a threshold sees.
+
+    The places of many objects take so long to learn that the ELBO would give up those that the
+    guide does not place well yet; then spots are used to the end.
+    """
+    are_few = model_steps - 1 <= FEW
+    steps = min(SPOT_STEPS * model_steps, num_steps // 2) if are_few else num_steps
+    found: Found = {
+        "embed_channels": ([16, 32, 32], "objects are large"),
+        "embed_net": ([256], "objects are large"),
+        "spot_steps": (steps, f"two thresholds agree on {agreement:.0%} of the images"),
+    }
+    if are_few:
+        found["added_scenes"] = 100.0, "sums of scenes teach counting"
+        found["added_scenes_from"] = steps, "when objects are learnt from spots"
+    return found
+
+
+def _num_steps(scenes: SceneSplits, model_steps: int) -> tuple[int, str]:
+    """The number of training steps that are bearable, and the time that they take."""
+    values = scenes.x_size**2 * scenes.channels * (model_steps + 1)
+    seconds = SECONDS_PER_VALUE * values
+    bearable = int(MAX_SECONDS / seconds) // STEP_MULTIPLE * STEP_MULTIPLE
+    number = min(max(bearable, STEP_MULTIPLE), TrainingSettings.num_steps)
+    minutes = math.ceil(number * seconds / 60)
+    return number, f"some {minutes} minutes on one core of a CPU, {seconds:.2f} s a step"
+
+
+def _likelihood_sd(seen: Survey) -> float:
+    """The standard deviation of a pixel at which objects are worth enough."""
+    if not len(seen.worths):
+        return 0.3
+    typical, least = np.percentile(seen.worths, (50, 5))
+    sd = math.sqrt(min(typical / (2 * WORTH), max(least, typical / 8) / (2 * LEAST_WORTH)))
+    return round(min(max(sd, seen.noise, LIKELIHOOD_SDS[0]), LIKELIHOOD_SDS[1]), 3)
+
+
+def describe(seen: Survey, found: Found) -> list[str]:
+    """Lines for the user: what was seen, and what was set and why."""
+    numbers = ", ".join(f"{n}: {k}" for n, k in sorted(Counter(seen.counts.tolist()).items()))
+    lines = [
+        f"Survey of {seen.images} training images, without labels. Spots that a threshold sees "
+        f"(number of spots: number of images): {numbers}"
+    ]
+    for key, (value, reason) in found.items():
+        lines.append(f"  {key} = {value}: {reason}")
+    return lines

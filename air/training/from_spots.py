@@ -1,0 +1,164 @@
+"""The first phase of training: the objects are the spots that a threshold sees.
+
+From scratch, the guide must find out by chance that windows on objects help, and may learn to use
+one window for two objects, or none. A threshold finds most objects that stand alone
+(`air.data.spots`). So at first z_pres and z_where are not drawn from the guide, but are those of
+the spots, with a little noise. The decoder and the encoder learn what objects look like, and
+q(z_pres) and q(z_where) are fitted to the spots. The objective is
+
+    log p(x, z) - log q(z_what) + log q(z_pres) + log q(z_where)
+
+which is also reported in place of the ELBO while the phase lasts. No label is used.
+"""
+
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from air.air import AIR
+from air.data.spots import SpotFinder, spread_indices
+from air.priors import PresencePrior
+from air.spatial_transformer import centre_of, where_at
+from air.support.images import to_bytes
+from air.support.subsampling import draw_indices
+
+NUM_IMAGES = 4000  # of the training images, in which spots are looked for
+MARGIN = 1.15  # side of a window divided by that of its spot
+LEAST_SIDE = 0.6  # of a typical spot's side, below which windows are not made smaller
+SCALE_NOISE, SHIFT_NOISE = 0.05, 0.06  # standard deviations, relative and in half windows
+
+
+class KnownObjects(NamedTuple):
+    """Objects whose presence and place are given, of B images."""
+
+    present: Tensor  # the first n of T are, [B, T]
+    where: Tensor  # z_where, [B, T, 3]
+    sure: Tensor  # images that are used, bool [B]
+
+    def pick(self, rows: Tensor) -> "KnownObjects":
+        """The objects of these images."""
+        return KnownObjects._make(part[rows] for part in self)
+
+
+class GivenObjects(Messenger):
+    """Runs AIR's guide with known objects in place of its own z_pres and z_where.
+
+    These sites are hidden from outer handlers.
+
+    Args:
+        known: The objects.
+        nearest: Whether each step takes the object closest to the guide's mean of z_where. Else
+            the steps take them in their order.
+    """
+
+    def __init__(self, known: KnownObjects, nearest: bool) -> None:
+        super().__init__()
+        self.known, self.nearest = known, nearest
+        self.log_q: Tensor | float = 0.0  # log q(z_pres, z_where), [B]
+        self.values: dict[str, Tensor] = {}  # of the hidden sites
+        self._left = known.present.clone()
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        kind, _, t = msg["name"].rpartition("_")
+        if kind not in ("z_pres", "z_where"):
+            return
+        present, where, _ = self.known
+        if kind == "z_pres":
+            value = present[:, int(t), None]
+        else:
+            value = where[:, int(t)]
+            if self.nearest:
+                guess = centre_of(msg["fn"].mean.detach())[:, None]
+                distances = (centre_of(where) - guess).norm(dim=-1)
+                k = distances.masked_fill(self._left == 0, torch.inf).argmin(1)
+                self._left = self._left.scatter(1, k[:, None], 0)
+                value = where[torch.arange(len(where), device=where.device), k]
+        self.log_q = self.log_q + msg["fn"].log_prob(value)
+        self.values[msg["name"]] = value
+        msg["value"], msg["done"], msg["stop"] = value, True, True
+
+
+class FromSpots:
+    """`model` and `guide` for SVI, which train an AIR on the objects that a threshold sees.
+
+    They take the arguments of `AIR.model` and `AIR.guide`, but draw their batches from
+    `NUM_IMAGES` images at most, in which spots are looked for once.
+
+    Args:
+        air: The model.
+        find: Finds spots.
+    """
+
+    def __init__(self, air: AIR, find: SpotFinder) -> None:
+        self.air, self.find = air, find
+        self._seen: tuple[Tensor, KnownObjects] | None = None  # rows of the data, and their spots
+        self._batch: tuple[Tensor, KnownObjects, dict[str, Tensor]] | None = None
+
+    def guide(
+        self,
+        data: Tensor,
+        batch_size: int | None = None,
+        z_pres_prior_p: PresencePrior | None = None,
+        num_images: int | None = None,
+    ) -> None:
+        """q(z_what | x, z_pres, z_where), and the fit of q(z_pres) and q(z_where)."""
+        del z_pres_prior_p
+        if self._seen is None:
+            rows = torch.from_numpy(spread_indices(len(data), NUM_IMAGES)).to(data.device)
+            self._seen = rows, self.known_objects(data[rows])
+        rows, known = self._seen
+        k = draw_indices(len(rows), min(batch_size or len(rows), len(rows)), rows.device)
+        images, known = data[rows[k]], with_noise(known.pick(k.to(known.where.device)))
+        given = GivenObjects(known, nearest=self.air.look.follows_canvas)
+        size = num_images or len(data)
+        sure: Any = known.sure  # Pyro's types name a class that no tensor has
+        with poutine.mask(mask=sure), given:
+            self.air.guide(images, num_images=size)
+        fit = (given.log_q * known.sure).sum() * (size / len(images))
+        pyro.factor("spots", -fit, has_rsample=True)  # Pyro subtracts what a guide adds
+        self._batch = images, known, given.values
+
+    def model(
+        self,
+        data: Tensor,
+        batch_size: int | None = None,
+        z_pres_prior_p: PresencePrior | None = None,
+        num_images: int | None = None,
+    ) -> None:
+        """p(x, z) of the batch that `guide` drew, with the same objects."""
+        del batch_size
+        assert self._batch is not None
+        images, known, values = self._batch
+        sure: Any = known.sure
+        with poutine.mask(mask=sure), poutine.condition(data=values):
+            self.air.model(images, None, z_pres_prior_p, num_images or len(data))
+
+    def known_objects(self, images: Tensor) -> KnownObjects:
+        """The spots in images, as `AIR.to_images` takes them, as objects from left to right."""
+        air, n = self.air, len(images)
+        found = self.find(to_bytes(images).cpu().numpy())
+        present = torch.zeros(n, air.num_steps)
+        where = air.z_where_loc_prior.cpu().repeat(n, air.num_steps, 1)
+        for i, spots in enumerate(found):
+            boxes = torch.from_numpy(spots.boxes)[: air.num_steps].float()
+            boxes = boxes[boxes[:, 0].argsort()]
+            longest = (boxes[:, 2:] - boxes[:, :2]).amax(1)
+            scale = air.x_size / (MARGIN * longest.clamp(min=LEAST_SIDE * self.find.side))
+            centre = (boxes[:, :2] + boxes[:, 2:]) / air.x_size - 1
+            where[i, : len(boxes)] = where_at(centre, scale[:, None])
+            present[i, : len(boxes)] = 1
+        sure = torch.tensor([spots.sure and len(spots) <= air.num_steps for spots in found])
+        like = air.h_init
+        return KnownObjects(present.to(like), where.to(like), sure.to(like.device))
+
+
+def with_noise(known: KnownObjects) -> KnownObjects:
+    """Objects at slightly other places and sizes."""
+    noise = torch.randn_like(known.where)
+    factors = known.where.new_tensor([SCALE_NOISE, 0.0, 0.0]) * noise
+    shifts = known.where.new_tensor([0.0, SHIFT_NOISE, SHIFT_NOISE]) * noise
+    return known._replace(where=known.where * (1 + factors) + shifts)

@@ -1,0 +1,123 @@
+"""The settings that follow from images suit images that are known; flags win."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import run, squares
+from PIL import Image
+
+from air.cli.recipe import MAX_STEPS, Found, describe, find_image_settings, find_settings
+from air.data.scenes import Array, Scenes, SceneSplits
+from air.data.survey import survey
+from air.data.user_images.picture_files import write_pictures
+from air.training.from_spots import MARGIN
+from multi_mnist import SceneSettings, load_scenes
+
+
+def settings(x: Array, counts: Array | None = None, **given: object) -> dict[str, Any]:
+    scenes = SceneSplits(Scenes(x, counts), Scenes(x, counts), "")
+    found = find_settings(survey(x), scenes, given)
+    assert all(reason for _, reason in found.values())
+    return {key: value for key, (value, _) in found.items()}
+
+
+def image_settings(path: Path, **given: object) -> dict[str, Any]:
+    return {key: value for key, (value, _) in find_image_settings(path, given).items()}
+
+
+def test_windows_steps_and_worth_follow_from_the_objects() -> None:
+    x = squares(200, (48, 48), 12, 2)[:, 0]
+    found = settings(x)
+    assert found["model_steps"] == 3
+    assert found["window_size"] == round(1.2 * 12)
+    assert found["scale_prior_mean"] == pytest.approx(48 / (MARGIN * 12), abs=0.01)
+    assert "background_model" not in found
+    worths = np.square(x / 255).sum((1, 2))[1::3]  # of one square each
+    assert np.median(worths) / (2 * found["likelihood_sd"] ** 2) == pytest.approx(200, rel=0.05)
+    assert found["spot_steps"] == found["added_scenes_from"] > 0
+
+
+def test_true_counts_set_the_steps() -> None:
+    x = squares(90, (48, 48), 12, 2)[:, 0]
+    assert settings(x, np.arange(90) % 6)["model_steps"] == 6
+    assert settings(np.zeros((9, 20, 20), np.uint8))["model_steps"] == 2
+
+
+def test_a_model_of_the_background_is_chosen_where_it_is_not_black() -> None:
+    x = squares(120, (48, 48), 12, 2)[:, 0]
+    assert settings(np.maximum(x, 80))["background_model"] == "vae"
+    ramp = np.linspace(0, 120, 48).astype(np.uint8)
+    assert settings(np.maximum(x, ramp))["background_model"] == "vae"
+
+
+def test_given_flags_win() -> None:
+    x = squares(90, (48, 48), 12, 2)[:, 0]
+    found = settings(x, window_size=20, spot_steps=0, estimator="score", num_steps=100)
+    assert not found.keys() & {"window_size", "spot_steps", "added_scenes", "num_steps"}
+    assert settings(x, num_steps=100)["spot_steps"] == 50
+    many = settings(x, np.arange(90) % 6, num_steps=100)
+    assert many["spot_steps"] == 100  # to the end
+    assert "added_scenes" not in many
+
+
+def test_crowds_have_as_many_steps_as_are_bearable() -> None:
+    x = squares(122, (64, 64), 4, 60)[:, 0]
+    assert settings(x)["model_steps"] == MAX_STEPS
+
+
+def test_light_large_and_odd_images_are_brought_into_shape(tmp_path: Path) -> None:
+    images = 255 - squares(60, (150, 200), 24, 2, channels=3)[:, :1].repeat(3, 1)
+    for k, image in enumerate(images):
+        Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / f"{k}.png")
+    found = image_settings(tmp_path)
+    assert found["invert"] is True
+    assert found["x_size"] == 96  # the greatest side: a square of 24 in 200 has 12 pixels then
+    assert image_settings(tmp_path, x_size=40, invert=False) == {}
+    np.savez(tmp_path / "grey.npz", x=255 - images)
+    assert image_settings(tmp_path / "grey.npz", x_size=40) == {"channels": 1}
+    np.savez(tmp_path / "x.npz", x=squares(60, (48, 48), 12, 2))
+    assert image_settings(tmp_path / "x.npz") == {}  # small black squares stay as they are
+
+
+def test_what_was_seen_and_set_is_said() -> None:
+    x = squares(60, (48, 48), 12, 2)[:, 0]
+    seen = survey(x)
+    found: Found = find_settings(seen, SceneSplits(Scenes(x), Scenes(x), ""), {})
+    first, *lines = describe(seen, found)
+    assert "60 training images" in first
+    assert "0: 20, 1: 20, 2: 20" in first
+    assert len(lines) == len(found)
+    assert any("  embed_channels = [16, 32, 32]: " in line for line in lines)
+
+
+@pytest.mark.parametrize("line", ["--suggest --data nothing", "--suggest --data ."])
+def test_images_that_cannot_be_read_end_in_one_line(
+    line: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    done = run(line, tmp_path, environment)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+
+
+def test_pictures_train_by_what_follows_from_them(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    scenes = SceneSettings(recipe="dsprites", x_size=30, num_scenes=60, num_test_scenes=10)
+    train, test, _ = load_scenes(scenes, cache_dir=tmp_path / "cache")
+    write_pictures(tmp_path / "pictures", {"": train, "test": test})
+    line = "--data pictures -n 3 -b 4 --window-size 11"
+    said = run(f"{line} --suggest", tmp_path, environment)
+    assert said.returncode == 0, said.stderr
+    assert not (tmp_path / "runs").exists()
+    done = run(f"{line} --output-dir run", tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(said.stdout)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["window_size"] == 11
+    assert "window_size" not in config["found"]
+    assert {"likelihood_sd", "scale_prior_mean"} <= set(config["found"]) <= config.keys()
+    again = run("--resume run -n 3", tmp_path, environment)
+    assert again.returncode == 0, again.stderr
+    assert "Survey" not in again.stdout
