@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from air.support.model_settings import ModelSettings
 from modules import MLP, Decoder, Encoder, NonLinearity
 
-MAX_GRID = 32
+MAX_GRID = 32  # cells along each side
 
 
 class Background(nn.Module):

@@ -69,7 +69,7 @@ class DetectedObject:
     probability: float  # q(count >= step)
     box: list[float]  # (x0, y0, x1, y1) in pixels, tight around the painted object
     window: list[float]  # (x0, y0, x1, y1) in pixels, the attention window; may leave the image
-    cut: bool = False  # whether the box reaches the border of the image
+    cut: bool = False  # whether the box reaches the border of the prepared image, with its padding
     z_what: list[float] | None = None  # its code, if asked for
 
 

@@ -64,7 +64,9 @@ def find_image_settings(path: Path, given: Mapping[str, Any]) -> Found:
     found: Found = {}
     sizes = {image.shape[1:] for image in images}
     longest = max(max(size) for size in sizes)
-    look = ImageSettings(x_size=min(longest, LOOK_SIDE), crop=given.get("crop", False))
+    # As they will be prepared, if that is known.
+    x_size = given.get("x_size", min(longest, LOOK_SIDE))
+    look = ImageSettings(x_size=x_size, crop="x_size" in given and given.get("crop", False))
     squares = [prepare(image[None], look, str(path))[0] for image in images]
     squares = [x if x.ndim == 4 else x[:, None] for x in squares]
     channels = max(x.shape[1] for x in squares)  # a picture can be grey among coloured ones
@@ -73,7 +75,8 @@ def find_image_settings(path: Path, given: Mapping[str, Any]) -> Found:
         found["channels"] = 1, "all channels are equal"
     if seen.is_white:
         found["invert"] = True, f"the background is white ({seen.level:.0f} of 255)"
-    if sizes != {(longest, longest)} or longest > MAX_SIDE:
+    # Without a side that is given, there is none to crop to.
+    if not given.get("crop") and (sizes != {(longest, longest)} or longest > MAX_SIDE):
         wanted = SIDE_STEP * math.ceil(OBJECT_SIDE / seen.side(50) / SIDE_STEP)
         side = min(max(wanted, SIDES[0]), SIDES[1], longest)
         text = f"a typical object is then {seen.side(50) * side:.0f} pixels long"
@@ -92,11 +95,11 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
     found: Found = {}
     x_size, counts = scenes.x_size, scenes.train.counts
     if counts is None:
-        most, who = seen.most, f"99 % of the images have at most {seen.most} spots"
+        most, text = seen.most, f"99 % of the images have at most {seen.most} spots, and one more"
     else:
-        most, who = int(counts.max()), "of the true counts"
-    steps = min(max(most, 1) + 1, MAX_STEPS)
-    found["model_steps"] = steps, f"one more than the most objects; {who}"
+        most, text = int(counts.max()), "one more than the greatest true count"
+    found["model_steps"] = min(max(most, 1) + 1, MAX_STEPS), text
+    steps = given.get("model_steps", found["model_steps"][0])
     half, large, is_small = seen.side(50), seen.side(90), seen.side(50) < SMALL
     margin = GLIMPSE_MARGIN if is_small else MARGIN
     window = round(min(max(1.05 * margin * large * x_size, WINDOW_SIDES[0]), WINDOW_SIDES[1]))
@@ -112,12 +115,13 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
     shifts = np.square(seen.centres * scales[:, None])
     sd = math.sqrt(max(1.0, shifts.mean())) if len(scales) else 1.0
     found["pos_prior_sd"] = round(sd, 2), "by the spread of the places"
-    sd = _likelihood_sd(seen)
-    worth = float(np.median(seen.worths)) / (2 * sd**2) if len(seen.worths) else 0.0
-    found["likelihood_sd"] = sd, f"a typical object then explains {worth:.0f} nats"
+    if len(seen.worths):
+        sd = _likelihood_sd(seen)
+        worth = float(np.median(seen.worths)) / (2 * sd**2)
+        found["likelihood_sd"] = sd, f"a typical object then explains {worth:.0f} nats"
     if not seen.is_black:
         found["background_model"] = "vae", f"the background is not black ({seen.level:.0f} of 255)"
-    found["num_steps"] = _num_steps(scenes, given.get("model_steps", steps))
+    found["num_steps"] = _num_steps(scenes, steps)
     num_steps = given.get("num_steps", found["num_steps"][0])
     found["lr_schedule"] = "cosine", "the learning rate falls to the end"
     agreement = seen.finder.agreement
@@ -141,7 +145,7 @@ def _by_glimpses(num_steps: int) -> Found:
         "embed_net": ([200], reason),
         "clip_grad_norm": (100.0, reason),
         "z_pres_prior": (0.99, "favours many objects at first"),
-        "z_pres_prior_raw": (True, "a probability"),
+        "z_pres_prior_raw": (True, "z_pres_prior is a probability"),
         "anneal_prior": ("exp", "favours few objects later"),
         "anneal_prior_to": (1e-4, "favours few objects later"),
         "anneal_prior_duration": (max(min(1000, num_steps // 3), 1), "favours few objects later"),
@@ -179,8 +183,6 @@ def _num_steps(scenes: SceneSplits, model_steps: int) -> tuple[int, str]:
 
 def _likelihood_sd(seen: Survey) -> float:
     """The standard deviation of a pixel at which objects are worth enough."""
-    if not len(seen.worths):
-        return 0.3
     typical, least = np.percentile(seen.worths, (50, 5))
     sd = math.sqrt(min(typical / (2 * WORTH), max(least, typical / 8) / (2 * LEAST_WORTH)))
     return round(min(max(sd, seen.noise, LIKELIHOOD_SDS[0]), LIKELIHOOD_SDS[1]), 3)

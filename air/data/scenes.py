@@ -141,6 +141,18 @@ def pick_rows(scenes: Scenes, rows: Any) -> Scenes:  # noqa: ANN401  # a slice, 
     return Scenes._make(None if array is None else array[rows] for array in scenes)
 
 
+def sample_rows(array: Array, most: int) -> Array:
+    """At most so many rows of an array at random; see `sample_indices`."""
+    return np.asarray(array[sample_indices(len(array), most)])
+
+
+def sample_indices(size: int, most: int) -> Array:
+    """At most so many indices below `size` at random, always the same ones, rising."""
+    if size <= most:
+        return np.arange(size)
+    return np.sort(np.random.default_rng(0).choice(size, most, replace=False))
+
+
 def _read_labels(arrays: Mapping[str, Array], prefix: str, num_images: int) -> dict[str, Array]:
     """Copies of the arrays of one split other than its images, of the types in `LABELS`."""
     sizes = {"N": num_images}

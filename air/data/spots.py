@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from air.data.scenes import Array
+from air.data.scenes import Array, sample_rows
 
 BLURS = 0.0, 0.01, 0.02  # standard deviations that are tried, in sides of an image
 # Thresholds that are tried, relative to the strongest deviation of a typical image.
@@ -89,7 +89,7 @@ def fit_finder(images: Array) -> SpotFinder:
 
     The result depends on the images alone.
     """
-    x = spread_rows(images, FIT_SAMPLE)
+    x = sample_rows(images, FIT_SAMPLE)
     x = x if x.ndim == 4 else x[:, None]
     picture = np.median(x, 0)
     of_plane, of_picture = (deviations(x, each).max(1) for each in (None, picture))
@@ -125,18 +125,6 @@ def fit_finder(images: Array) -> SpotFinder:
     return best or SpotFinder(None, 0.0, (255.0, 255.0), 1.0, 1.0, 0.0)
 
 
-def spread_rows(images: Array, most: int) -> Array:
-    """At most so many images at random, always the same ones of the same number of images."""
-    return np.asarray(images[spread_indices(len(images), most)])
-
-
-def spread_indices(size: int, most: int) -> Array:
-    """At most so many indices below `size` at random, always the same ones, rising."""
-    if size <= most:
-        return np.arange(size)
-    return np.sort(np.random.default_rng(0).choice(size, most, replace=False))
-
-
 def deviations(images: Array, picture: Array | None) -> Array:
     """How far each pixel is from the background: float32 [N, C, H, H], 0 to 255.
 
@@ -162,7 +150,7 @@ def planes(x: Array) -> Array:
     points, values = basis[edge], x[:, :, edge]
     products = (points[:, :, None] * points[:, None]).reshape(len(points), 9)
     near = np.abs(values - np.median(values, 2, keepdims=True))
-    keep = (near <= np.maximum(3 * np.median(near, 2, keepdims=True), 12)).astype(np.float32)
+    keep = (near <= np.maximum(3 * np.median(near, 2, keepdims=True), CLOSE)).astype(np.float32)
     for _ in range(REFITS):
         left = (keep @ products).reshape(*keep.shape[:2], 3, 3) + 1e-3 * np.eye(3)
         fit = np.linalg.solve(left, ((keep * values) @ points)[..., None])[..., 0]

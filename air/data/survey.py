@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from air.data.scenes import Array, SceneSplits
-from air.data.spots import SpotFinder, fit_finder, noise, planes, spread_rows
+from air.data.scenes import Array, SceneSplits, sample_rows
+from air.data.spots import SpotFinder, fit_finder, noise, planes
 from air.data.user_images.picture_files import MAX_GREY_SPREAD
 from air.data.user_images.preparation import border_median
 
@@ -53,7 +53,7 @@ class Survey(NamedTuple):
 
 def survey(images: Array) -> Survey:
     """Surveys images, uint8 [N, (C,) H, H]; the same images give the same survey."""
-    x = spread_rows(images, SAMPLE)
+    x = sample_rows(images, SAMPLE)
     x = x if x.ndim == 4 else x[:, None]
     side = x.shape[-1]
     finder = fit_finder(x)
@@ -122,7 +122,7 @@ def brightness_hints(images: Array, on_black: bool = True) -> list[str]:
     """Hints about the intensities of images, uint8 [N, (C,) H, H]; `on_black` as above."""
     if not len(images):
         return []
-    sample = spread_rows(images, SAMPLE)
+    sample = sample_rows(images, SAMPLE)
     largest = sample.max()
     if largest <= FAINT:
         return [

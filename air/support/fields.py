@@ -79,7 +79,7 @@ def setting(
         only_in: The only program that has its flag; None for all programs.
         on_resume: Its value in a resumed run; see `OnResume`.
         with_model: Whether loaded weights bring its value along.
-        overrides: Keys of settings that, when this flag is given, lose their value from a preset
+        overrides: Keys of settings that, when this flag is given, lose their value from a survey
             or from loaded weights.
     """
     about = {name: value for name, value in locals().items() if name != "default"}

@@ -20,7 +20,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from air.air import AIR
-from air.data.spots import SpotFinder, spread_indices
+from air.data.scenes import sample_indices
+from air.data.spots import SpotFinder
 from air.priors import PresencePrior
 from air.spatial_transformer import centre_of, where_at
 from air.support.images import to_bytes
@@ -108,7 +109,7 @@ class FromSpots:
         """q(z_what | x, z_pres, z_where), and the fit of q(z_pres) and q(z_where)."""
         del z_pres_prior_p
         if self._seen is None:
-            rows = torch.from_numpy(spread_indices(len(data), NUM_IMAGES)).to(data.device)
+            rows = torch.from_numpy(sample_indices(len(data), NUM_IMAGES)).to(data.device)
             self._seen = rows, self.known_objects(data[rows])
         rows, known = self._seen
         k = draw_indices(len(rows), min(batch_size or len(rows), len(rows)), rows.device)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from air.air import AIR
-from air.data.spots import FIT_SAMPLE, fit_finder, spread_indices
+from air.data.scenes import sample_indices
+from air.data.spots import FIT_SAMPLE, fit_finder
 from air.marginal import MarginalAIR
 from air.support.fields import SettingError
 from air.support.images import to_bytes
@@ -68,7 +69,7 @@ def make_phases(
         # Not compiled: the phase is too short for that.
         phases.append(Phase(0, make_svi(air.model, air.guide, compile=False), 0))
     if settings.spot_steps:
-        sample = images[torch.from_numpy(spread_indices(len(images), FIT_SAMPLE))]
+        sample = images[torch.from_numpy(sample_indices(len(images), FIT_SAMPLE))]
         spots = FromSpots(air, fit_finder(to_bytes(sample).cpu().numpy()))
         svi = make_svi(spots.model, spots.guide, compile=False)  # too short a phase as well
         phases.append(Phase(begin, svi, air.num_steps))

@@ -61,6 +61,7 @@ def test_given_flags_win() -> None:
     many = settings(x, np.arange(90) % 6, num_steps=100)
     assert many["spot_steps"] == 100  # to the end
     assert "added_scenes" not in many
+    assert settings(x, model_steps=6, num_steps=100)["spot_steps"] == 100
 
 
 def test_crowds_have_as_many_steps_as_are_bearable() -> None:
@@ -80,6 +81,14 @@ def test_light_large_and_odd_images_are_brought_into_shape(tmp_path: Path) -> No
     assert image_settings(tmp_path / "grey.npz", x_size=40) == {"channels": 1}
     np.savez(tmp_path / "x.npz", x=squares(60, (48, 48), 12, 2))
     assert image_settings(tmp_path / "x.npz") == {}  # small black squares stay as they are
+
+
+def test_images_are_looked_at_as_flags_prepare_them(tmp_path: Path) -> None:
+    """Of 150 x 200 pixels, so that they can be cropped to 100, but not to their longer side."""
+    images = squares(30, (150, 200), 24, 2)
+    np.savez(tmp_path / "x.npz", x=255 - images)
+    assert image_settings(tmp_path / "x.npz", x_size=100, crop=True) == {"invert": True}
+    assert "x_size" not in image_settings(tmp_path / "x.npz", crop=True)  # which is then refused
 
 
 def test_what_was_seen_and_set_is_said() -> None:

@@ -28,6 +28,7 @@ from air.data.scenes import (
     Array,
     DataError,
     SceneSplits,
+    sample_indices,
     split_scenes,
 )
 from air.data.user_images.array_files import holds_arrays, read_arrays
@@ -126,13 +127,13 @@ def source_images(
     path = Path(path)
     if holds_arrays(path):
         x = to_channels_first(read_arrays(path, ("x",))["x"], f"{path}: x")
-        for i in _sample(len(x), most):
+        for i in sample_indices(len(x), most or len(x)):
             yield f"{path}[{i}]", x[i]
         return
     files = find_files(path)
     if most is not None:
         files = [file for file in files if not _is_held_out(path, file)] or files
-    for i in _sample(len(files), most):
+    for i in sample_indices(len(files), most or len(files)):
         yield from read_picture(files[i], settings.alpha_over)
 
 
@@ -143,14 +144,8 @@ def sample_images(path: Path | str, settings: ImageSettings, most: int) -> list[
         DataError: If they cannot be read.
     """
     found = list(source_images(path, settings, most))
-    found = [found[i] for i in _sample(len(found), most)]  # a file can have many pages
+    found = [found[i] for i in sample_indices(len(found), most)]  # a file can have many pages
     return [convert_channels(to_bytes(x[None], name), settings, name)[0] for name, x in found]
-
-
-def _sample(size: int, most: int | None) -> list[int]:
-    if most is None or size <= most:
-        return list(range(size))
-    return sorted(np.random.default_rng(0).choice(size, most, replace=False).tolist())
 
 
 def _is_held_out(path: Path, file: Path) -> bool:
