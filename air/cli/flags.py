@@ -35,8 +35,7 @@ class ProgramSettings:
     survey: bool = _input(
         True,
         "look at the training images first, without labels, and set what follows from them, unless "
-        "it is set by a flag; --no-survey has the settings of Pyro's example, and begins from "
-        "scratch",
+        "it is set by a flag; --no-survey takes the defaults below, and begins from scratch",
         on_resume="free",
     )
     suggest: bool = _input(False, "only print what the survey finds, and exit", on_resume="free")
