@@ -85,7 +85,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Runs the program from flags to exit code in this process, which is faster than to start it.
 
-    Its figures are laid out; they are painted only where their resolution is given.
+    It is drawn only where a resolution is given.
     """
     import viz
     from main import main  # here, for most tests do without
@@ -94,7 +94,7 @@ def run(
     with (
         contextlib.chdir(folder),
         mock.patch.dict(os.environ, environment),
-        mock.patch.object(viz, "DPI", dpi) if dpi else programs.paint_no_figures(),
+        mock.patch.object(viz, "DPI", dpi) if dpi else programs.draw_no_figures(),
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(complained),
     ):

@@ -45,7 +45,7 @@ def start(script: str, line: str, folder: Path) -> tuple[object, str, str]:
         mock.patch.object(sys, "argv", [script, *line.split()]),
         mock.patch.object(sys, "path", [*sys.path]),
         mock.patch.dict(os.environ),
-        programs.paint_no_figures(),
+        programs.draw_no_figures(),
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(complained),
     ):

@@ -43,8 +43,9 @@ TUTORIAL = (  # with few steps, and few scenes
 LINES = [
     TUTORIAL,
     f"{SMALL} --output-dir run --eval-every 2 --save-every 3 --save out.pt -v",
-    f"{SMALL} -n 0 --load weights.pt --evaluate --refine --iwae-samples 3 --device cpu -lr 1e-3 "
-    "--lr-schedule cosine --clip-grad-norm 5 --estimator score --baseline-scalar 2",
+    f"{SMALL} -n 0 --load weights.pt --evaluate --refine --iwae-samples 3 --num-test-scenes 8 "
+    "--device cpu -lr 1e-3 --lr-schedule cosine --clip-grad-norm 5 --estimator score "
+    "--baseline-scalar 2",
     f"{SMALL} -t 1 --estimator score --no-baselines --no-masking --embed-net 20 10 "
     "--embed-channels 4 --non-linearity Tanh --jit",
     f"{SMALL} -t 1 --estimator marginal --window-size 20 --no-decoder-output-use-sigmoid "
@@ -56,7 +57,7 @@ LINES = [
     "--data-seed 3 --digits embedded --recipe air",
     "--data mine.npz -n 2 -b 8 --no-compile --no-suggest --survey",
     "--data pictures --no-survey -n 2 -b 8 --x-size 40 --no-crop --no-invert --alpha-over white "
-    "--count-pattern (\\d+)-objects --threads 2",
+    "--count-pattern (\\d+)-objects --threads 1",
     "--data mine.npz -n 2 -b 8 --x-size 40 --crop --channels 3 --invert",
     f"--recipe dsprites {SMALL} --background noisy --background-levels 9 90 "
     "--object-levels 200 255 --min-gap 0 --guide glimpse --background-model vae "
@@ -94,7 +95,10 @@ def test_lines_end_well(line: str, tmp_path: Path, environment: dict[str, str]) 
     if "--load" in line:
         done = run(f"{SMALL} -n 1 --output-dir first --save weights.pt", tmp_path, environment)
         assert done.returncode == 0, done.stderr
-    done = run(line, tmp_path, environment, compiler=capture_only)  # Inductor takes a minute
+    options: dict[str, Any] = {"compiler": capture_only}  # Inductor takes a minute
+    if "--data " in line or "dsprites" in line:  # without counts, in colour, with a background
+        options["dpi"] = 50
+    done = run(line, tmp_path, environment, **options)
     assert done.returncode == 0, done.stderr
     assert (torch.get_num_threads(), pyro.infer.is_validation_enabled()) == (1, True)  # as before
     assert "held-out scenes: ELBO" in done.stdout
@@ -113,7 +117,10 @@ def test_lines_end_well(line: str, tmp_path: Path, environment: dict[str, str]) 
 
 
 @pytest.mark.slow
-def test_a_run_leaves_what_the_readme_says(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_run_leaves_what_the_readme_says(
+    tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(viz, "DPI", 50)  # which takes a fraction of the time
     line = f"{SMALL} --eval-every 2 --output-dir out --save-every 2"
     done = run(line, tmp_path, environment, dpi=viz.DPI)
     assert done.returncode == 0, done.stderr
@@ -263,20 +270,17 @@ def test_wrong_input_ends_in_one_line_with_exit_code_2(
 
 @pytest.mark.slow
 def test_a_signal_during_an_evaluation_ends_the_run(
-    tmp_path: Path,
-    environment: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def evaluate_and_be_told_to_stop(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401
         signal.raise_signal(signal.SIGTERM)
         return evaluate(*arguments, **options)
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("AIR_CACHE", environment["AIR_CACHE"])
     monkeypatch.setattr("air.training.trainer.evaluate", evaluate_and_be_told_to_stop)
-    assert main(f"{SMALL} --output-dir run --evaluate".split()) == 143
-    assert "saved at step 4 of 4" in capsys.readouterr().out
+    line = f"{SMALL} --output-dir run --evaluate --iwae-samples 2"
+    done = run(line, tmp_path, environment)
+    assert done.returncode == 143
+    assert "saved at step 4 of 4" in done.stdout
     assert not (tmp_path / "run" / "evaluation.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     monkeypatch.undo()
@@ -285,10 +289,15 @@ def test_a_signal_during_an_evaluation_ends_the_run(
 
 
 @pytest.mark.slow
-def test_a_foreign_checkpoint_names_no_files_to_write_and_a_collapse_is_told(
-    tmp_path: Path, environment: dict[str, str]
+def test_a_foreign_checkpoint_names_no_files_and_failing_figures_cost_no_evaluation(
+    tmp_path: Path, environment: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert run(f"{SMALL} --output-dir run", tmp_path, environment).returncode == 0
+    """And a collapse is told."""
+    line = f"{SMALL} --output-dir run --evaluate --iwae-samples 2"
+    with mock.patch.object(viz, "draw_run", side_effect=RuntimeError("no such font")):
+        assert run(line, tmp_path, environment, dpi=viz.DPI).returncode == 0
+    assert (tmp_path / "run" / "evaluation.json").exists()
+    assert "could not be drawn: no such font; try: python viz.py run" in caplog.text
     (tmp_path / "victim.pt").write_text("precious")
     path = tmp_path / "run" / "checkpoint.pt"
     state = torch.load(path, weights_only=True)
@@ -302,17 +311,6 @@ def test_a_foreign_checkpoint_names_no_files_to_write_and_a_collapse_is_told(
     assert "\nWARNING: the ELBO" in done.stdout
     assert "another --seed" in done.stdout
     assert metrics(tmp_path / "run")[-1]["alarm"]
-
-
-@pytest.mark.slow
-def test_figures_that_fail_do_not_cost_the_evaluations(
-    tmp_path: Path, environment: dict[str, str], caplog: pytest.LogCaptureFixture
-) -> None:
-    with mock.patch.object(viz, "draw_run", side_effect=RuntimeError("no such font")):
-        done = run(f"{SMALL} --refine --output-dir run", tmp_path, environment)
-    assert done.returncode == 0
-    assert (tmp_path / "run" / "refined.json").exists()
-    assert "could not be drawn: no such font; try: python viz.py run" in caplog.text
 
 
 def test_viz_without_a_server_ends_before_training(
@@ -330,8 +328,8 @@ def test_viz_on_a_server_that_dies_and_comes_back(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     line = (
-        f"{SMALL} -t 1 --counts 0 1 -n 120 --estimator score --viz --viz-every 5 --eval-every 20 "
-        "--save-every 0 --visdom-env live --output-dir run"
+        f"{SMALL} -t 1 --counts 0 1 -n 120 --viz --viz-every 10 --eval-every 20 --save-every 0 "
+        "--visdom-env live --output-dir run"
     )
     log = tmp_path / "run" / "metrics.jsonl"
 

@@ -44,7 +44,7 @@ def start(program: Path, line: str, environment: dict[str, str]) -> dict[str, An
         mock.patch.dict("os.environ", environment),
         mock.patch("sys.argv", [program.name, *line.split()]),
         mock.patch("sys.exit") as ended,
-        programs.paint_no_figures(),
+        programs.draw_no_figures(),
     ):
         names = runpy.run_path(str(program), run_name="__main__")
     assert ended.call_args in (None, mock.call(0))

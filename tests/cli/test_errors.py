@@ -27,12 +27,6 @@ from air.storage.run_folder import RunFolder
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take most of the time, and nothing here looks at them."""
-    monkeypatch.setattr("viz.draw_run", lambda run: None)
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     return RunFolder.create(tmp_path / "run", 0)
