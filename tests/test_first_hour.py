@@ -59,7 +59,7 @@ def test_pictures_training_and_objects_in_three_commands(
     assert block
     subprocess.run(["sh", "-n"], input=block[1].encode(), check=True)
     script = block[1]
-    for of_readme, smaller in (("-scenes 3000", "-scenes 1000"), ("-n 1000", "-n 300")):
+    for of_readme, smaller in (("-scenes 3000", "-scenes 1000"), ("-n 1000", "-n 200 -b 32")):
         assert of_readme in script
         script = script.replace(of_readme, smaller)
     commands = logical_lines(script)

@@ -14,13 +14,13 @@ SMALL_NETS = (
     "--encoder-latent-size 10 --rnn-hidden-size 64 --encoder-net 64 --decoder-net 64 "
     "--predict-net 64"
 )
-DIGITS = (  # small ones, which do not overlap
-    "-b 32 -t 2 --x-size 32 --sides 12 16 --min-gap 0 --num-scenes 5000 --num-test-scenes 300 "
-    f"--window-size 16 --scale-prior-mean 2.2 {SMALL_NETS}"
+DIGITS = "-t 2 --min-gap 0 --num-scenes 2000 --num-test-scenes 300"  # which do not overlap
+FROM_SCRATCH = (
+    f"--no-survey {DIGITS} -b 32 --x-size 32 --sides 12 16 --window-size 16 "
+    f"--scale-prior-mean 2.2 {SMALL_NETS}"
 )
-FROM_SCRATCH = f"--no-survey {DIGITS}"
 RECIPES = [  # flags, least count accuracy, least ELBO
-    (f"-n 400 -lr 4e-3 --z-pres-prior 0.05 {FROM_SCRATCH}", 0.8, None),
+    (f"-n 320 -lr 4e-3 --z-pres-prior 0.05 {FROM_SCRATCH}", 0.8, None),
     # The paper's estimator, captured, which takes a third of the time of a step.
     (
         "--estimator score -n 550 -lr 3e-3 --z-pres-prior 0.05 --bl-predict-net 64 --compile "
@@ -28,13 +28,12 @@ RECIPES = [  # flags, least count accuracy, least ELBO
         0.8,
         None,
     ),
-    # By what follows from the scenes, beginning with what a threshold sees.
-    (f"-n 250 -lr 4e-3 {DIGITS}", 0.75, None),
-    # Dark digits on light gradients.
+    # Dark digits on light gradients, beginning with what a threshold sees.
     (
-        "-n 300 -lr 2e-3 --counts 0 1 --background gradient --background-levels 160 255 "
-        f"--object-levels 0 0 {DIGITS}",
-        0.7,
+        f"-n 180 -b 16 -lr 4e-3 {DIGITS} --counts 0 1 --x-size 24 --sides 10 14 --window-size 14 "
+        "--scale-prior-mean 2.2 --object-levels 0 0 --background gradient "
+        f"--background-levels 160 255 {SMALL_NETS}",
+        0.8,
         None,
     ),
     # Up to four sprites, by glimpses.
