@@ -1,25 +1,32 @@
-"""Fixtures. Functions that tests import are in helpers.py and programs.py."""
+"""Fixtures. Functions that tests import are in helpers.py and programs.py.
+
+Imports of torch are in the fixtures: the process that only distributes tests does without.
+"""
+
+from __future__ import annotations
 
 import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import programs
-import pyro
 import pytest
-import torch
-from helpers import small_air
 
-from air import AIR
+if TYPE_CHECKING:
+    import torch
+
+    from air import AIR
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leaves out the slow file that imports hypothesis, which takes two seconds."""
-    is_fuzz = collection_path.name == "test_fuzz.py"
-    return True if is_fuzz and config.option.markexpr == "not slow" else None
+    """Leaves out files of slow tests where none is to run: their imports take seconds."""
+    if config.option.markexpr != "not slow" or collection_path.suffix != ".py":
+        return None
+    return "\npytestmark = pytest.mark.slow\n" in collection_path.read_text("utf-8") or None
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +35,9 @@ def _reproducible() -> Iterator[None]:
 
     Afterwards, the settings of torch and Pyro that the program changes are restored.
     """
+    import pyro
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two on a busy machine can be ten times slower
     pyro.clear_param_store()
@@ -61,11 +71,15 @@ def default_signals() -> Iterator[None]:
 
 @pytest.fixture
 def air() -> AIR:
+    from helpers import small_air
+
     return small_air()
 
 
 @pytest.fixture
 def images() -> torch.Tensor:
+    import torch
+
     return torch.rand(10, 12, 12)
 
 
