@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import capture_only, small_air
+from helpers import capture_only, run, small_air
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -67,7 +67,7 @@ def program(
     """Runs the program up to training; gives its exit code, and looks at what it says."""
     number = iter(range(10**9))
 
-    def run(arguments: list[str]) -> int:
+    def answer(arguments: list[str]) -> int:
         folder = tmp_path / f"out{next(number)}"
         monkeypatch.chdir(tmp_path)
         code = 0
@@ -88,7 +88,7 @@ def program(
     with monkeypatch.context() as patch:
         patch.setattr(main, "train", take_a_step)
         patch.setattr(main, "finish", lambda *_: 0)
-        yield run
+        yield answer
 
 
 def take_a_step(_: Config, trainer: Trainer, recorder: Recorder, signals: object) -> None:
@@ -259,8 +259,8 @@ def test_damaged_idx_files(tmp_path: Path, data: st.DataObject) -> None:
 @pytest.fixture
 def checkpoint(scenes: Path, tmp_path: Path) -> Path:
     """The checkpoint of a small run."""
-    line = [*TINY.split(), "--data", str(scenes), "--output-dir", str(tmp_path / "run")]
-    assert main.main(line) == 0
+    line = f"{TINY} --data {scenes} --output-dir run"
+    assert run(line, tmp_path, {}).returncode == 0
     return tmp_path / "run" / "checkpoint.pt"
 
 

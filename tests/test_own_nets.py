@@ -119,10 +119,7 @@ def test_a_net_with_other_outputs_is_refused(name: str, net: nn.Module, message:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags",
-    ["-t 2", "-t 1 --compile", "-t 1 --estimator score --compile"],  # to capture takes long
-)
+@pytest.mark.parametrize("flags", ["-t 2", "-t 1 --estimator score --compile"])
 def test_a_run_trains_resumes_loads_and_detects(
     flags: str, tmp_path: Path, environment: dict[str, str]
 ) -> None:
