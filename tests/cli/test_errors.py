@@ -13,16 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import programs
 import pyro
 import pytest
 import torch
-from helpers import ROOT, SMALL
+from helpers import SMALL
 from helpers import run as run_main
+from torch import fx
 
 from air.cli.errors import explain
 from air.cli.flags import build_parser
 from air.storage.checkpoint import CheckpointError
 from air.storage.run_folder import RunFolder
+from main import main
 
 pytestmark = pytest.mark.slow
 
@@ -150,37 +153,41 @@ def test_a_signal_at_any_moment_ends_in_one_line(
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
-@pytest.mark.usefixtures("default_signals")
+def compile_something_small(line: str) -> int:
+    """Runs the program; Inductor does not work on its step, which takes it a minute."""
+    import torch._inductor.config as inductor
+
+    os.setsid()
+    # Scalar code, without trying which vectors the compiler knows and without common headers: so
+    # what Inductor compiles first is the function, and the signal does not wait for more.
+    inductor.cpp.vec_isa_ok = False
+    inductor.cpp_cache_precompile_headers = False
+
+    def compiler(graph: fx.GraphModule) -> fx.GraphModule:
+        torch.compile(lambda x: x.sin() + x.cos().sum())(torch.rand(1000))
+        return graph
+
+    return main(line.split(), compiler=compiler)
+
+
 def test_signals_while_compiling_end_the_run_saved(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     """A terminal and a scheduler send them to the compiler's processes too."""
-    code = (  # Inductor works on something small before the step, which takes it a minute
-        "import sys, main, torch\n"
-        "def compiler(graph):\n"
-        "    torch.compile(lambda x: x.sin() + x.cos().sum())(torch.rand(1000))\n"
-        "    return graph\n"
-        "sys.exit(main.main(sys.argv[1:], compiler=compiler))"
-    )
     line = f"{SMALL} -t 1 -n 50 --compile --output-dir run"
-    compiling = tmp_path / "inductor"
-    own = {**environment, "TORCHINDUCTOR_CACHE_DIR": str(compiling), "PYTHONUNBUFFERED": "1"}
-    own |= {"PYTHONPATH": str(ROOT)}
-    # Scalar code, without trying which vectors the compiler knows and without common headers: so
-    # what Inductor compiles first is the function, and the signal does not wait for more.
-    own |= {"TORCHINDUCTOR_VEC_ISA_OK": "0", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
-    command = [sys.executable, "-c", code, *line.split()]
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=own, stdout=-1, stderr=-1, text=True, start_new_session=True
-    ) as process:
-        while not list(compiling.rglob("*.cpp")):
-            assert process.poll() is None
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
-        os.killpg(process.pid, signal.SIGUSR1)
-        said, complaint = process.communicate(timeout=200)
-    assert process.returncode in (128 + signal.SIGINT, 128 + signal.SIGUSR1), complaint
-    assert "Traceback" not in complaint
+    compiling, log = tmp_path / "inductor", tmp_path / "log"
+    own = {**environment, "TORCHINDUCTOR_CACHE_DIR": str(compiling)}
+    options = {"folder": tmp_path, "environment": own, "output": log}
+    process = programs.start(compile_something_small, line, **options)
+    while not list(compiling.rglob("*.cpp")):
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.05)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        os.killpg(int(process.pid or 0), number)
+    process.join(200)
+    said = log.read_text()
+    assert process.exitcode in (128 + signal.SIGINT, 128 + signal.SIGUSR1), said
+    assert "Traceback" not in said
     step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
     assert step < 50
     assert f"Interrupted, and saved at step {step} of 50" in said

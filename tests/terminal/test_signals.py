@@ -2,18 +2,19 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import programs
 import pytest
 import torch
-from helpers import ROOT, SMALL, capture_only, run
+from helpers import SMALL, capture_only, run
 
 from air.storage.run_folder import RunFolder
 from air.terminal.signals import ENDING, exit_code, interrupt_on_signals
+from main import main
 
 pytestmark = pytest.mark.usefixtures("default_signals")
 
@@ -150,21 +151,29 @@ def test_the_program_runs_in_a_thread(tmp_path: Path, environment: dict[str, str
 def test_a_terminal_that_is_closed_loses_no_run(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    line = f"{SMALL} -n 60 --no-compile --eval-every 5 --output-dir run"
     import termios  # Unix alone has it
 
     own, terminal = os.openpty()
     termios.tcsetwinsize(own, (24, 100))
-    # In a session of its own, the first terminal that is opened becomes that of the session.
-    start = f'exec "$@" <>{os.ttyname(terminal)} 1>&0 2>&0'
-    words = ["bash", "-c", start, "bash", sys.executable, str(ROOT / "main.py"), *line.split()]
-    with subprocess.Popen(words, cwd=tmp_path, env=environment, start_new_session=True) as process:
-        shown = b""
-        while b"held-out scenes" not in shown:  # it trains
-            shown += os.read(own, 1000)
-        os.close(terminal)
-        os.close(own)
-        code = process.wait(timeout=100)
+    options = {"folder": tmp_path, "environment": environment}
+    process = programs.start(main_in_terminal, os.ttyname(terminal), **options)
+    shown = b""
+    while b"held-out scenes" not in shown:  # it trains
+        shown += os.read(own, 1000)
+    os.close(terminal)
+    os.close(own)
+    process.join(100)
     assert b"step/s" in shown, shown  # the bar
-    assert code == 129
+    assert process.exitcode == 129
     assert 5 <= saved_step(tmp_path) < 60
+
+
+def main_in_terminal(terminal: str) -> int:
+    """Runs the program in a session of its own, whose terminal is the first that it opens."""
+    os.setsid()
+    opened = os.open(terminal, os.O_RDWR)
+    for descriptor in range(3):
+        os.dup2(opened, descriptor)
+    os.close(opened)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+    return main(f"{SMALL} -n 60 --no-compile --eval-every 5 --output-dir run".split())
