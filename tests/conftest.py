@@ -5,6 +5,7 @@ Imports of torch are in the fixtures: the process that only distributes tests do
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import traceback
@@ -56,6 +57,16 @@ def _no_call_stacks() -> Iterator[None]:
     """
     without = mock.Mock(wraps=traceback, extract_stack=list)
     with mock.patch("torch._subclasses.fake_tensor.traceback", without, create=True):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _digits_are_unpacked_once() -> Iterator[None]:
+    """Which every run does that generates scenes, and takes a fifth of a short one."""
+    import multi_mnist
+
+    cached = functools.cache(multi_mnist.load_embedded)
+    with mock.patch.object(multi_mnist, "load_embedded", cached):
         yield
 
 

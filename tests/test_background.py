@@ -167,7 +167,8 @@ def test_objects_are_pasted_on_the_background_of_another_scene() -> None:
 def test_scenes_with_backgrounds_teach_counting_and_are_refined(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    done = run(f"{SMALL} --background-model vae --refine --output-dir run", tmp_path, environment)
+    line = f"{SMALL} --num-test-scenes 4 --background-model vae --refine --output-dir run"
+    done = run(line, tmp_path, environment)
     assert done.returncode == 0, done.stderr
     assert "With refined latents" in done.stdout
     air, images = small_air(background_model="vae"), scenes(16, 1)
