@@ -1,5 +1,7 @@
 """Scenes hold what the settings ask for, stay the same, and are never left half written."""
 
+import contextlib
+import io
 import random
 import re
 import signal
@@ -10,6 +12,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -51,10 +54,19 @@ def cut(image: Array) -> Array:
 
 
 def script(cwd: Path, line: str) -> tuple[int, str, str]:
-    """Exit code, output and errors."""
-    words = [sys.executable, str(ROOT / "multi_mnist.py"), *line.split()]
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=60)
-    return done.returncode, done.stdout, done.stderr
+    """Exit code, output and errors of the program, run in this process."""
+    said, complained, code = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.chdir(cwd),
+        mock.patch("sys.argv", ["multi_mnist.py"]),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(complained),
+    ):
+        try:
+            multi_mnist.main(line.split())
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return code, said.getvalue(), complained.getvalue()
 
 
 def test_arrays_have_their_types_and_shapes_and_uniform_counts(tmp_path: Path) -> None:
@@ -437,7 +449,6 @@ multi_mnist.main("--out out.npz --cache-dir . --num-scenes 300 --num-test-scenes
     assert len(train(tmp_path)[0]) == 300
 
 
-@pytest.mark.slow
 def test_command_line_writes_a_file_once_and_has_a_flag_for_every_setting(tmp_path: Path) -> None:
     line = "--out s.npz --data-seed 1e1 --counts 0 2 --scale-sd 0.2 --num-scenes 9 --sides 9 12"
     line += " --num-test-scenes 2 --binary --recipe dsprites --min-gap 1 --x-size 40 --cache-dir c"
@@ -482,7 +493,6 @@ def test_command_line_writes_a_folder_of_pictures(
         multi_mnist.main([*line.split(), "pictures"])
 
 
-@pytest.mark.slow
 def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
     x_size = "argument --x-size: expected a whole number of at least 8, at most 1000"
     for line, problem in (
