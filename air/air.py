@@ -77,8 +77,8 @@ class AIR(nn.Module):
             the probability of z_pres, [B, 1], and mean and standard deviation > 0 of z_where
             relative to its prior, or to the glimpse, [B, 3] each.
         embed: Your own net from images, [B, C * H * H], to the LSTM's input, [B, any size]; the
-            baseline has a copy of it. With glimpses, from [B, C * G * G], without a copy; G is
-            ``Glimpse(settings).side``.
+            baseline has a copy of it. With glimpses, from [B, (C + 1) * G * G], without a copy; G
+            is ``Glimpse(settings).side``.
         **kwargs: As `ModelSettings`, by name: ``num_steps=3, x_size=50, window_size=28, ...``.
 
     Raises:
@@ -136,9 +136,9 @@ class AIR(nn.Module):
         # The inference network.
         self.look = make_look(s)
         embed_layers = s.embed_channels or (), s.embed_net or (), nl
-        side = self.look.side
-        self.embed = make_embed(s.channels, side, *embed_layers) if embed is None else embed
-        embedded_size = checks.embedding_size(self.embed, s.channels * side**2)
+        channels, side = self.look.channels, self.look.side
+        self.embed = make_embed(channels, side, *embed_layers) if embed is None else embed
+        embedded_size = checks.embedding_size(self.embed, channels * side**2)
         self.rnn = ImageLSTMCell(embedded_size, latent_size, hidden)
         self.predict: nn.Module = Predict(hidden, s.predict_net, Z_PRES_SIZE, Z_WHERE_SIZE, nl)
         self.encode: nn.Module = Encoder(window_pixels, s.encoder_net, s.z_what_size, nl)
@@ -148,7 +148,7 @@ class AIR(nn.Module):
         self.z_what_init = nn.Parameter(torch.zeros(1, s.z_what_size))
         # The baseline.
         self.bl_embed = make_embed(s.channels, s.x_size, *embed_layers)
-        if embed is not None and side == s.x_size:
+        if embed is not None and (channels, side) == (s.channels, s.x_size):
             self.bl_embed = copy.deepcopy(embed)
         bl_size = checks.embedding_size(self.bl_embed, s.channels * s.x_size**2)
         self.bl_rnn = ImageLSTMCell(bl_size, latent_size, hidden)
@@ -311,9 +311,11 @@ class AIR(nn.Module):
                     painted = self.paint([previous.z_where], [previous.z_what])
                     present = self._detach_presence(previous.z_pres).t()
                     canvas = self.likelihood.compose(painted, present, canvas)
+                if self.look.looks_again:
                     previous = start._replace(z_pres=previous.z_pres)
-                if t == 0 or self.look.follows_canvas:
-                    inputs = self._look(self.look.remainder(images, background, canvas))
+                if t == 0 or self.look.looks_again:
+                    windows = [s.z_where for s in states[1:]]
+                    inputs = self._look(self.look.remainder(images, background, canvas), windows)
                 states.append(self._guide_step(t, previous, inputs, cost_scale))
             return [s.z_where for s in states[1:]], [s.z_pres for s in states[1:]]
 
@@ -326,12 +328,13 @@ class AIR(nn.Module):
             (self.bl_h_init.expand(n, -1), self.bl_c_init.expand(n, -1)),
         )
 
-    def _look(self, remainder: Tensor) -> GuideInputs:
+    def _look(self, remainder: Tensor, windows: Sequence[Tensor]) -> GuideInputs:
         """Multiplies the input images by the LSTMs' weights, once for all steps that see them."""
         # Detached: the baseline's regression must not train the inference network.
         flat = remainder.flatten(1).detach()
         bl_rnn = self.bl_rnn.project(self.bl_embed(flat)) if self.use_baselines else None
-        seen, place = self.look(remainder, (self.z_where_loc_prior, self.z_where_scale_prior))
+        prior = self.z_where_loc_prior, self.z_where_scale_prior
+        seen, place = self.look(remainder, windows, prior)
         return GuideInputs(remainder, self.rnn.project(self.embed(seen)), bl_rnn, place)
 
     def _guide_step(

@@ -3,20 +3,32 @@
 - `WholeImage` is the paper's: the LSTM sees the image at every step.
 - `Difference` (DAIR) shows each step the difference of image and canvas, which is what the steps
   before have left unexplained.
-- `Glimpse` shows each step only the surroundings of the greatest difference.
+- `Glimpse` shows each step only the surroundings of the brightest place that no window covers yet.
 
 With a whole image or difference, the guide learns for each place of an object where its window
 belongs. Where objects are small or many, few windows meet one at first, and this takes thousands
 of steps. A glimpse (Mnih et al. 2014, arXiv:1406.6247) needs no learning to meet an object: the
-square of the difference is blurred, and the pixel with the greatest value is its centre. The guide
-sees the glimpse alone, and predicts its window relative to that centre. So what it learns of an
-object at one place holds for every place.
+square of the image without its background is blurred, and the pixel with the greatest value is its
+centre. The guide sees the glimpse alone, and predicts its window relative to that centre. So what
+it learns of an object at one place holds for every place.
+
+Windows of the steps before are covered, which models of visual attention call inhibition of return
+(Itti et al. 1998, doi:10.1109/34.730558). The guide sees the cover too. So whether an object is
+left does not depend on how well the decoder paints the others, which is badly at first.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from air.spatial_transformer import image_to_window, peak_centres, where_at
+from air.spatial_transformer import (
+    centre_of,
+    image_to_window,
+    peak_centres,
+    positive_scale,
+    where_at,
+)
 from air.support.model_settings import ModelSettings
 
 # The side of a glimpse, in sides of the window of mean scale, which is at most that of the image.
@@ -25,6 +37,7 @@ BLUR = 1 / 6  # standard deviation, in such sides; far below the distance of two
 # Standard deviation of the distance of a window from the glimpse's centre, in sides of a window,
 # where `AIR.predict` outputs a standard deviation of one.
 SHIFT_SD = 0.25
+COVERED = 0.9  # half side of what a window covers, in half sides of the window
 
 Place = tuple[Tensor, Tensor]  # mean and standard deviation of z_where, [3] or [B, 3] each
 
@@ -33,17 +46,19 @@ class Look(nn.Module):
     """The base class of looks.
 
     Attributes:
+        channels: Channels of what a step sees.
         side: Side of what a step sees, in pixels.
-        follows_canvas: Whether every step looks again, after the object before is on the canvas. A
-            step then begins with the initial state of the LSTM, because all that it needs to know
-            of the steps before is on the canvas.
+        looks_again: Whether every step looks again. It then begins with the initial state of the
+            LSTM, because what it sees shows all that it needs to know of the steps before.
+        follows_canvas: Whether a step sees the canvas with the objects of the steps before.
     """
 
-    follows_canvas = True
+    looks_again = True
+    follows_canvas = False
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        self.side = settings.x_size
+        self.channels, self.side = settings.channels, settings.x_size
 
     def remainder(self, images: Tensor, background: Tensor | None, canvas: Tensor | None) -> Tensor:
         """The unexplained part of images, [B, (C,) H, H], from which windows are cut.
@@ -53,47 +68,56 @@ class Look(nn.Module):
             background: The background, of the same shape; None for black.
             canvas: The background with the objects of other steps on it; None for black.
         """
-        del background
-        return images if canvas is None else images - canvas
+        del canvas
+        return images if background is None else images - background
 
-    def forward(self, remainder: Tensor, prior: Place) -> tuple[Tensor, Place]:
-        """The input of a step, flat, [B, C * side * side], and the place that `predict` relates to.
+    def forward(
+        self, remainder: Tensor, windows: Sequence[Tensor], prior: Place
+    ) -> tuple[Tensor, Place]:
+        """The input of a step, [B, channels * side * side], and what `predict` relates to.
 
         Args:
             remainder: As returned by `remainder`.
+            windows: z_where of the steps before, [B, 3] each.
             prior: Mean and standard deviation of the prior of z_where, [3] each.
         """
+        del windows
         return remainder.flatten(1), prior
 
 
 class WholeImage(Look):
     """The image without its background, once for all steps."""
 
-    follows_canvas = False
-
-    def remainder(self, images: Tensor, background: Tensor | None, canvas: Tensor | None) -> Tensor:
-        del canvas
-        return images if background is None else images - background
+    looks_again = False
 
 
 class Difference(Look):
     """The difference of image and canvas."""
 
+    follows_canvas = True
+
+    def remainder(self, images: Tensor, background: Tensor | None, canvas: Tensor | None) -> Tensor:
+        del background
+        return images if canvas is None else images - canvas
+
 
 class Glimpse(Look):
-    """A square of G x G pixels cut out of the difference of image and canvas.
+    """A square of G x G pixels of the image without its background, and what windows cover of it.
 
-    No gradient flows through the place of a glimpse, which is that of a pixel.
+    The cover is the last channel. No gradient flows through it, nor through the place of a glimpse,
+    which is that of a pixel.
     """
 
     blur: Tensor
     sd: Tensor
+    pixels: Tensor
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__(settings)
         s = settings
         window = min(1, 1 / s.scale_prior_mean) * s.x_size
         self.scale, self.x_size = s.scale_prior_mean, s.x_size
+        self.channels = s.channels + 1
         self.side = 2 * int(GLIMPSE_SIDE * window / 2) + 1  # G, an odd number
         pixels = torch.arange(s.x_size, dtype=torch.get_default_dtype())
         distances = (pixels - pixels[:, None]) / (BLUR * window)
@@ -103,19 +127,35 @@ class Glimpse(Look):
         # z_where counts in half sides of a window.
         sd = torch.tensor([s.scale_prior_sd, 2 * SHIFT_SD, 2 * SHIFT_SD])
         self.register_buffer("sd", sd, persistent=False)
+        self.register_buffer("pixels", (2 * pixels + 1) / s.x_size - 1, persistent=False)
 
-    def forward(self, remainder: Tensor, prior: Place) -> tuple[Tensor, Place]:
+    def forward(
+        self, remainder: Tensor, windows: Sequence[Tensor], prior: Place
+    ) -> tuple[Tensor, Place]:
         del prior
-        centre = self.centres(remainder)
+        cover = self.cover(remainder, windows)
+        free = 1 - (cover if remainder.dim() == 3 else cover[:, None])
+        centre = self.centres(remainder * free)
         scale = torch.full_like(centre[:, :1], self.scale)
         around = where_at(centre, torch.full_like(scale, self.x_size / self.side))
-        seen = image_to_window(around, self.side, self.x_size, remainder)
-        return seen, (where_at(centre, scale), self.sd)
+        seen = [image_to_window(around, self.side, self.x_size, x) for x in (remainder, cover)]
+        return torch.cat(seen, 1), (where_at(centre, scale), self.sd)
 
     @torch.no_grad()
-    def centres(self, differences: Tensor) -> Tensor:
+    def cover(self, images: Tensor, windows: Sequence[Tensor]) -> Tensor:
+        """How much windows cover of each pixel, from 0 to 1, [B, H, H]: squares with soft edges."""
+        free = images.new_ones(len(images), self.x_size, self.x_size)
+        for z_where in windows:
+            half = COVERED / positive_scale(z_where[:, :1, None])
+            distances = (self.pixels - centre_of(z_where)[..., None]) / half  # [B, 2, H]
+            columns, rows = torch.exp(-(distances**4)).unbind(1)
+            free = free * (1 - rows[:, :, None] * columns[:, None])
+        return 1 - free
+
+    @torch.no_grad()
+    def centres(self, images: Tensor) -> Tensor:
         """The centre of the pixel with the greatest blurred square, [B, 2], in [-1, 1]."""
-        squares = differences.square()
+        squares = images.square()
         energy = squares if squares.dim() == 3 else squares.sum(1)
         return peak_centres(self.blur @ energy @ self.blur)
 

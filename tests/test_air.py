@@ -56,13 +56,21 @@ def sample_grid(pictures: Tensor, scale: Tensor, shift: Tensor, size: int) -> Te
     return grid_sample(pictures[:, None], grid, align_corners=False)[:, 0]
 
 
-def glimpse(air: AIR, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def glimpse(air: AIR, seen: Tensor, windows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels around the greatest blurred square, and mean and sd to which `predict` relates."""
     size, scale = air.x_size, float(air.z_where_loc_prior[0])
     window = size / scale
     parts, centres = [], []
-    for image in seen.detach():
-        energy = image.square().reshape(-1, size, size).sum(0).numpy()
+    grid = (torch.arange(size) + 0.5) * 2 / size - 1
+    free = seen.new_ones(len(seen), size, size)
+    for s, x, y in (each.detach()[:, :, None, None].unbind(1) for each in windows):
+        # In half sides of the window, of which 0.9 are covered, with soft edges.
+        across, down = s * grid + x, s * grid[:, None] + y
+        free = free * (1 - torch.exp(-((across**4 + down**4) / 0.9**4)))
+    shown = seen.reshape(len(seen), -1, size, size)
+    seen = torch.cat((shown, 1 - free[:, None]), 1)
+    for image, left in zip(shown.detach(), free, strict=True):
+        energy = (image * left).square().reshape(-1, size, size).sum(0).numpy()
         blurred = gaussian_filter(energy, window / 6, mode="constant", truncate=size)
         row, column = np.unravel_index(blurred.argmax(), blurred.shape)
         parts.append((slice(row, row + air.look.side), slice(column, column + air.look.side)))
@@ -106,15 +114,17 @@ def by_hand(
         canvas = canvas + behind
         pathwise = pathwise + (Normal(0, 1).log_prob(z) - q_behind.log_prob(z)).sum(1)
     cost_of_background = pathwise
-    chosen, sampled, scores, baselines = [], [], [], []
+    chosen, sampled, scores, baselines, windows = [], [], [], [], []
     unset = z_where, z_what, state, bl_state
     for t in range(air.num_steps):
         seen = x - behind
+        if air.look.looks_again:
+            z_where, z_what, state, bl_state = unset
         if air.look.follows_canvas:
-            seen, (z_where, z_what, state, bl_state) = x - canvas, unset
+            seen = x - canvas
         around, loc, sd = seen, air.z_where_loc_prior, air.z_where_scale_prior
         if isinstance(air.look, Glimpse):
-            around, loc, sd = glimpse(air, seen)
+            around, loc, sd = glimpse(air, seen, windows)
         latents = torch.cat((z_where, z_what, z_pres), 1)
         state = lstm(air.rnn, torch.cat((air.embed(around.flatten(1)), latents), 1), state)
         out = air.predict.mlp(state[0])
@@ -128,6 +138,7 @@ def by_hand(
         before, z_pres = z_pres, (counts > t).double()[:, None]
         q_where = Normal(out[:, 1:4] + loc, (softplus(out[:, 4:]) + 1e-6) * sd)
         z_where = q_where.loc + q_where.scale * noise[f"z_where_{t}"]
+        windows.append(z_where)
         seen = sample_grid(seen, 1 / z_where[:, :1], -z_where[:, 1:] / z_where[:, :1], window)
         loc, raw = air.encode.mlp(seen.flatten(1)).chunk(2, 1)
         q_what = Normal(loc, softplus(raw) + 1e-6)
@@ -240,7 +251,7 @@ def test_elbo_and_every_gradient_equal_a_second_computation(
 )
 def test_every_named_parameter_gets_a_gradient(options: dict[str, Any]) -> None:
     air, images = small_air(**options), torch.rand(20, 12, 12)
-    if air.look.follows_canvas:  # where h is always that of the start, zero
+    if air.look.looks_again:  # where h is always that of the start, zero
         torch.nn.init.normal_(air.h_init)
         torch.nn.init.normal_(air.bl_h_init)
     TraceGraph_ELBO().loss_and_grads(air.model, air.guide, images)

@@ -1,5 +1,7 @@
 """Where a step of the guide looks: the same at every place of an object."""
 
+from collections.abc import Sequence
+
 import pyro
 import pytest
 import torch
@@ -8,8 +10,9 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch.utils.flop_counter import FlopCounterMode
 
-from air.looks import Glimpse, Place
+from air.looks import COVERED, Glimpse, Place
 from air.marginal import MarginalAIR
+from air.spatial_transformer import centre_of, where_at
 from air.support.model_settings import ModelSettings
 
 SIDE = 40
@@ -19,8 +22,12 @@ def glimpse(**settings: object) -> Glimpse:
     return Glimpse(ModelSettings(x_size=SIDE, scale_prior_mean=4.0, **settings))  # type: ignore[arg-type]
 
 
-def see(look: Glimpse, images: torch.Tensor) -> tuple[torch.Tensor, Place]:
-    return look(images, (torch.zeros(3), torch.ones(3)))
+def see(
+    look: Glimpse, images: torch.Tensor, windows: Sequence[torch.Tensor] = ()
+) -> tuple[torch.Tensor, Place]:
+    """What is seen of images, [B, channels, G, G], and the place."""
+    seen, place = look(images, windows, (torch.zeros(3), torch.ones(3)))
+    return seen.view(len(images), -1, look.side, look.side), place
 
 
 def image_of(spot: torch.Tensor, x: int, y: int) -> torch.Tensor:
@@ -50,9 +57,10 @@ def test_a_glimpse_shows_the_pixels_around_its_centre() -> None:
     centres = ((look.centres(images) + 1) * SIDE / 2 - 0.5).round().long().tolist()
     margin = look.side // 2
     padded = torch.nn.functional.pad(images, [margin] * 4)
-    for image, part, (x, y) in zip(padded, seen, centres, strict=True):
+    for image, (part, cover), (x, y) in zip(padded, seen, centres, strict=True):
         expected = image[y : y + look.side, x : x + look.side]
-        torch.testing.assert_close(part.view_as(expected), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(part, expected, atol=1e-4, rtol=0)
+        assert not cover.any()
 
 
 def test_it_looks_at_the_largest_of_several_objects_and_not_between_two() -> None:
@@ -67,16 +75,37 @@ def test_it_looks_at_the_largest_of_several_objects_and_not_between_two() -> Non
     assert ((pixels - expected).abs() <= 1).all()
 
 
+def test_it_looks_where_no_window_is_yet_and_sees_the_windows() -> None:
+    """The first object is brighter, and is not looked at again, however it would be painted."""
+    bright, dim = torch.ones(8, 8), torch.ones(8, 8) / 2
+    images = (image_of(bright, 3, 4) + image_of(dim, 24, 28))[None]
+    middle = torch.tensor([[7.0, 8.0]]) / SIDE * 2 - 1
+    window = where_at(middle, torch.tensor([[4.0]]))
+    look = glimpse()
+    seen, (where, _) = see(look, images, [window])
+    pixels = (centre_of(where) + 1) * SIDE / 2
+    assert ((pixels - torch.tensor([[28.0, 32.0]])).abs() <= 1).all()
+    assert seen[0, 1].max() < 1e-3  # the first window is far away
+
+    cover = look.cover(images, [window])[0]
+    rows = (torch.arange(SIDE) + 0.5 - 8) / (SIDE / 4 / 2)  # in half sides of the window
+    columns = (torch.arange(SIDE) + 0.5 - 7) / (SIDE / 4 / 2)
+    fourth = (rows / COVERED)[:, None] ** 4 + (columns / COVERED) ** 4
+    torch.testing.assert_close(cover, torch.exp(-fourth))
+    twice = 1 - (1 - cover) ** 2
+    torch.testing.assert_close(look.cover(images, [window, window])[0], twice)
+
+
 def test_an_image_without_differences_gives_a_finite_glimpse() -> None:
     look = glimpse()
     seen, (where, _) = see(look, torch.zeros(2, SIDE, SIDE))
-    assert seen.shape == (2, look.side**2)
+    assert seen.shape == (2, 2, look.side, look.side)
     assert (where[:, 1:].abs() <= where[:, :1]).all()  # its centre is in the image
 
 
 def test_a_user_defined_net_embeds_glimpses_and_the_baseline_whole_images() -> None:
     settings = ModelSettings(x_size=12, scale_prior_mean=3.0, guide_input="glimpse")
-    pixels = Glimpse(settings).side ** 2
+    pixels = 2 * Glimpse(settings).side ** 2
     air = small_air(guide_input="glimpse", embed=torch.nn.Linear(pixels, 4))
     air.guide(torch.rand(3, 12, 12))
     assert air.bl_rnn.weight_ih.shape[1] > 12**2
@@ -87,7 +116,7 @@ def test_a_user_defined_net_embeds_glimpses_and_the_baseline_whole_images() -> N
 def test_windows_larger_than_the_image_have_a_glimpse() -> None:
     look = Glimpse(ModelSettings(x_size=9, scale_prior_mean=0.05))
     assert look.side <= 2 * 9 + 1
-    assert see(look, torch.rand(2, 9, 9))[0].shape == (2, look.side**2)
+    assert see(look, torch.rand(2, 9, 9))[0].shape == (2, 2, look.side, look.side)
 
 
 def test_what_the_guide_finds_moves_with_the_object() -> None:

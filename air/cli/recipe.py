@@ -30,11 +30,10 @@ WINDOW_SIDES = 10, 28  # least and greatest side of the attention window in pixe
 # Nats that a typical object explains, and that nineteen of twenty objects explain.
 WORTH, LEAST_WORTH = 200.0, 40.0
 LIKELIHOOD_SDS = 0.05, 0.6
-GLIMPSE_MARGIN = 1.6  # side of a window divided by that of a small object, for glimpses
-SMALL = 0.2  # side of an object, relative to its image, below which glimpses find it
 RELIABLE = 0.4  # agreement of two thresholds from which spots are believed
-SPOT_STEPS = 100  # for each object
-FEW = 3  # objects up to which training goes on with the ELBO
+SPOT_STEPS, WHOLE_SPOT_STEPS = 300, 100  # with glimpses, and for each object with whole images
+SMALL = 0.2  # side of an object, relative to its image, below which glimpses find it
+FEW = 3  # objects up to which the whole image is seen, and on a background the ELBO follows
 # Training takes at most some 15 minutes on one core. A step takes this many seconds for each pixel
 # of a batch of 64 scenes, for each channel and each object, and one for the background.
 MAX_SECONDS, SECONDS_PER_VALUE = 900, 6e-6
@@ -100,17 +99,16 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
         most, text = int(counts.max()), "one more than the greatest true count"
     found["model_steps"] = min(max(most, 1) + 1, MAX_STEPS), text
     steps = given.get("model_steps", found["model_steps"][0])
-    half, large, is_small = seen.side(50), seen.side(90), seen.side(50) < SMALL
-    margin = GLIMPSE_MARGIN if is_small else MARGIN
-    window = round(min(max(1.05 * margin * large * x_size, WINDOW_SIDES[0]), WINDOW_SIDES[1]))
+    half, large = seen.side(50), seen.side(90)
+    window = round(min(max(1.05 * MARGIN * large * x_size, WINDOW_SIDES[0]), WINDOW_SIDES[1]))
     text = f"90 % of the objects are at most {large * x_size:.0f} pixels long"
     found["window_size"] = window, text
-    scales = 1 / (margin * np.maximum(seen.sides, LEAST_SIDE * half))
-    mean = 1 / (margin * half)
+    scales = 1 / (MARGIN * np.maximum(seen.sides, LEAST_SIDE * half))
+    mean = 1 / (MARGIN * half)
     spread = float(np.subtract(*np.percentile(scales, (84, 16)))) / 2 if len(scales) else 0.0
     text = f"a typical object is {half * x_size:.0f} pixels long"
     found["scale_prior_mean"] = round(mean, 2), text
-    sd = min(max(spread, (0.15 if is_small else 0.1) * mean), 0.3 * mean)
+    sd = min(max(spread, 0.1 * mean), 0.3 * mean)
     found["scale_prior_sd"] = round(sd, 2), "by the spread of the sizes"
     shifts = np.square(seen.centres * scales[:, None])
     sd = math.sqrt(max(1.0, shifts.mean())) if len(scales) else 1.0
@@ -125,47 +123,38 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
     num_steps = given.get("num_steps", found["num_steps"][0])
     found["lr_schedule"] = "cosine", "the learning rate falls to the end"
     agreement = seen.finder.agreement
-    if is_small:
-        found |= _by_glimpses(num_steps)
-    elif agreement >= RELIABLE:
-        found |= _from_spots(num_steps, steps, agreement)
+    if agreement >= RELIABLE:
+        found |= _from_spots(num_steps, steps, agreement, half < SMALL, not seen.is_black)
     if given.get("estimator") == "score":
         found.pop("added_scenes", None)
     return {key: value for key, value in found.items() if key not in given}
 
 
-def _by_glimpses(num_steps: int) -> Found:
-    """Small objects: what is not explained yet says where to look.
+def _from_spots(
+    num_steps: int, model_steps: int, agreement: float, is_small: bool, has_background: bool
+) -> Found:
+    """Begins with what a threshold sees, and goes on with the ELBO and sums of scenes.
 
-    The count prior favours many objects until windows help; then it falls.
-    """
-    reason = "objects are small"
-    return {
-        "guide": ("glimpse", reason),
-        "embed_net": ([200], reason),
-        "clip_grad_norm": (100.0, reason),
-        "z_pres_prior": (0.99, "favours many objects at first"),
-        "z_pres_prior_raw": (True, "z_pres_prior is a probability"),
-        "anneal_prior": ("exp", "favours few objects later"),
-        "anneal_prior_to": (1e-4, "favours few objects later"),
-        "anneal_prior_duration": (max(min(1000, num_steps // 3), 1), "favours few objects later"),
-    }
-
-
-def _from_spots(num_steps: int, model_steps: int, agreement: float) -> Found:
-    """Larger objects: convolutions see all of them, and begin with what a threshold sees.
-
-    The places of many objects take so long to learn that the ELBO would give up those that the
-    guide does not place well yet; then spots are used to the end.
+    Few large objects are seen by convolutions, in the whole image; small or many ones by glimpses.
+    A background that is not learnt yet draws glimpses, and many objects are then not placed well
+    enough for the ELBO, which would give up the last of them. So spots are used to the end.
     """
     are_few = model_steps - 1 <= FEW
-    steps = min(SPOT_STEPS * model_steps, num_steps // 2) if are_few else num_steps
-    found: Found = {
-        "embed_channels": ([16, 32, 32], "objects are large"),
-        "embed_net": ([256], "objects are large"),
-        "spot_steps": (steps, f"two thresholds agree on {agreement:.0%} of the images"),
-    }
-    if are_few:
+    glimpses = is_small or not (are_few or has_background)
+    goes_on = are_few or not has_background
+    steps = min(SPOT_STEPS if glimpses else WHOLE_SPOT_STEPS * model_steps, num_steps // 2)
+    found: Found = {}
+    if glimpses:
+        reason = "objects are small" if is_small else "objects are many"
+        found["guide"] = "glimpse", reason
+        found["embed_net"] = [200], reason
+        found["clip_grad_norm"] = 100.0, reason
+    else:
+        found["embed_channels"] = [16, 32, 32], "objects are large"
+        found["embed_net"] = [256], "objects are large"
+    text = f"two thresholds agree on {agreement:.0%} of the images"
+    found["spot_steps"] = steps if goes_on else num_steps, text
+    if goes_on:
         found["added_scenes"] = 100.0, "sums of scenes teach counting"
         found["added_scenes_from"] = steps, "when objects are learnt from spots"
     return found

@@ -119,7 +119,7 @@ class ModelSettings:
     guide_input: GuideInput = model_setting(
         "image",
         "input of the guide at each step: the image, its difference to the current canvas (DAIR), "
-        "or a glimpse, which is a crop around the largest unexplained area",
+        "or a glimpse, which is a crop around the brightest area that no window covers yet",
         key="guide",
     )
     background_model: BackgroundModel = model_setting(

@@ -114,7 +114,7 @@ class FromSpots:
         rows, known = self._seen
         k = draw_indices(len(rows), min(batch_size or len(rows), len(rows)), rows.device)
         images, known = data[rows[k]], with_noise(known.pick(k.to(known.where.device)))
-        given = GivenObjects(known, nearest=self.air.look.follows_canvas)
+        given = GivenObjects(known, nearest=self.air.look.looks_again)
         size = num_images or len(data)
         sure: Any = known.sure  # Pyro's types name a class that no tensor has
         with poutine.mask(mask=sure), given:

@@ -886,8 +886,8 @@ show("merged")
 #   `air/spatial_transformer.py`, and section 11 is `air/marginal.py`, in Pyro's own terms.
 # - Most measures of section 12 are in `air/evaluation`; `main.py --viz` shows them live.
 # - Merged digits: `main.py`, which begins with what a threshold sees (`air/training/from_spots.py`)
-#   and learns to count from sums of scenes. Small objects: `--guide glimpse` looks at what is not
-#   explained yet. Backgrounds: `--background-model vae`.
+#   and learns to count from sums of scenes. Small objects: `--guide glimpse` looks where no
+#   window is yet. Backgrounds: `--background-model vae`.
 # - `tests/benchmarks/README.md` has the results on many seeds, and all recipes that were tried.
 #
 # Further reading: [Crawford and Pineau 2019](https://doi.org/10.1609/aaai.v33i01.33013412) (SPAIR)

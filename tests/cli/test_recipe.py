@@ -58,10 +58,12 @@ def test_given_flags_win() -> None:
     found = settings(x, window_size=20, spot_steps=0, estimator="score", num_steps=100)
     assert not found.keys() & {"window_size", "spot_steps", "added_scenes", "num_steps"}
     assert settings(x, num_steps=100)["spot_steps"] == 50
-    many = settings(x, np.arange(90) % 6, num_steps=100)
+    assert settings(x, np.arange(90) % 6)["guide"] == "glimpse"
+    on_grey = np.maximum(x, 80)
+    many = settings(on_grey, np.arange(90) % 6, num_steps=100)
     assert many["spot_steps"] == 100  # to the end
     assert "added_scenes" not in many
-    assert settings(x, model_steps=6, num_steps=100)["spot_steps"] == 100
+    assert settings(on_grey, model_steps=6, num_steps=100)["spot_steps"] == 100
 
 
 def test_crowds_have_as_many_steps_as_are_bearable() -> None:
