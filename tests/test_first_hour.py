@@ -115,7 +115,7 @@ def test_objects_in_five_hundred_pictures_of_mixed_formats_are_counted(
     with (tmp_path / "pictures/counts.csv").open("w", newline="") as file:
         csv.writer(file).writerows(counts.items())
     line = (
-        "--data pictures --no-survey -n 60 -b 32 -lr 3e-3 --guide glimpse --clip-grad-norm 100 "
+        "--data pictures -n 100 -b 32 -lr 3e-3 --guide glimpse "
         "--window-size 10 --scale-prior-mean 2.4 --scale-prior-sd 0.5 --decoder-output-bias -3 "
         "--encoder-latent-size 5 --rnn-hidden-size 64 --encoder-net 64 --decoder-net 64 "
         "--predict-net 64 --output-dir run"
