@@ -3,7 +3,8 @@
 - `WholeImage` is the paper's: the LSTM sees the image at every step.
 - `Difference` (DAIR) shows each step the difference of image and canvas, which is what the steps
   before have left unexplained.
-- `Glimpse` shows each step only the surroundings of the brightest place that no window covers yet.
+- `Glimpse` shows each step only the surroundings of the place that differs most from the background
+  and that no window covers yet.
 
 With a whole image or difference, the guide learns for each place of an object where its window
 belongs. Where objects are small or many, few windows meet one at first, and this takes thousands

@@ -36,7 +36,14 @@ RECIPES = [  # flags, least count accuracy, least ELBO
         0.8,
         None,
     ),
-    # Up to four sprites, by glimpses.
+    # Up to four digits, with all that follows from the scenes: by glimpses, from spots.
+    (
+        "-n 200 -b 16 -lr 3e-3 --counts 0 1 2 3 4 --x-size 40 --sides 10 12 --min-gap 1 "
+        f"--num-scenes 2000 --num-test-scenes 300 {SMALL_NETS}",
+        0.9,
+        None,
+    ),
+    # Up to four sprites, by glimpses, from scratch.
     (
         f"--no-survey -n 80 -b 32 -lr 3e-3 --clip-grad-norm 100 {MANY_AT_FIRST} 50 "
         "--recipe dsprites -t 5 --x-size 36 --sides 8 9 --counts 0 1 2 3 4 --min-gap 1 "

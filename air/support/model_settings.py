@@ -119,7 +119,8 @@ class ModelSettings:
     guide_input: GuideInput = model_setting(
         "image",
         "input of the guide at each step: the image, its difference to the current canvas (DAIR), "
-        "or a glimpse, which is a crop around the brightest area that no window covers yet",
+        "or a glimpse, which is a crop around the area that differs most from the background and "
+        "that no window covers yet",
         key="guide",
     )
     background_model: BackgroundModel = model_setting(
