@@ -132,7 +132,7 @@ class AIR(nn.Module):
             window_pixels, s.decoder_net, s.z_what_size, s.decoder_output_bias, bounded, nl,
             opacity_pixels,
         )  # fmt: skip
-        self.background = Background(s, nl) if covers else None
+        self.background = Background(s) if covers else None
         # The inference network.
         self.look = make_look(s)
         embed_layers = s.embed_channels or (), s.embed_net or (), nl
@@ -246,8 +246,6 @@ class AIR(nn.Module):
             all_pres.append(z_pres)
             all_where.append(z_where)
             all_what.append(z_what)
-        if background is not None and not all_where:  # in a first phase of training
-            return ([], []), background
         painted = self.paint(all_where, all_what)
         canvas = self.likelihood.compose(painted, torch.cat(all_pres, 1).t(), background)
         return (all_where, all_pres), canvas
@@ -347,7 +345,7 @@ class AIR(nn.Module):
         baseline, bl_rnn = self._baseline_step(latents, prev, inputs, cost_scale)
         pres = Presence(pres_p * prev.z_pres)
         z_pres = pyro.sample(f"z_pres_{t}", self._masked(pres, prev.z_pres), infer=baseline)
-        where = dist.Normal(inputs.place[0] + loc, inputs.place[1] * scale)
+        where = dist.Normal(self.look.mean_where(inputs.place[0], loc), inputs.place[1] * scale)
         z_where = pyro.sample(f"z_where_{t}", self._masked(where, z_pres))
         window = image_to_window(z_where, self.window_size, self.x_size, inputs.remainder)
         code = dist.Normal(*self.encode(window))

@@ -8,10 +8,10 @@
 
 With a whole image or difference, the guide learns for each place of an object where its window
 belongs. Where objects are small or many, few windows meet one at first, and this takes thousands
-of steps. A glimpse (Mnih et al. 2014, arXiv:1406.6247) needs no learning to meet an object: the
-square of the image without its background is blurred, and the pixel with the greatest value is its
-centre. The guide sees the glimpse alone, and predicts its window relative to that centre. So what
-it learns of an object at one place holds for every place.
+of steps. A glimpse (Mnih et al. 2014, arXiv:1406.6247) needs no learning to meet an object: how far
+each pixel is from the background is blurred, and the pixel with the greatest value is its centre.
+The guide sees the glimpse alone, and predicts its window relative to that centre. So what it learns
+of an object at one place holds for every place.
 
 Windows of the steps before are covered, which models of visual attention call inhibition of return
 (Itti et al. 1998, doi:10.1109/34.730558). The guide sees the cover too. So whether an object is
@@ -85,6 +85,10 @@ class Look(nn.Module):
         del windows
         return remainder.flatten(1), prior
 
+    def mean_where(self, place: Tensor, loc: Tensor) -> Tensor:
+        """The mean of q(z_where), [B, 3], from the mean in `Place` and the output of `predict`."""
+        return place + loc
+
 
 class WholeImage(Look):
     """The image without its background, once for all steps."""
@@ -142,6 +146,11 @@ class Glimpse(Look):
         seen = [image_to_window(around, self.side, self.x_size, x) for x in (remainder, cover)]
         return torch.cat(seen, 1), (where_at(centre, scale), self.sd)
 
+    def mean_where(self, place: Tensor, loc: Tensor) -> Tensor:
+        """Keeps the centre of the glimpse in the middle, whatever the scale, and then shifts."""
+        scale = place[:, :1] + loc[:, :1]
+        return where_at(centre_of(place), scale) + nn.functional.pad(loc[:, 1:], (1, 0))
+
     @torch.no_grad()
     def cover(self, images: Tensor, windows: Sequence[Tensor]) -> Tensor:
         """How much windows cover of each pixel, from 0 to 1, [B, H, H]: squares with soft edges."""
@@ -155,10 +164,10 @@ class Glimpse(Look):
 
     @torch.no_grad()
     def centres(self, images: Tensor) -> Tensor:
-        """The centre of the pixel with the greatest blurred square, [B, 2], in [-1, 1]."""
-        squares = images.square()
-        energy = squares if squares.dim() == 3 else squares.sum(1)
-        return peak_centres(self.blur @ energy @ self.blur)
+        """The centre of the pixel with the greatest blurred difference, [B, 2], in [-1, 1]."""
+        sizes = images.abs()  # squares would prefer what is left of bright objects to faint ones
+        sizes = sizes if sizes.dim() == 3 else sizes.sum(1)
+        return peak_centres(self.blur @ sizes @ self.blur)
 
 
 def make_look(settings: ModelSettings) -> Look:

@@ -106,7 +106,7 @@ def test_detections_are_the_models_inferences(channels: int) -> None:
         {"decoder_net": [], "guide_input": "difference"},
         {"channels": 3, "guide_input": "glimpse"},
         {"channels": 3, "embed_channels": [2, 3]},
-        {"background_model": "vae", "z_background_size": 4, "background_net": [6]},
+        {"background_model": "pca", "z_background_size": 4},
     ],
     ids=str,
 )

@@ -238,7 +238,7 @@ def test_scenes_that_are_explained_well_stay_as_they_are(air: AIR) -> None:
 
 OPTIONS = [
     {}, {"likelihood": "bernoulli"}, {"channels": 3}, {"guide_input": "difference"},
-    {"num_steps": 1}, {"guide_input": "glimpse"}, {"background_model": "constant"},
+    {"num_steps": 1}, {"guide_input": "glimpse"}, {"background_model": "pca"},
 ]  # fmt: skip
 
 

@@ -77,8 +77,6 @@ def resolve_config(
     if model:  # settings that an earlier program did not know have their defaults
         of_model = [spec for spec in _ALL if spec.about["with_model"]]
         below = below | {spec.key: model.get(spec.key, spec.plain_default) for spec in of_model}
-    if model or "load" in cli_args:
-        below = below | {"background_steps": 0}  # the background was learnt
     overridden = {
         key for given in cli_args.keys() & FLAGS for key in FLAGS[given].about["overrides"]
     }
@@ -93,8 +91,6 @@ def resolve_config(
         flat |= _image_settings(cli_args, run, model, below)
     if flat["compile"] is None:
         flat["compile"] = flat["num_steps"] >= COMPILE_MIN_STEPS
-    most = flat["num_steps"] // 10  # most steps are for the objects
-    flat.setdefault("background_steps", min(TrainingSettings.background_steps, most))
     if "resume" in cli_args:
         _check_resumed(cli_args, run)
     _check_flags(flat, cli_args, run)

@@ -31,9 +31,9 @@ WINDOW_SIDES = 10, 28  # least and greatest side of the attention window in pixe
 WORTH, LEAST_WORTH = 200.0, 40.0
 LIKELIHOOD_SDS = 0.05, 0.6
 RELIABLE = 0.4  # agreement of two thresholds from which spots are believed
-SPOT_STEPS, WHOLE_SPOT_STEPS = 300, 100  # with glimpses, and for each object with whole images
+SPOT_STEPS, WHOLE_SPOT_STEPS = 200, 100  # with glimpses, and for each object with whole images
 SMALL = 0.2  # side of an object, relative to its image, below which glimpses find it
-FEW = 3  # objects up to which the whole image is seen, and on a background the ELBO follows
+FEW = 3  # objects up to which the whole image is seen, if they are large and on black
 # Training takes at most some 15 minutes on one core. A step takes this many seconds for each pixel
 # of a batch of 64 scenes, for each channel and each object, and one for the background.
 MAX_SECONDS, SECONDS_PER_VALUE = 900, 6e-6
@@ -118,46 +118,42 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
         worth = float(np.median(seen.worths)) / (2 * sd**2)
         found["likelihood_sd"] = sd, f"a typical object then explains {worth:.0f} nats"
     if not seen.is_black:
-        found["background_model"] = "vae", f"the background is not black ({seen.level:.0f} of 255)"
+        found["background_model"] = "pca", f"the background is not black ({seen.level:.0f} of 255)"
     found["num_steps"] = _num_steps(scenes, steps)
     num_steps = given.get("num_steps", found["num_steps"][0])
     found["lr_schedule"] = "cosine", "the learning rate falls to the end"
+    found |= _guide(steps, half < SMALL, seen.is_black)
     agreement = seen.finder.agreement
     if agreement >= RELIABLE:
-        found |= _from_spots(num_steps, steps, agreement, half < SMALL, not seen.is_black)
+        spot_steps = SPOT_STEPS if "guide" in found else WHOLE_SPOT_STEPS * steps
+        found |= _from_spots(num_steps, spot_steps, agreement)
     if given.get("estimator") == "score":
         found.pop("added_scenes", None)
     return {key: value for key, value in found.items() if key not in given}
 
 
-def _from_spots(
-    num_steps: int, model_steps: int, agreement: float, is_small: bool, has_background: bool
-) -> Found:
-    """Begins with what a threshold sees, and goes on with the ELBO and sums of scenes.
+def _guide(model_steps: int, is_small: bool, is_black: bool) -> Found:
+    """Few large objects on black are seen in the whole image, others by glimpses."""
+    if model_steps - 1 <= FEW and not is_small and is_black:
+        text = "objects on black are few and large"
+        return {"embed_channels": ([16, 32, 32], text), "embed_net": ([256], text)}
+    reason = "objects are small" if is_small else "objects are many"
+    text = reason if is_black else "objects are before a background"
+    return {
+        "guide": ("glimpse", text),
+        "embed_net": ([200], text),
+        "clip_grad_norm": (100.0, text),
+    }
 
-    Few large objects are seen by convolutions, in the whole image; small or many ones by glimpses.
-    A background that is not learnt yet draws glimpses, and many objects are then not placed well
-    enough for the ELBO, which would give up the last of them. So spots are used to the end.
-    """
-    are_few = model_steps - 1 <= FEW
-    glimpses = is_small or not (are_few or has_background)
-    goes_on = are_few or not has_background
-    steps = min(SPOT_STEPS if glimpses else WHOLE_SPOT_STEPS * model_steps, num_steps // 2)
-    found: Found = {}
-    if glimpses:
-        reason = "objects are small" if is_small else "objects are many"
-        found["guide"] = "glimpse", reason
-        found["embed_net"] = [200], reason
-        found["clip_grad_norm"] = 100.0, reason
-    else:
-        found["embed_channels"] = [16, 32, 32], "objects are large"
-        found["embed_net"] = [256], "objects are large"
-    text = f"two thresholds agree on {agreement:.0%} of the images"
-    found["spot_steps"] = steps if goes_on else num_steps, text
-    if goes_on:
-        found["added_scenes"] = 100.0, "sums of scenes teach counting"
-        found["added_scenes_from"] = steps, "when objects are learnt from spots"
-    return found
+
+def _from_spots(num_steps: int, spot_steps: int, agreement: float) -> Found:
+    """Begins with what a threshold sees, and goes on with the ELBO and sums of scenes."""
+    steps = min(spot_steps, num_steps // 2)
+    return {
+        "spot_steps": (steps, f"two thresholds agree on {agreement:.0%} of the images"),
+        "added_scenes": (100.0, "sums of scenes teach counting"),
+        "added_scenes_from": (steps, "when objects are learnt from spots"),
+    }
 
 
 def _num_steps(scenes: SceneSplits, model_steps: int) -> tuple[int, str]:

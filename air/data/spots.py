@@ -69,6 +69,14 @@ class SpotFinder(NamedTuple):
             found.append(Spots(boxes, areas, np.array(worths), len(spots) == len(other)))
         return found
 
+    def hide(self, images: Array) -> Array:
+        """The pixels in the boxes of spots and beside them, bool [N, H, H]."""
+        hidden = np.zeros((len(images), *images.shape[-2:]), bool)
+        for image, spots in zip(hidden, self(images), strict=True):
+            for x0, y0, x1, y1 in spots.boxes:
+                image[max(y0 - 1, 0) : y1 + 1, max(x0 - 1, 0) : x1 + 1] = True
+        return hidden
+
     def _join(self, parts: list["_Part"]) -> list["_Part"]:
         """Parts without specks, in which small ones are joined to a larger one beside them."""
         large = [part for part in parts if part[4] >= SMALL * self.area]

@@ -136,9 +136,9 @@ def brightness_hints(images: Array, on_black: bool = True) -> list[str]:
         return [
             f"the background is light ({background:.0f} of 255), but AIR paints light "
             "objects on black; for dark objects on a light background, add --invert, or "
-            "--background-model vae"
+            "--background-model pca"
         ]
     return [
         f"the background is not black ({background:.0f} of 255); AIR may explain it by an "
-        "object; --background-model vae models it"
+        "object; --background-model pca models it"
     ]

@@ -22,7 +22,7 @@ MAX_CHECKED_IMAGES = 500  # images whose ELBO terms are checked for values that 
 def empty_canvas_elbo(air: AIR, images: Tensor) -> float:
     """The mean log likelihood of images, [N, (C,) H, H], without objects, in nats per image.
 
-    The canvas is black or, with a model of the background, the mean of each channel of the image.
+    The canvas is black or, with a model of the background, the background that the guide infers.
     On black, it is the ELBO of an AIR that never infers an object, without the log prior of zero
     objects.
 
@@ -37,7 +37,7 @@ def empty_canvas_elbo(air: AIR, images: Tensor) -> float:
         prepared = air.to_images(part.to(air.h_init.device))
         empty = torch.zeros_like(prepared)
         if air.background is not None:
-            empty = prepared.mean((-2, -1), keepdim=True).expand_as(prepared)
+            empty = air.background.infer(prepared)
         log_probs = air.likelihood.log_prob(prepared, empty)
         total += float(log_probs.cpu().double().sum())  # MPS has no float64
     return total / len(images)

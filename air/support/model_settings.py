@@ -8,7 +8,7 @@ from torch import nn
 
 from air.support.fields import check_settings, model_setting, setting
 
-BackgroundModel = Literal["none", "constant", "vae"]
+BackgroundModel = Literal["none", "pca"]
 Likelihood = Literal["normal", "bernoulli"]
 GuideInput = Literal["image", "difference", "glimpse"]
 
@@ -125,15 +125,11 @@ class ModelSettings:
     )
     background_model: BackgroundModel = model_setting(
         "none",
-        "background of the scenes: black (none), one level per channel (constant), or an image "
-        "with its own latent code (vae)",
+        "background of the scenes: black (none), or an image with its own latent code, from which "
+        "it is painted by principal components of the training images (pca)",
     )
-    z_background_size: int = model_setting(8, "dimensions of z_background (vae)", low=1, flag="")
-    background_net: Sequence[int] = model_setting(
-        (200,),
-        "hidden layers of q(z_background | image), and in reverse order of its decoder (vae)",
-        low=1,
-        flag="",
+    z_background_size: int = model_setting(
+        32, "greatest number of principal components of backgrounds (pca)", low=1, flag=""
     )
     channels: int = setting(1, "channels of the images, C", low=1, flag="")
 

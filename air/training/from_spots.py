@@ -30,7 +30,7 @@ from air.support.subsampling import draw_indices
 NUM_IMAGES = 4000  # of the training images, in which spots are looked for
 MARGIN = 1.15  # side of a window divided by that of its spot
 LEAST_SIDE = 0.6  # of a typical spot's side, below which windows are not made smaller
-SCALE_NOISE, SHIFT_NOISE = 0.05, 0.06  # standard deviations, relative and in half windows
+SCALE_NOISE, SHIFT_NOISE = 0.02, 0.06  # standard deviations, relative and in half windows
 
 
 class KnownObjects(NamedTuple):
@@ -160,6 +160,6 @@ class FromSpots:
 def with_noise(known: KnownObjects) -> KnownObjects:
     """Objects at slightly other places and sizes."""
     noise = torch.randn_like(known.where)
-    factors = known.where.new_tensor([SCALE_NOISE, 0.0, 0.0]) * noise
+    factors = SCALE_NOISE * noise[..., :1]  # of all three, so that the centre stays
     shifts = known.where.new_tensor([0.0, SHIFT_NOISE, SHIFT_NOISE]) * noise
     return known._replace(where=known.where * (1 + factors) + shifts)

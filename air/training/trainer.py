@@ -160,7 +160,7 @@ class Trainer:
         self.prior.set_step(self.step + 1)
         self._set_learning_rates()
         size = {"batch_size": self.batch_size}
-        self.phase.take_step(self.step, self.air, self.images, **size, z_pres_prior_p=self.prior)
+        self.phase.take_step(self.step, self.images, **size, z_pres_prior_p=self.prior)
         self.step += 1
         begin = self.settings.learn_count_prior_from
         if begin is not None and self.step >= begin and is_due(self.step, LEARN_PRIOR_EVERY):

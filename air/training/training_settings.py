@@ -99,9 +99,6 @@ class TrainingSettings:
     spot_steps: int = setting(
         0, "steps for which the objects are those that a threshold sees", low=0, flag=""
     )
-    background_steps: int = setting(
-        100, "number of initial steps that train only the background model", low=0, flag=""
-    )
     compile: bool | None = setting(
         None,
         "compile the training step, which takes one to two minutes (default: if --num-steps is "

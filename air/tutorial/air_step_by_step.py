@@ -887,7 +887,7 @@ show("merged")
 # - Most measures of section 12 are in `air/evaluation`; `main.py --viz` shows them live.
 # - Merged digits: `main.py`, which begins with what a threshold sees (`air/training/from_spots.py`)
 #   and learns to count from sums of scenes. Small objects: `--guide glimpse` looks where no
-#   window is yet. Backgrounds: `--background-model vae`.
+#   window is yet. Backgrounds: `--background-model pca`.
 # - `tests/benchmarks/README.md` has the results on many seeds, and all recipes that were tried.
 #
 # Further reading: [Crawford and Pineau 2019](https://doi.org/10.1609/aaai.v33i01.33013412) (SPAIR)

@@ -99,6 +99,15 @@ def test_an_unsure_image_says_so() -> None:
     assert sum(spots.sure for spots in finder(x)) == len(x)
 
 
+def test_spots_are_hidden_with_one_pixel_around() -> None:
+    x = np.zeros((2, SIDE, SIDE), np.uint8)
+    x[0, 10:20, 8:16] = x[1, :5, 20:25] = x[1, 30:, :7] = 250
+    expected = np.zeros(x.shape, bool)
+    expected[0, 9:21, 7:17] = expected[1, :6, 19:26] = expected[1, 29:, :8] = True
+    finder = SpotFinder(None, 0.0, (50.0, 90.0), 50.0, 8.0, 1.0)
+    np.testing.assert_array_equal(finder.hide(x), expected)
+
+
 def test_images_without_objects_have_no_spots() -> None:
     for x in (np.zeros((5, 8, 8), np.uint8), np.full((3, 3, 9, 9), 7, np.uint8)):
         finder = fit_finder(x)

@@ -77,7 +77,7 @@ CASES: list[tuple[int, int | None, dict[str, Any]]] = [  # number of steps, batc
     (1, 3, {}),
     (2, None, {"likelihood": "bernoulli", "embed_channels": [3, 2], "embed_net": [5]}),
     (2, 7, {"guide_input": "difference"}),
-    (2, 3, {"guide_input": "glimpse", "background_model": "vae"}),
+    (2, 3, {"guide_input": "glimpse", "background_model": "pca"}),
 ]
 
 
@@ -204,7 +204,7 @@ class OffTheHost(TorchDispatchMode):
     [
         ({}, {"added_scenes": 5.0, "added_scenes_from": 1, "clip_grad_norm": 10.0}),
         ({"guide_input": "glimpse", "embed_channels": [2, 3]}, {}),
-        ({"background_model": "vae"}, {"background_steps": 1}),
+        ({"background_model": "pca"}, {}),
         ({"channels": 3, "likelihood": "bernoulli", "guide_input": "difference"}, {}),
         ({}, {"estimator": "score", "clip_grad_norm": 10.0}),
         ({"use_masking": False, "guide_input": "difference"}, {"estimator": "score"}),
@@ -216,10 +216,11 @@ def test_a_step_and_inference_stay_on_their_device(
     """On torch's device without memory, where no value can be read; `is_cuda` picks the path."""
     air = small_air(num_steps=2, **options).to("meta")
     pixels = [12, 12] if air.channels == 1 else [air.channels, 12, 12]
-    images = torch.zeros(100, *pixels, dtype=torch.uint8, device="meta")
-    held_out = HeldOut(torch.zeros(3, *pixels, dtype=torch.uint8))
-    training = replace(SETTINGS, lr_schedule="cosine", **{"background_steps": 0, **settings})
-    trainer = Trainer(air, images, held_out, training)
+    images = torch.zeros(100, *pixels, dtype=torch.uint8)
+    if air.background is not None:
+        air.background.fitted = torch.tensor(True)
+    training = replace(SETTINGS, lr_schedule="cosine", **settings)
+    trainer = Trainer(air, images, HeldOut(images[:3]), training)
     with (
         pyro.validation_enabled(False),
         mock.patch.object(Tensor, "is_cuda", True),
@@ -228,9 +229,9 @@ def test_a_step_and_inference_stay_on_their_device(
     ):
         for _ in range(2):
             trainer._take_step()
-        infer(air, images[:5])
+        infer(air, trainer.images[:5])
         air.prior(5, trainer.prior)
-        sample_elbo(air, images[:5], trainer.prior)
+        sample_elbo(air, trainer.images[:5], trainer.prior)
     assert update.call_count == 2
 
 

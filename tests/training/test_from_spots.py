@@ -48,7 +48,7 @@ def test_windows_lie_around_the_spots() -> None:
 
 
 @pytest.mark.parametrize("guide", ["image", "difference", "glimpse"])
-@pytest.mark.parametrize("background", ["none", "vae"])
+@pytest.mark.parametrize("background", ["none", "pca"])
 def test_the_objective_is_the_one_that_is_named(guide: str, background: str) -> None:
     spots, x = program(guide, background), scenes()
     air = spots.air

@@ -39,7 +39,7 @@ def equal(one: object, other: object) -> bool:
 
 @pytest.mark.parametrize("guide_input", ["image", "difference", "glimpse"])
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("background", ["none", "vae"])
+@pytest.mark.parametrize("background", ["none", "pca"])
 def test_windows_are_what_the_encoder_is_given(
     guide_input: str, channels: int, background: str
 ) -> None:
@@ -52,7 +52,7 @@ def test_windows_are_what_the_encoder_is_given(
     windows = take_snapshot(air, HeldOut(images), 0, seed=0).windows
     for t, window in enumerate(given):
         expected = window[:8].reshape(windows[:, t].shape)
-        if background == "vae":  # differences are drawn around a medium grey
+        if background == "pca":  # differences are drawn around a medium grey
             within = torch.ones(8, channels, 12, 12)  # beyond the image they are black
             cut = image_to_window(found.z_where[:8, t], air.window_size, air.x_size, within)
             expected = (cut.view_as(expected) + expected) / 2
