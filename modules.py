@@ -157,10 +157,15 @@ class Predict(nn.Module):
         z_pres_size: int,
         z_where_size: int,
         non_linearity: NonLinearity,
+        z_pres_bias: float = 0.0,
     ) -> None:
         super().__init__()
         self.sizes = [z_pres_size, z_where_size, z_where_size]
         self.mlp = MLP(input_size, [*hidden, sum(self.sizes)], non_linearity)
+        with torch.no_grad():
+            last = self.mlp.seq[-1]
+            assert isinstance(last, nn.Linear)
+            last.bias[:z_pres_size] += z_pres_bias
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logit, loc, raw_scale = self.mlp(h).split(self.sizes, 1)

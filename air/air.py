@@ -140,7 +140,9 @@ class AIR(nn.Module):
         self.embed = make_embed(channels, side, *embed_layers) if embed is None else embed
         embedded_size = checks.embedding_size(self.embed, channels * side**2)
         self.rnn = ImageLSTMCell(embedded_size, latent_size, hidden)
-        self.predict: nn.Module = Predict(hidden, s.predict_net, Z_PRES_SIZE, Z_WHERE_SIZE, nl)
+        self.predict: nn.Module = Predict(
+            hidden, s.predict_net, Z_PRES_SIZE, Z_WHERE_SIZE, nl, s.z_pres_bias
+        )
         self.encode: nn.Module = Encoder(window_pixels, s.encoder_net, s.z_what_size, nl)
         self.h_init = nn.Parameter(torch.zeros(1, hidden))
         self.c_init = nn.Parameter(torch.zeros(1, hidden))

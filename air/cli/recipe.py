@@ -28,12 +28,13 @@ OBJECT_SIDE = 12  # pixels that a typical object keeps
 LOOK_SIDE = 192  # pixels of the images from which the size is chosen
 WINDOW_SIDES = 10, 28  # least and greatest side of the attention window in pixels
 # Nats that a typical object explains, and that nineteen of twenty objects explain.
-WORTH, LEAST_WORTH = 200.0, 40.0
+WORTHS = {"image": 200.0, "glimpse": 500.0}  # a second glimpse at an object is rare
+LEAST_WORTH = 40.0
 LIKELIHOOD_SDS = 0.05, 0.6
 RELIABLE = 0.4  # agreement of two thresholds from which spots are believed
 SPOT_STEPS, WHOLE_SPOT_STEPS = 200, 100  # with glimpses, and for each object with whole images
 SMALL = 0.2  # side of an object, relative to its image, below which glimpses find it
-FEW = 3  # objects up to which the whole image is seen, if they are large and on black
+FEW = 3  # objects up to which the whole image is seen, if they are large
 # Training takes at most some 15 minutes on one core. A step takes this many seconds for each pixel
 # of a batch of 64 scenes, for each channel and each object, and one for the background.
 MAX_SECONDS, SECONDS_PER_VALUE = 900, 6e-6
@@ -100,6 +101,8 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
     found["model_steps"] = min(max(most, 1) + 1, MAX_STEPS), text
     steps = given.get("model_steps", found["model_steps"][0])
     half, large = seen.side(50), seen.side(90)
+    found |= (guide := _guide(steps, half < SMALL))
+    glimpses = given.get("guide", guide.get("guide", ("image",))[0]) == "glimpse"
     window = round(min(max(1.05 * MARGIN * large * x_size, WINDOW_SIDES[0]), WINDOW_SIDES[1]))
     text = f"90 % of the objects are at most {large * x_size:.0f} pixels long"
     found["window_size"] = window, text
@@ -114,7 +117,7 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
     sd = math.sqrt(max(1.0, shifts.mean())) if len(scales) else 1.0
     found["pos_prior_sd"] = round(sd, 2), "by the spread of the places"
     if len(seen.worths):
-        sd = _likelihood_sd(seen)
+        sd = _likelihood_sd(seen, WORTHS["glimpse" if glimpses else "image"])
         worth = float(np.median(seen.worths)) / (2 * sd**2)
         found["likelihood_sd"] = sd, f"a typical object then explains {worth:.0f} nats"
     if not seen.is_black:
@@ -122,37 +125,30 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
     found["num_steps"] = _num_steps(scenes, steps)
     num_steps = given.get("num_steps", found["num_steps"][0])
     found["lr_schedule"] = "cosine", "the learning rate falls to the end"
-    found |= _guide(steps, half < SMALL, seen.is_black)
     agreement = seen.finder.agreement
     if agreement >= RELIABLE:
-        spot_steps = SPOT_STEPS if "guide" in found else WHOLE_SPOT_STEPS * steps
-        found |= _from_spots(num_steps, spot_steps, agreement)
+        spot_steps = min(SPOT_STEPS if glimpses else WHOLE_SPOT_STEPS * steps, num_steps // 2)
+        text = f"two thresholds agree on {agreement:.0%} of the images"
+        found["spot_steps"] = spot_steps, text
+        found["added_scenes"] = 100.0, "sums of scenes teach counting"
+        found["added_scenes_from"] = spot_steps, "when objects are learnt from spots"
+        if glimpses:
+            found["z_pres_bias"] = -3.0, "glimpses at nothing begin as nothing"
     if given.get("estimator") == "score":
         found.pop("added_scenes", None)
     return {key: value for key, value in found.items() if key not in given}
 
 
-def _guide(model_steps: int, is_small: bool, is_black: bool) -> Found:
-    """Few large objects on black are seen in the whole image, others by glimpses."""
-    if model_steps - 1 <= FEW and not is_small and is_black:
-        text = "objects on black are few and large"
+def _guide(model_steps: int, is_small: bool) -> Found:
+    """Few large objects are seen in the whole image, others by glimpses."""
+    if model_steps - 1 <= FEW and not is_small:
+        text = "objects are few and large"
         return {"embed_channels": ([16, 32, 32], text), "embed_net": ([256], text)}
-    reason = "objects are small" if is_small else "objects are many"
-    text = reason if is_black else "objects are before a background"
+    text = "objects are small" if is_small else "objects are many"
     return {
         "guide": ("glimpse", text),
         "embed_net": ([200], text),
         "clip_grad_norm": (100.0, text),
-    }
-
-
-def _from_spots(num_steps: int, spot_steps: int, agreement: float) -> Found:
-    """Begins with what a threshold sees, and goes on with the ELBO and sums of scenes."""
-    steps = min(spot_steps, num_steps // 2)
-    return {
-        "spot_steps": (steps, f"two thresholds agree on {agreement:.0%} of the images"),
-        "added_scenes": (100.0, "sums of scenes teach counting"),
-        "added_scenes_from": (steps, "when objects are learnt from spots"),
     }
 
 
@@ -166,10 +162,10 @@ def _num_steps(scenes: SceneSplits, model_steps: int) -> tuple[int, str]:
     return number, f"some {minutes} minutes on one core of a CPU, {seconds:.2f} s a step"
 
 
-def _likelihood_sd(seen: Survey) -> float:
+def _likelihood_sd(seen: Survey, typical_worth: float) -> float:
     """The standard deviation of a pixel at which objects are worth enough."""
     typical, least = np.percentile(seen.worths, (50, 5))
-    sd = math.sqrt(min(typical / (2 * WORTH), max(least, typical / 8) / (2 * LEAST_WORTH)))
+    sd = math.sqrt(min(typical / (2 * typical_worth), max(least, typical / 8) / (2 * LEAST_WORTH)))
     return round(min(max(sd, seen.noise, LIKELIHOOD_SDS[0]), LIKELIHOOD_SDS[1]), 3)
 
 

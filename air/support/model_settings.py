@@ -80,6 +80,11 @@ class ModelSettings:
         metavar="NAME",
     )
     decoder_output_bias: float | None = model_setting(-2.0, "bias before the decoder's sigmoid")
+    z_pres_bias: float = model_setting(
+        0.0,
+        "initial bias before the sigmoid of q(z_pres); below zero, few objects are used at first",
+        flag="",
+    )
     decoder_output_use_sigmoid: bool = model_setting(
         True,
         "apply a sigmoid to the decoder's output, which keeps it within (0, 1)",

@@ -61,11 +61,11 @@ def test_given_flags_win() -> None:
     assert settings(x, model_steps=6)["guide"] == "glimpse"
 
 
-def test_few_large_objects_on_black_are_seen_in_the_whole_image() -> None:
+def test_few_large_objects_are_seen_in_the_whole_image() -> None:
     x = squares(90, (48, 48), 12, 2)[:, 0]
     assert "guide" not in settings(x)
     assert settings(x, np.arange(90) % 6)["guide"] == "glimpse"
-    assert settings(np.maximum(x, 80))["guide"] == "glimpse"
+    assert "guide" not in settings(np.maximum(x, 80))
     assert settings(squares(90, (64, 64), 6, 2)[:, 0])["guide"] == "glimpse"
 
 
