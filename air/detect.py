@@ -2,6 +2,7 @@
 
     python -m air.detect --load runs/RUN/checkpoint.pt pictures/ > found.jsonl
     python -m air.detect --load runs/RUN/checkpoint.pt a.png b.npz --csv a.csv --figure a.png
+    python -m air.detect --load runs/RUN/checkpoint.pt large.jpg --tile 100 > found.jsonl
 
 Images come from any source that `air.data.user_images.sources` reads. They are prepared as for the
 training of the model; boxes are in pixels of the original image. Prints a line with a JSON object
@@ -16,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,17 +34,21 @@ from air.cli.flags import Parser
 from air.data.scenes import Array, DataError
 from air.data.survey import brightness_hints
 from air.data.user_images.picture_files import SUFFIXES
-from air.data.user_images.preparation import ImageSettings, Placement
+from air.data.user_images.preparation import ImageSettings, Placement, convert_channels, to_bytes
 from air.data.user_images.sources import (
     PreparedImage,
     find_files,
+    prepare_image,
     read_images,
+    source_images,
 )
+from air.data.user_images.tiles import best_views, cut_tiles
 from air.evaluation.boxes import tight_boxes
 from air.inference import infer
 from air.priors import at_least_probs
 from air.storage.checkpoint import load_air, read_weights
 from air.storage.files import check_output_file, write_atomically
+from air.support.checks import check_whole
 from air.support.fields import from_config
 from air.support.images import to_tensor
 from air.support.model_settings import NetFactory
@@ -51,10 +57,11 @@ from air.terminal.streams import steady_streams
 from air.visualization.drawing import draw_boxes, enlarge, tile
 from air.visualization.snapshots import as_bytes
 
-__all__ = ["DetectedObject", "Detection", "detect", "load_air", "main"]
+__all__ = ["DetectedObject", "Detection", "detect", "detect_in_tiles", "load_air", "main"]
 
 BATCH = 100  # images in memory
 MAX_DRAWN, COLUMNS = 64, 8  # images in a figure, and in a row of it
+MAX_TILED = 16  # pictures in a figure, each as large as it is
 CSV_COLUMNS = [
     "image", "count", "probability", "step", "object_probability", "x0", "y0", "x1", "y1",
     "window_x0", "window_y0", "window_x1", "window_y1",
@@ -65,7 +72,7 @@ CSV_COLUMNS = [
 class DetectedObject:
     """An object in an image."""
 
-    step: int  # of the guide, from 1
+    step: int  # of the guide, from 1; in a picture of several tiles, the number of the object
     probability: float  # q(count >= step)
     box: list[float]  # (x0, y0, x1, y1) in pixels, tight around the painted object
     window: list[float]  # (x0, y0, x1, y1) in pixels, the attention window; may leave the image
@@ -78,7 +85,7 @@ class Detection:
     """The objects in an image."""
 
     count: int  # the most probable count
-    probability: float  # q(count)
+    probability: float | None  # q(count); None for a picture of several tiles
     objects: list[DetectedObject]  # `count` objects
 
     def record(self) -> dict[str, Any]:
@@ -137,6 +144,60 @@ def detect(
     return detections
 
 
+def detect_in_tiles(
+    find: Callable[[Array], list[Detection]],
+    image: Array,
+    side: int,
+    settings: ImageSettings,
+    name: str = "the picture",
+) -> Detection:
+    """Finds the objects in a picture that shows more than a training image did.
+
+    The picture is cut into overlapping tiles, and each object is taken from the tile that shows it
+    best. Objects that are larger than half a tile may be found in parts.
+
+    Args:
+        find: As `partial(detect, air)`: finds the objects in images, uint8 [N, (C,) H, H].
+        image: The picture, [(C,) h, w], of a type that `prepare` takes.
+        side: The side of a tile in pixels: that of the square that one training image showed.
+        settings: How to prepare a tile, which is never cropped. A picture that is no larger than a
+            tile is prepared as it would be without tiles.
+        name: The name of the picture in messages.
+
+    Returns:
+        The objects, with boxes in pixels of the picture. `cut` are those that the border of the
+        picture cuts, or that no tile shows whole. Objects that change no pixel are left out. The
+        probability is None, unless there is one tile: tiles that overlap count the same objects,
+        so that their q(count) say nothing of the sum.
+
+    Raises:
+        ValueError: If `side` is not a whole number of at least 1.
+        DataError: If the picture cannot be prepared.
+    """
+    check_whole("side", side, 1)
+    settings = replace(settings, crop=False)
+    image = image if image.ndim == 3 else image[None]
+    tiles = cut_tiles(image.shape[1], image.shape[2], side)
+    found: list[Detection] = []
+    for start in range(0, len(tiles), BATCH):
+        batch = [
+            (x0, y0, prepare_image(name, image[:, y0:y1, x0:x1], settings))
+            for x0, y0, x1, y1 in tiles[start : start + BATCH]
+        ]
+        detections = find(np.stack([part.pixels for *_, part in batch]))
+        for (x0, y0, part), detection in zip(batch, detections, strict=True):
+            (x, y), scale = part.placement
+            found.append(detection.in_original(Placement((x0 + x, y0 + y), scale)))
+    if len(tiles) == 1:
+        return found[0]
+    views = [(n, each) for n, detection in enumerate(found) for each in detection.objects]
+    views = [(n, each) for n, each in views if each.box[0] < each.box[2]]  # changes some pixel
+    boxes = np.array([each.box for _, each in views]).reshape(-1, 4)
+    best = best_views(boxes, np.array(tiles), np.array([n for n, _ in views], int))
+    objects = [replace(views[i][1], step=k, cut=cut) for k, (i, cut) in enumerate(best, 1)]
+    return Detection(len(objects), None, objects)
+
+
 def draw(air: AIR, images: Array, detections: Sequence[Detection], path: Path) -> None:
     """Draws images, uint8 [N, (C,) H, H], with windows and counts, as PNG.
 
@@ -156,22 +217,49 @@ def draw(air: AIR, images: Array, detections: Sequence[Detection], path: Path) -
     write_atomically(path, lambda file: sheet.save(file, "PNG"))
 
 
+def draw_tiled(images: Sequence[Array], detections: Sequence[Detection], path: Path) -> None:
+    """Draws pictures, uint8 [(C,) h, w], one below the other, with windows and counts, as PNG."""
+    pictures = []
+    for image, detection in zip(images, detections, strict=True):
+        above = max(image.shape[-2] // 7, 12)  # room for the count
+        pixels = np.pad(image, [*[(0, 0)] * (image.ndim - 2), (above, 0), (0, 0)])
+        windows = np.array([each.window for each in detection.objects]).reshape(1, -1, 4)
+        windows[..., 1::2] += above
+        zoom = max(1, 200 // max(pixels.shape))
+        pictures += [*draw_boxes(pixels[None], windows, np.array([detection.count]), zoom)]
+    width = max(picture.shape[1] for picture in pictures)
+    padded = [np.pad(p, [(0, 4), (0, width - p.shape[1]), (0, 0)]) for p in pictures]
+    sheet = Image.fromarray(np.concatenate(padded))
+    write_atomically(path, lambda file: sheet.save(file, "PNG"))
+
+
 def write_crops(folder: Path, image: PreparedImage, detection: Detection) -> None:
     """Writes each object of an image, cut out along its box, as FOLDER/NAME-STEP.png."""
     name = re.sub(r"[^\w.-]+", "-", image.name).strip("-.")
-    height = image.pixels.shape[-2]
+    height, width = image.pixels.shape[-2:]
     for each in detection.objects:
-        x0, y0, x1, y1 = (min(max(round(edge), 0), height) for edge in each.box)
+        x0, x1 = (min(max(round(edge), 0), width) for edge in each.box[::2])
+        y0, y1 = (min(max(round(edge), 0), height) for edge in each.box[1::2])
         if x0 < x1 and y0 < y1:
             crop = image.pixels[..., y0:y1, x0:x1]
             picture = Image.fromarray(crop if crop.ndim == 2 else crop.transpose(1, 2, 0))
             picture.save(folder / f"{name}-{each.step}.png")
 
 
+def read_whole(source: Path, settings: ImageSettings) -> Iterator[PreparedImage]:
+    """Reads the images of a source in the colours for the model, but in their own size."""
+    for name, image in source_images(source, settings):
+        (pixels,) = convert_channels(to_bytes(image[None], name), settings, name)
+        pixels = pixels if len(pixels) > 1 else pixels[0]
+        yield PreparedImage(name, ~pixels if settings.invert else pixels, Placement())
+
+
 def read_sources(
-    paths: Sequence[Path], settings: ImageSettings, report: Callable[[DataError], None]
+    paths: Sequence[Path],
+    read: Callable[[Path], Iterator[PreparedImage]],
+    report: Callable[[DataError], None],
 ) -> Iterator[PreparedImage]:
-    """Yields the images of all sources, and reports sources that cannot be read.
+    """Yields the images that `read` finds in all sources; reports sources that cannot be read.
 
     Shows a progress bar on a terminal.
     """
@@ -186,7 +274,7 @@ def read_sources(
     with tqdm(total=total, unit="image", disable=None) as bar:
         for source in sources:
             try:
-                for image in read_images(source, settings):
+                for image in read(source):
                     yield image
                     bar.update()
             except DataError as error:
@@ -215,6 +303,10 @@ def write_csv(path: Path, rows: list[list[Any]]) -> None:
 
 def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
     """Detects and writes; returns the exit code."""
+    if args.tile is not None:
+        check_whole("--tile", args.tile, 1)
+        if args.crop:
+            raise ValueError("--crop cannot be used with --tile, which looks at all of a picture")
     for flag, output in (("--figure", args.figure), ("--csv", args.csv)):
         if output:
             check_output_file(flag, output)
@@ -229,22 +321,29 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
         unreadable.append(error)
         tqdm.write(f"{prog}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
 
-    images = read_sources(args.images, image_settings(args, air), report)
+    settings = image_settings(args, air)
+    read = partial(read_whole if args.tile else read_images, settings=settings)
+    images = read_sources(args.images, read, report)
+    find = partial(detect, air, refine=args.refine, codes=args.codes)
     shown: list[tuple[Array, Detection]] = []
     rows: list[list[Any]] = []
-    batches = iter(lambda: list(islice(images, BATCH)), [])
+    batches = iter(lambda: list(islice(images, 1 if args.tile else BATCH)), [])
     for number, batch in enumerate(batches):
         pixels = np.stack([image.pixels for image in batch])
         on_black = air.background is None
         for hint in brightness_hints(pixels, on_black) if number == 0 else ():
             logging.getLogger("air").warning(hint)
-        found = detect(air, pixels, args.refine, args.codes)
+        if args.tile:
+            whole = ~pixels[0] if settings.invert else pixels[0]  # a tile is inverted later
+            found = [detect_in_tiles(find, whole, args.tile, settings, batch[0].name)]
+        else:
+            found = find(pixels)
         for image, detection in zip(batch, found, strict=True):
             if args.drop_cut:
                 detection = detection.without_cut()
             if args.crops:
                 write_crops(args.crops, image, detection)
-            if args.figure and len(shown) < MAX_DRAWN:
+            if args.figure and len(shown) < (MAX_TILED if args.tile else MAX_DRAWN):
                 shown.append((image.pixels, detection))
             original = detection.in_original(image.placement)
             print(json.dumps({"image": image.name} | original.record()), flush=True)
@@ -252,7 +351,9 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
                 rows += csv_rows(image.name, original)
     if rows:
         write_csv(args.csv, rows)
-    if shown:
+    if shown and args.tile:
+        draw_tiled([pixels for pixels, _ in shown], [d for _, d in shown], args.figure)
+    elif shown:
         draw(air, np.stack([pixels for pixels, _ in shown]), [d for _, d in shown], args.figure)
     return 2 if unreadable else 0
 
@@ -274,6 +375,15 @@ def build_parser() -> Parser:
         help="a picture, a folder of pictures, or a .npz, .npy, .h5 or .pt file",
     )  # fmt: skip
     parser.add_argument("--load", type=Path, required=True, metavar="FILE", help="a checkpoint.pt")
+    parser.add_argument(
+        "--tile",
+        type=int,
+        metavar="SIDE",
+        help="for large pictures: cut each picture into overlapping squares of SIDE x SIDE pixels, "
+        "find the objects in every square, and report each object once. SIDE is the side, in "
+        "pixels of the picture, of the square that one training image showed. Objects should be "
+        "no larger than half of it",
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a new CSV file")
     parser.add_argument(
         "--figure", type=Path, metavar="FILE", help="draw the objects in a new PNG file"

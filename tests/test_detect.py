@@ -6,6 +6,7 @@ import json
 import sys
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,12 +15,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import broken_pipe, count_on, save_checkpoint, small_air
+from numpy.typing import NDArray
 from PIL import Image
+from scipy import ndimage
 
 from air import AIR
 from air.data.user_images.preparation import ImageSettings
 from air.data.user_images.sources import read_images
-from air.detect import detect, load_air, main
+from air.data.user_images.tiles import best_views
+from air.detect import DetectedObject, Detection, detect, detect_in_tiles, load_air, main
 from air.evaluation.boxes import tight_boxes
 from air.inference import infer
 
@@ -314,6 +318,11 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (grey, f"a.png --csv {tmp_path}/no/a.csv", "--csv: there is no folder"),
         (grey, f"a.png --figure {tmp_path}/no/a.png", "--figure: there is no folder"),
         (grey, "a.png --device toaster", "--device"),
+        (grey, "a.png --tile 0", "--tile: expected a whole number of at least 1, got 0"),
+        (grey, "a.png --tile -3", "--tile: expected a whole number of at least 1, got -3"),
+        (grey, "a.png --tile 2.5", "--tile: invalid int value: '2.5'"),
+        (grey, "a.png --tile 12 --crop", "--crop cannot be used with --tile"),
+        (two, "large.png --tile 12", "1 channels, expected 2"),
         (tmp_path / "text.png", "a.png", "text.png cannot be read as weights"),
     ]:
         code = 0
@@ -334,3 +343,161 @@ def test_a_checkpoint_with_bad_settings_is_refused(tmp_path: Path) -> None:
         path = save_checkpoint(small_air(), tmp_path / "foreign.pt", **{name: value})
         with pytest.raises(ValueError, match=f"{path}"):
             load_air(path)
+
+
+# Large pictures, cut into tiles.
+
+
+def find_parts(images: NDArray[np.uint8]) -> list[Detection]:
+    """Finds what is bright and connected, as a perfect model would."""
+    found = []
+    for image in images:
+        parts = ndimage.find_objects(ndimage.label(image > 127)[0])
+        boxes = [[float(e) for e in (c.start, r.start, c.stop, r.stop)] for r, c in parts]
+        cut = [min(box) <= 0 or max(box) >= len(image) for box in boxes]
+        objects = [DetectedObject(1, 1.0, b, b, c) for b, c in zip(boxes, cut, strict=True)]
+        found.append(Detection(len(objects), 1.0, objects))
+    return found
+
+
+def draw_squares(
+    height: int, width: int, side: int, seed: int
+) -> tuple[NDArray[np.uint8], list[list[int]]]:
+    """Bright squares of less than half a tile at random, at seams and at the border.
+
+    They are 4 pixels apart, or more in a low picture, whose padding is the median of its border.
+    """
+    rng, gap = np.random.default_rng(seed), 4 if height >= side else 20
+    image, boxes = np.zeros((height, width), np.uint8), []
+    for k in range(400):
+        size = int(rng.integers(6, side // 2))
+        x, y = (int(rng.integers(0, length - size + 1)) for length in (width, height))
+        if k < 50:  # at the corner of a tile or beside it
+            x, y = (start // (side // 2) * (side // 2) for start in (x, y))
+            x, y = x - k % 5 * size // 4, y - k % 7 * size // 6
+        elif k < 80:  # at the border of the picture
+            x, y = [(x, 0), (width - size, y), (k % 2 * (width - size), height - size)][k % 3]
+        x, y = (min(max(start, 0), length - size) for start, length in ((x, width), (y, height)))
+        if not image[max(y - gap, 0) : y + size + gap, max(x - gap, 0) : x + size + gap].any():
+            image[y : y + size, x : x + size] = 255
+            boxes.append([x, y, x + size, y + size])
+    return image, sorted(boxes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("invert", [False, True])
+@pytest.mark.parametrize(
+    ("height", "width", "side", "x_size"),
+    [
+        (300, 410, 64, 64),
+        (333, 200, 61, 61),
+        (300, 410, 96, 48),
+        (50, 300, 64, 64),
+        (97, 65, 64, 64),
+    ],
+)
+def test_every_object_of_a_large_picture_is_found_once(
+    height: int, width: int, side: int, x_size: int, invert: bool, seed: int
+) -> None:
+    image, expected = draw_squares(height, width, side, seed)
+    settings = ImageSettings(x_size=x_size, channels=1, crop=True, invert=invert)
+    detection = detect_in_tiles(find_parts, ~image if invert else image, side, settings)
+    assert detection.probability is None
+    assert detection.count == len(detection.objects) == len(expected)
+    assert [each.step for each in detection.objects] == [*range(1, detection.count + 1)]
+    tolerance = 0 if side == x_size else side / x_size
+    left = detection.objects
+    for box in expected:
+        off = [np.abs(np.subtract(each.box, box)).max() for each in left]
+        each = left.pop(int(np.argmin(off)))
+        assert min(off) <= tolerance + 1e-9
+        if side == x_size:
+            assert each.cut == (min(box) == 0 or box[2] == width or box[3] == height)
+    assert not left
+
+
+def test_a_guess_at_a_cut_object_gives_way_to_the_whole_one() -> None:
+    """A model may paint all of an object beside the border, of which it sees a part."""
+    tiles = np.array([[0, 0, 64, 64], [32, 0, 96, 64], [64, 0, 128, 64]])
+    whole, guess = [60, 20, 72, 32], [51, 20, 64, 32]
+    assert best_views(np.array([guess, whole]), tiles, np.array([0, 1])) == [(1, False)]
+    other = [48, 20, 61, 32]  # not at the side of the tile, so another object
+    assert len(best_views(np.array([other, whole]), tiles, np.array([0, 1]))) == 2
+    assert best_views(np.array([guess]), tiles, np.array([0])) == [(0, True)]  # seen nowhere else
+    at_border = [116, 20, 128, 32]
+    assert best_views(np.array([at_border]), tiles, np.array([2])) == [(0, True)]
+    near_border = np.array([[40, 0, 52, 12], [49, 2, 61, 14]])  # not cut by an inner side
+    assert best_views(near_border, tiles, np.array([0, 1])) == [(0, True), (1, False)]
+    tall, taller = [26, 10, 38, 64], [26, 10, 52, 66]  # nearer to the middle of its tile, and whole
+    below = np.array([[0, 0, 64, 64], [0, 8, 64, 72]])
+    assert best_views(np.array([tall, taller]), below, np.array([0, 1])) == [(1, False)]
+    beside = [whole, [61, 20, 73, 32]]
+    assert len(best_views(np.array(beside), tiles, np.array([1, 1]))) == 2  # of one tile
+
+
+def test_a_picture_without_an_object_has_none_in_tiles() -> None:
+    settings = ImageSettings(x_size=12, channels=1)
+    nothing = detect_in_tiles(find_parts, np.zeros((3, 40, 50), np.uint8), 12, settings)
+    assert nothing == Detection(0, None, [])
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (24, 36), (9, 5), (36, 20, 3)])
+@pytest.mark.parametrize("invert", [False, True])
+def test_a_picture_no_larger_than_a_tile_is_seen_as_without_tiles(
+    shape: tuple[int, ...], invert: bool, tmp_path: Path, found: Callable[..., list[Any]]
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    air = small_air()
+    count_on(air, 2, 9.0)
+    plain = found(air, "a.png --codes", crop=False, invert=invert)
+    assert plain[0]["count"] == 3
+    for side in (36, 50):
+        assert found(air, f"a.png --codes --tile {side}", crop=False, invert=invert) == plain
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_command_finds_objects_in_tiles_and_writes_them(
+    channels: int,
+    tmp_path: Path,
+    found: Callable[..., list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("air.refinement.NUM_STEPS", 2)
+    monkeypatch.setattr("air.detect.BATCH", 4)  # fewer than tiles
+    air = small_air(channels=channels)
+    count_on(air, 2, 9.0)
+    rng = np.random.default_rng(0)
+    sizes = {"a.png": (30, 50, 3), "b.png": (61, 20)}
+    pictures = {name: rng.integers(0, 256, size, np.uint8) for name, size in sizes.items()}
+    for name, pixels in pictures.items():
+        Image.fromarray(pixels).save(tmp_path / name)
+    line = "a.png b.png --tile 24 --codes --refine"
+    printed = found(air, f"{line} --csv a.csv --figure f.png --crops crops", crop=True)
+    settings = ImageSettings(x_size=12, channels=channels)
+    find = partial(detect, air, refine=True, codes=True)
+    for image, (name, pixels) in zip(printed, pictures.items(), strict=True):
+        planes = np.moveaxis(np.atleast_3d(pixels), 2, 0)
+        expected = detect_in_tiles(find, planes, 24, settings).record()
+        assert image == json.loads(json.dumps({"image": name, **expected}))
+        assert image["count"] == len(image["objects"]) > 3
+        assert image["probability"] is None
+        kind = "L" if channels == 1 else "RGB"
+        with Image.open(tmp_path / name) as opened:
+            seen = np.asarray(opened.convert(kind))
+        for each in image["objects"]:
+            x0, y0, x1, y1 = (max(round(edge), 0) for edge in each["box"])
+            with Image.open(tmp_path / f"crops/{name}-{each['step']}.png") as crop:
+                np.testing.assert_array_equal(np.asarray(crop), seen[y0:y1, x0:x1])
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["image"], int(row["step"]), row["probability"]) for row in rows] == [
+        (image["image"], each["step"], "") for image in printed for each in image["objects"]
+    ]
+    with Image.open(tmp_path / "f.png") as drawn:  # both enlarged, one below the other
+        assert drawn.width == 50 * 4
+        assert drawn.height > 30 * 4 + 61 * 2
+    whole = found(air, f"{line} --drop-cut", crop=True)
+    for image, before in zip(whole, printed, strict=True):
+        kept = [each for each in before["objects"] if not each["cut"]]
+        assert (image["count"], image["objects"]) == (len(kept), kept)
