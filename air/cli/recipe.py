@@ -101,8 +101,19 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
     found["model_steps"] = min(max(most, 1) + 1, MAX_STEPS), text
     steps = given.get("model_steps", found["model_steps"][0])
     half, large = seen.side(50), seen.side(90)
-    found |= (guide := _guide(steps, half < SMALL))
-    glimpses = given.get("guide", guide.get("guide", ("image",))[0]) == "glimpse"
+    if half < SMALL:
+        found["guide"] = "glimpse", "objects are small"
+    elif steps - 1 > FEW:
+        found["guide"] = "glimpse", "objects are many"
+    else:
+        found["guide"] = "image", "objects are few and large"
+    glimpses = given.get("guide", found["guide"][0]) == "glimpse"
+    if glimpses:
+        found["embed_net"] = [200], "for glimpses"
+        found["clip_grad_norm"] = 100.0, "for glimpses"
+    else:
+        found["embed_channels"] = [16, 32, 32], "for whole images"
+        found["embed_net"] = [256], "for whole images"
     window = round(min(max(1.05 * MARGIN * large * x_size, WINDOW_SIDES[0]), WINDOW_SIDES[1]))
     text = f"90 % of the objects are at most {large * x_size:.0f} pixels long"
     found["window_size"] = window, text
@@ -137,19 +148,6 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
     if given.get("estimator") == "score":
         found.pop("added_scenes", None)
     return {key: value for key, value in found.items() if key not in given}
-
-
-def _guide(model_steps: int, is_small: bool) -> Found:
-    """Few large objects are seen in the whole image, others by glimpses."""
-    if model_steps - 1 <= FEW and not is_small:
-        text = "objects are few and large"
-        return {"embed_channels": ([16, 32, 32], text), "embed_net": ([256], text)}
-    text = "objects are small" if is_small else "objects are many"
-    return {
-        "guide": ("glimpse", text),
-        "embed_net": ([200], text),
-        "clip_grad_norm": (100.0, text),
-    }
 
 
 def _num_steps(scenes: SceneSplits, model_steps: int) -> tuple[int, str]:

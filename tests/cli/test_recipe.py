@@ -63,10 +63,14 @@ def test_given_flags_win() -> None:
 
 def test_few_large_objects_are_seen_in_the_whole_image() -> None:
     x = squares(90, (48, 48), 12, 2)[:, 0]
-    assert "guide" not in settings(x)
+    assert settings(x)["guide"] == "image"
     assert settings(x, np.arange(90) % 6)["guide"] == "glimpse"
-    assert "guide" not in settings(np.maximum(x, 80))
+    assert settings(np.maximum(x, 80))["guide"] == "image"
     assert settings(squares(90, (64, 64), 6, 2)[:, 0])["guide"] == "glimpse"
+    given = settings(x, guide="glimpse")
+    assert "guide" not in given
+    assert "embed_channels" not in given
+    assert given["z_pres_bias"] < 0
 
 
 def test_crowds_have_as_many_steps_as_are_bearable() -> None:
