@@ -3,9 +3,10 @@
 AIR as published paints on black. A background that is not black then costs an object: one window
 covers as much of it as it can. So the background has a latent of its own, as in SPACE (Lin et al.
 2020, arXiv:2001.02407), here with a linear decoder: probabilistic principal component analysis
-(Tipping and Bishop 1999, doi:10.1111/1467-9868.00196). Its mean and components are fitted in closed
-form before training, to the training images without what looks like an object. They do not change
-afterwards, so that a background cannot learn to paint objects.
+(Tipping and Bishop 1999, doi:10.1111/1467-9868.00196). Its mean and components are fitted before
+training, to the training images without what looks like an object: in each round, hidden cells take
+the values that the last principal components give them. They do not change afterwards, so that a
+background cannot learn to paint objects.
 
 The guide finds z_background of an image by robust regression: pixels far from the background, such
 as those of objects, count little. It has no parameters to train.
@@ -13,6 +14,8 @@ as those of objects, count little. It has no parameters to train.
 Objects cover what is behind them. So a step paints colours and an opacity, see
 `likelihoods.PixelLikelihood`, and an object can be darker than the background.
 """
+
+import copy
 
 import pyro
 import pyro.distributions as dist
@@ -22,9 +25,8 @@ from torch import Tensor, nn
 from air.support.model_settings import ModelSettings
 
 MAX_GRID = 16  # cells along each side
-# Share of the variance that a component must explain. What explains less is also found in objects.
-LEAST_SHARE = 0.002
-FITS = 10  # of the components, each with hidden cells as the last one explains them
+LEAST_SHARE = 0.002  # of the variance; weaker components could also paint parts of objects
+FITS = 10  # rounds of the fit
 # Scales of the robust regression's iterations, in intensities, from coarse to fine.
 SCALES = tuple(0.3 * 0.1 ** (k / 47) for k in range(48))
 
@@ -35,7 +37,8 @@ class Background(nn.Module):
     The background has levels on a grid of at most `MAX_GRID` cells along each side, between which
     it is interpolated: enough for light, ramps and coarse textures.
 
-    Until `fit`, its components are planes: a level and two slopes for each channel.
+    Until `fit`, its components are planes: a level and two slopes for each channel. `Trainer` fits
+    it; a training loop of your own can.
     """
 
     rows: Tensor
@@ -76,20 +79,23 @@ class Background(nn.Module):
             images: As `AIR.to_images` returns them, [N, (C,) H, H].
             hidden: Pixels that objects may hide, bool [N, H, H].
         """
-        levels = self._levels(images).flatten(1)
-        seen = self._levels(hidden.to(levels)).flatten(1).repeat(1, self.channels) == 0
-        filled = torch.where(seen, levels, self._explain(self._posterior(levels)[0]))
+        images, hidden = images.cpu(), hidden.cpu()  # the same result on every device
+        on_cpu = copy.deepcopy(self).cpu()
+        levels = on_cpu._levels(images).flatten(1)
+        seen = on_cpu._levels(hidden.to(levels)).flatten(1).repeat(1, self.channels) == 0
+        filled = torch.where(seen, levels, on_cpu._explain(on_cpu._posterior(images)[0]))
         for _ in range(FITS):
             mean = filled.mean(0)
             _, sizes, axes = torch.linalg.svd(filled - mean, full_matrices=False)
             variances = sizes.square() / len(filled)
-            k = int((variances > LEAST_SHARE * variances.sum()).sum().clamp(max=self.z_size))
+            least = (LEAST_SHARE * variances.sum()).clamp(min=self.sd**2)
+            k = int((variances > least).sum().clamp(max=self.z_size))
             axes = axes[:k]
             explained = mean + (filled - mean) @ axes.T @ axes
             filled = torch.where(seen, levels, explained)
         self.mean.copy_(mean)
         self.components.zero_()
-        self.components[:k] = axes * variances[:k, None].sqrt()
+        self.components[:k].copy_(axes * variances[:k, None].sqrt())
         self.fitted.fill_(True)
 
     def model(self, like: Tensor, n: int) -> Tensor:
@@ -104,12 +110,19 @@ class Background(nn.Module):
     @torch.no_grad()
     def guide(self, images: Tensor) -> Tensor:
         """Samples z_background given images, [B, (C,) H, H], and paints the backgrounds."""
-        code = dist.Normal(*self._posterior(self._levels(images).flatten(1)))
+        code = dist.Normal(*self._posterior(images))
         return self.paint(pyro.sample("z_background", code.to_event(1)))
 
-    def infer(self, images: Tensor) -> Tensor:
-        """Backgrounds of images, by the means of q(z_background), [B, (C,) H, H]."""
-        return self.paint(self._posterior(self._levels(images).flatten(1))[0])
+    def infer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The background without objects, by the means of q(z_background).
+
+        Returns:
+            The backgrounds, [B, (C,) H, H]; and by how many nats the ELBO is below the log
+            likelihood of them, [B]. With sd^2 = 1 / r, the KL divergence is the half of the sum of
+            loc^2 + 1 / r - 1 + log r, and to paint samples costs the half of that of 1 - 1 / r.
+        """
+        loc, sd = self._posterior(images)
+        return self.paint(loc), (loc.square() - 2 * sd.log()).sum(1) / 2
 
     def paint(self, z_background: Tensor) -> Tensor:
         """Backgrounds from their codes, [B, z_size] to [B, (C,) H, H]."""
@@ -122,20 +135,25 @@ class Background(nn.Module):
         """Levels from codes, [B, z_size] to [B, levels]."""
         return self.mean + z_background @ self.components
 
-    def _posterior(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of q(z_background | levels), [B, z_size] each.
+    def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of q(z_background | images), [B, z_size] each.
 
-        The levels are replaced, the more the farther they are from the last background, by what it
-        explains, and projected on the components again. The posterior is that of the last ones.
+        Each iteration moves cells that are far from the present background towards it, and then
+        projects all cells on the components. It begins from the mean of all backgrounds and from
+        the image itself, of which the one that leaves fewer cells far away is taken: images can be
+        far from the mean, and objects can cover much of them.
         """
         sizes = self.components.square().sum(1)  # they are orthogonal
         projection = self.components / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)[:, None]
-        off = levels - self.mean
-        loc, explained = off.new_zeros(len(off), self.z_size), torch.zeros_like(off)
+        n, off = len(images), (self._levels(images).flatten(1) - self.mean).repeat(2, 1)
+        loc = off.new_zeros(len(off), self.z_size)
+        explained = torch.cat((torch.zeros_like(off[:n]), off[n:]))
         for scale in SCALES:
-            weights = (1 + ((off - explained) / scale).square()).reciprocal().square()
-            loc = torch.lerp(explained, off, weights) @ projection.T
+            near = (1 + ((off - explained) / scale).square()).reciprocal()
+            loc = torch.lerp(explained, off, near.square()) @ projection.T
             explained = loc @ self.components
+        near = (1 + ((off - explained) / SCALES[-1]).square()).reciprocal().sum(1)
+        loc = torch.where((near[n:] > near[:n])[:, None], loc[n:], loc[:n])
         precision = 1 + sizes / self.sd**2
         return loc * (1 - 1 / precision), precision.rsqrt().expand_as(loc)
 

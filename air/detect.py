@@ -61,7 +61,7 @@ __all__ = ["DetectedObject", "Detection", "detect", "detect_in_tiles", "load_air
 
 BATCH = 100  # images in memory
 MAX_DRAWN, COLUMNS = 64, 8  # images in a figure, and in a row of it
-MAX_TILED = 16  # pictures in a figure, each as large as it is
+MAX_TILED = 4  # pictures in a figure, each as large as it is
 CSV_COLUMNS = [
     "image", "count", "probability", "step", "object_probability", "x0", "y0", "x1", "y1",
     "window_x0", "window_y0", "window_x1", "window_y1",
@@ -76,7 +76,9 @@ class DetectedObject:
     probability: float  # q(count >= step)
     box: list[float]  # (x0, y0, x1, y1) in pixels, tight around the painted object
     window: list[float]  # (x0, y0, x1, y1) in pixels, the attention window; may leave the image
-    cut: bool = False  # whether the box reaches the border of the prepared image, with its padding
+    # Whether the box reaches the border of the prepared image, with its padding; with tiles, see
+    # `detect_in_tiles`.
+    cut: bool = False
     z_what: list[float] | None = None  # its code, if asked for
 
 
@@ -191,7 +193,13 @@ def detect_in_tiles(
     if len(tiles) == 1:
         return found[0]
     views = [(n, each) for n, detection in enumerate(found) for each in detection.objects]
-    views = [(n, each) for n, each in views if each.box[0] < each.box[2]]  # changes some pixel
+    height, width = image.shape[1:]
+    views = [
+        (n, each)
+        for n, each in views
+        if max(each.box[0], 0) < min(each.box[2], width)  # neither empty nor in the padding
+        and max(each.box[1], 0) < min(each.box[3], height)
+    ]
     boxes = np.array([each.box for _, each in views]).reshape(-1, 4)
     best = best_views(boxes, np.array(tiles), np.array([n for n, _ in views], int))
     objects = [replace(views[i][1], step=k, cut=cut) for k, (i, cut) in enumerate(best, 1)]

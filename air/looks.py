@@ -165,7 +165,7 @@ class Glimpse(Look):
     @torch.no_grad()
     def centres(self, images: Tensor) -> Tensor:
         """The centre of the pixel with the greatest blurred difference, [B, 2], in [-1, 1]."""
-        sizes = images.abs()  # squares would prefer what is left of bright objects to faint ones
+        sizes = images.abs()  # squared, the rim of a bright object would outweigh a faint one
         sizes = sizes if sizes.dim() == 3 else sizes.sum(1)
         return peak_centres(self.blur @ sizes @ self.blur)
 

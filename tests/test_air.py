@@ -95,12 +95,16 @@ def posterior_of_background(background: Background, levels: Tensor) -> Normal:
     """By linear systems, where cells are pixels; those far from the background count little."""
     components, off = background.components, levels - background.mean
     precision = components @ components.T / 0.3**2 + torch.eye(len(components)).to(off)
-    explained = torch.zeros_like(off)
-    for scale in SCALES:
-        weights = (1 + ((off - explained) / scale) ** 2) ** -2
-        likely = weights * off + (1 - weights) * explained
-        explained = (torch.linalg.pinv(components.T) @ likely.T).T @ components
-    z = torch.linalg.solve(precision, components @ likely.T / 0.3**2).T
+    found = []
+    for explained in (torch.zeros_like(off), off):
+        for scale in SCALES:
+            weights = (1 + ((off - explained) / scale) ** 2) ** -2
+            likely = weights * off + (1 - weights) * explained
+            explained = (torch.linalg.pinv(components.T) @ likely.T).T @ components
+        near = 1 / (1 + ((off - explained) / SCALES[-1]) ** 2)
+        found.append((near.sum(1), torch.linalg.solve(precision, components @ likely.T / 0.3**2).T))
+    (near, z), (other_near, other) = found
+    z = torch.where((other_near > near)[:, None], other, z)
     return Normal(z, precision.inverse().diagonal().sqrt().expand_as(z))
 
 

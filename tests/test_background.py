@@ -100,6 +100,16 @@ def test_a_background_is_found_behind_what_covers_it(channels: int) -> None:
     assert farthest.quantile(0.95) < 0.02
 
 
+def test_rare_backgrounds_far_from_the_mean_are_found() -> None:
+    background = make_background(x_size=48)
+    covered, truth = squares(300), torch.full((300, 48, 48), 0.1)
+    truth[::20] = 0.9
+    images = truth * ~covered
+    background.fit(images, covered)
+    painted = background.paint(posterior(background, images)[0])
+    assert (painted - truth).abs().flatten(1).amax(1).quantile(0.95) < 0.05
+
+
 @pytest.mark.parametrize(("side", "channels", "atol"), [(12, 1, 0.002), (24, 3, 0.05)])
 def test_without_outliers_the_guide_is_the_exact_posterior(
     side: int, channels: int, atol: float

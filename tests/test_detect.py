@@ -108,7 +108,7 @@ def test_detections_are_the_models_inferences(channels: int) -> None:
         {"embed_net": [10, 6]},
         {"decoder_net": [4] * 6},
         {"decoder_net": [], "guide_input": "difference"},
-        {"channels": 3, "guide_input": "glimpse"},
+        {"channels": 3, "guide_input": "glimpse", "z_pres_bias": -3.0},
         {"channels": 3, "embed_channels": [2, 3]},
         {"background_model": "pca", "z_background_size": 4},
     ],

@@ -28,19 +28,19 @@ RECIPES = [  # flags, least count accuracy, least ELBO
         0.8,
         None,
     ),
-    # Dark digits on light gradients, beginning with what a threshold sees.
+    # With what follows from the scenes: dark digits on light gradients, in the whole image.
     (
-        f"-n 180 -b 16 -lr 4e-3 {DIGITS} --counts 0 1 --x-size 24 --sides 10 14 --window-size 14 "
-        "--scale-prior-mean 2.2 --object-levels 0 0 --background gradient "
-        f"--background-levels 160 255 {SMALL_NETS}",
-        0.8,
+        f"-n 180 -b 16 -lr 4e-3 {DIGITS} --counts 0 1 --x-size 24 --sides 10 14 "
+        f"--object-levels 0 0 --background gradient --background-levels 160 255 {SMALL_NETS}",
+        0.95,
         None,
     ),
-    # Up to four digits, with all that follows from the scenes: by glimpses, from spots.
+    # The same: up to four coloured sprites on gradients, by glimpses.
     (
-        "-n 200 -b 16 -lr 3e-3 --counts 0 1 2 3 4 --x-size 40 --sides 10 12 --min-gap 1 "
-        f"--num-scenes 2000 --num-test-scenes 300 {SMALL_NETS}",
-        0.9,
+        "-n 200 -b 16 -lr 3e-3 --recipe dsprites --background gradient --counts 0 1 2 3 4 "
+        "--x-size 40 --sides 10 12 --min-gap 1 --num-scenes 2000 --num-test-scenes 300 "
+        f"{SMALL_NETS}",
+        0.95,
         None,
     ),
     # Up to four sprites, by glimpses, from scratch.

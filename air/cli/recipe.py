@@ -27,9 +27,10 @@ SIDE_STEP = 8
 OBJECT_SIDE = 12  # pixels that a typical object keeps
 LOOK_SIDE = 192  # pixels of the images from which the size is chosen
 WINDOW_SIDES = 10, 28  # least and greatest side of the attention window in pixels
-# Nats that a typical object explains, and that nineteen of twenty objects explain.
-WORTHS = {"image": 200.0, "glimpse": 500.0}  # a second glimpse at an object is rare
-LEAST_WORTH = 40.0
+# Nats that a typical object explains: with glimpses more, since their cover keeps them from using a
+# second window for what the decoder leaves of an object.
+WORTHS = {"image": 200.0, "glimpse": 500.0}
+LEAST_WORTH = 40.0  # nats that nineteen of twenty objects explain
 LIKELIHOOD_SDS = 0.05, 0.6
 RELIABLE = 0.4  # agreement of two thresholds from which spots are believed
 SPOT_STEPS, WHOLE_SPOT_STEPS = 200, 100  # with glimpses, and for each object with whole images
@@ -144,7 +145,7 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
         found["added_scenes"] = 100.0, "sums of scenes teach counting"
         found["added_scenes_from"] = spot_steps, "when objects are learnt from spots"
         if glimpses:
-            found["z_pres_bias"] = -3.0, "glimpses at nothing begin as nothing"
+            found["z_pres_bias"] = -3.0, "a glimpse at an empty place begins as no object"
     if given.get("estimator") == "score":
         found.pop("added_scenes", None)
     return {key: value for key, value in found.items() if key not in given}

@@ -22,9 +22,8 @@ MAX_CHECKED_IMAGES = 500  # images whose ELBO terms are checked for values that 
 def empty_canvas_elbo(air: AIR, images: Tensor) -> float:
     """The mean log likelihood of images, [N, (C,) H, H], without objects, in nats per image.
 
-    The canvas is black or, with a model of the background, the background that the guide infers.
-    On black, it is the ELBO of an AIR that never infers an object, without the log prior of zero
-    objects.
+    It is the ELBO of an AIR that never infers an object, without the log prior of zero objects.
+    With a model of the background, that is the background that the guide infers; else it is black.
 
     Raises:
         ValueError: If there are no images.
@@ -35,10 +34,10 @@ def empty_canvas_elbo(air: AIR, images: Tensor) -> float:
     total = 0.0
     for part in torch.split(images, 1000):
         prepared = air.to_images(part.to(air.h_init.device))
-        empty = torch.zeros_like(prepared)
+        empty, cost = torch.zeros_like(prepared), prepared.new_zeros(())
         if air.background is not None:
-            empty = air.background.infer(prepared)
-        log_probs = air.likelihood.log_prob(prepared, empty)
+            empty, cost = air.background.infer(prepared)
+        log_probs = air.likelihood.log_prob(prepared, empty) - cost
         total += float(log_probs.cpu().double().sum())  # MPS has no float64
     return total / len(images)
 

@@ -107,6 +107,10 @@ def _is_checkpoint(state: Mapping[str, Any], path: Path | str) -> bool:
             f"{path} has format {state['format']}, newer than this program's {FORMAT}; "
             "use the program that wrote it"
         )
+    if state["config"].get("guide") == "glimpse" and "z_pres_bias" not in state["config"]:
+        raise CheckpointError(
+            f"{path} is of an earlier program, whose glimpses meant other windows"
+        )
     return True
 
 

@@ -119,7 +119,9 @@ class ModelSettings:
         "binarised at 1/2)",
     )
     likelihood_sd: float = model_setting(
-        0.3, "standard deviation of a pixel (normal likelihood only)", above=0
+        0.3,
+        "standard deviation of a pixel (normal likelihood, and model of the background)",
+        above=0,
     )
     guide_input: GuideInput = model_setting(
         "image",
@@ -131,7 +133,8 @@ class ModelSettings:
     background_model: BackgroundModel = model_setting(
         "none",
         "background of the scenes: black (none), or an image with its own latent code, from which "
-        "it is painted by principal components of the training images (pca)",
+        "it is painted by principal components of the training images (pca; a loaded model keeps "
+        "its own)",
     )
     z_background_size: int = model_setting(
         32, "greatest number of principal components of backgrounds (pca)", low=1, flag=""

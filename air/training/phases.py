@@ -23,8 +23,8 @@ from air.training.training_settings import TrainingSettings
 
 MakeSVI = Callable[..., SVI]  # of a model, a guide, and whether the step may be compiled
 
-
 SAMPLE = 500  # training images to which a finder of spots and a background are fitted
+MIN_SAMPLE = 10  # images, below which planes are better backgrounds than components
 
 
 class Phase(NamedTuple):
@@ -49,16 +49,14 @@ def make_phases(
     """The phases of a training, in their order; first fits the model of the background."""
     phases = []
     begin = 0
-    unfitted = air.background if air.background and not air.background.fitted else None
-    if len(images) and (unfitted or settings.spot_steps):
-        sample = images[torch.from_numpy(sample_indices(len(images), SAMPLE))]
-        pixels = to_bytes(sample).cpu().numpy()
-        finder = fit_finder(pixels)
-        if unfitted:
-            hidden = torch.from_numpy(finder.hide(pixels)).to(air.h_init.device)
-            unfitted.fit(air.to_images(sample), hidden)
-    if settings.spot_steps:
-        spots = FromSpots(air, finder)
+    sample = images[torch.from_numpy(sample_indices(len(images), SAMPLE))]
+    pixels = to_bytes(sample).cpu().numpy()
+    background = air.background
+    if background and not background.fitted and len(images) >= MIN_SAMPLE:
+        hidden = torch.from_numpy(fit_finder(pixels).hide(pixels))
+        background.fit(air.to_images(sample), hidden)
+    if settings.spot_steps and len(images):
+        spots = FromSpots(air, fit_finder(pixels))
         svi = make_svi(spots.model, spots.guide, compile=False)  # too short a phase for that
         phases.append(Phase(begin, svi))
         begin += settings.spot_steps

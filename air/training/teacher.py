@@ -93,7 +93,7 @@ class Teacher:
         torch._foreach_lerp_(self._means, self._parameters, 1 - decay)
         buffers = zip(self.student.named_buffers(), self.air.buffers(), strict=True)
         for (name, ours), theirs in buffers:
-            if "." in name:  # of user-defined nets, such as the moments of batches
+            if "." in name:  # the background; of user-defined nets, such as the moments of batches
                 theirs.copy_(ours)
 
     def __call__(self, images: Tensor, log_q: Tensor, size: int) -> None:

@@ -57,6 +57,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path, air: AIR) -> None
         ({"step": 2.5}, "expected int for step, got float"),
         ({"model": [1]}, "expected dict for model, got list"),
         ({"config": None}, "expected dict for config, got NoneType"),
+        ({"config": {"guide": "glimpse"}}, "of an earlier program, whose glimpses"),
     ],
 )
 def test_foreign_checkpoints_are_refused(

@@ -11,7 +11,7 @@ from air.data.scenes import Array
 
 # Boxes of two tiles show one object if more than this part of the smaller one lies in the other.
 SAME = 0.5
-SAME_CUT = 0.1  # the same if a tile cuts an object, of which a model may paint what it cannot see
+SAME_CUT = 0.1  # the same for a box that a tile cuts: the model may paint what it cannot see
 TOUCHING = 0.01  # pixels between a box and the side of a tile, up to which the side cuts it
 
 
