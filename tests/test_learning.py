@@ -37,8 +37,8 @@ RECIPES = [  # flags, least count accuracy, least ELBO
     ),
     # The same: up to four coloured sprites on gradients, by glimpses.
     (
-        "-n 200 -b 16 -lr 3e-3 --recipe dsprites --background gradient --counts 0 1 2 3 4 "
-        "--x-size 40 --sides 10 12 --min-gap 1 --num-scenes 2000 --num-test-scenes 300 "
+        "-n 100 -b 16 -lr 3e-3 --recipe dsprites --background gradient --counts 0 1 2 3 4 "
+        "--x-size 32 --sides 7 9 --min-gap 1 --num-scenes 2000 --num-test-scenes 300 "
         f"{SMALL_NETS}",
         0.95,
         None,
