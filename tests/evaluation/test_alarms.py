@@ -89,7 +89,7 @@ def test_without_objects_the_background_is_left() -> None:
     q = trace.nodes["z_background"]["fn"].base_dist
     assert air.background is not None
     elbos = []
-    for z in q.sample((4000,)):
+    for z in q.sample((1000,)):
         likelihood = Normal(air.background.paint(z), 0.3).log_prob(images).sum()
         elbos.append(likelihood + (Normal(0.0, 1.0).log_prob(z) - q.log_prob(z)).sum())
     expected = torch.stack(elbos).mean().item() / 7
