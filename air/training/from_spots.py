@@ -30,7 +30,11 @@ from air.support.subsampling import draw_indices
 NUM_IMAGES = 4000  # of the training images, in which spots are looked for
 MARGIN = 1.15  # side of a window divided by that of its spot
 LEAST_SIDE = 0.6  # of a typical spot's side, below which windows are not made smaller
-SCALE_NOISE, SHIFT_NOISE = 0.02, 0.06  # standard deviations, relative and in half windows
+# Standard deviations of the noise of z_where = (s, x, y). The first part is relative. For whole
+# images it changes s alone, which also moves the window. A glimpse is seen without its place, so
+# the centre stays.
+WHOLE_NOISE, GLIMPSE_NOISE = (0.05, 0.0, 0.0), (0.02, 0.02, 0.02)
+SHIFT_NOISE = 0.06  # of x and y, in half windows
 
 
 class KnownObjects(NamedTuple):
@@ -113,8 +117,10 @@ class FromSpots:
             self._seen = rows, self.known_objects(data[rows])
         rows, known = self._seen
         k = draw_indices(len(rows), min(batch_size or len(rows), len(rows)), rows.device)
-        images, known = data[rows[k]], with_noise(known.pick(k.to(known.where.device)))
-        given = GivenObjects(known, nearest=self.air.look.looks_again)
+        looks_again = self.air.look.looks_again
+        known = known.pick(k.to(known.where.device))
+        images, known = data[rows[k]], with_noise(known, keep_centre=looks_again)
+        given = GivenObjects(known, nearest=looks_again)
         size = num_images or len(data)
         sure: Any = known.sure  # Pyro's types name a class that no tensor has
         with poutine.mask(mask=sure), given:
@@ -157,9 +163,10 @@ class FromSpots:
         return KnownObjects(present.to(like), where.to(like), sure.to(like.device))
 
 
-def with_noise(known: KnownObjects) -> KnownObjects:
+def with_noise(known: KnownObjects, keep_centre: bool) -> KnownObjects:
     """Objects at slightly other places and sizes."""
     noise = torch.randn_like(known.where)
-    factors = SCALE_NOISE * noise[..., :1]  # of all three, so that the centre stays
+    relative = GLIMPSE_NOISE if keep_centre else WHOLE_NOISE
+    factors = known.where.new_tensor(relative) * noise[..., :1]
     shifts = known.where.new_tensor([0.0, SHIFT_NOISE, SHIFT_NOISE]) * noise
     return known._replace(where=known.where * (1 + factors) + shifts)
