@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -51,12 +52,12 @@ def make_phases(
     begin = 0
     sample = images[torch.from_numpy(sample_indices(len(images), SAMPLE))]
     pixels = to_bytes(sample).cpu().numpy()
+    finder = cache(lambda: fit_finder(pixels))  # takes a second, and not every training needs it
     background = air.background
     if background and not background.fitted and len(images) >= MIN_SAMPLE:
-        hidden = torch.from_numpy(fit_finder(pixels).hide(pixels))
-        background.fit(air.to_images(sample), hidden)
+        background.fit(air.to_images(sample), torch.from_numpy(finder().hide(pixels)))
     if settings.spot_steps and len(images):
-        spots = FromSpots(air, fit_finder(pixels))
+        spots = FromSpots(air, finder())
         svi = make_svi(spots.model, spots.guide, compile=False)  # too short a phase for that
         phases.append(Phase(begin, svi))
         begin += settings.spot_steps
