@@ -17,7 +17,7 @@ from air.support.model_settings import Likelihood
 # The probability that a pixel differs from the canvas. It bounds the cost of a pixel, to 6.9 nats,
 # and the gradient where the canvas contradicts the image.
 FLIP_PROB = 1e-3
-MAX_HIDDEN = 0.15  # share of objects that others may hide where images are added
+MAX_HIDDEN = 0.15  # share of an object that others may hide where objects are added to images
 
 
 class PixelLikelihood(nn.Module, ABC):
@@ -71,22 +71,23 @@ class PixelLikelihood(nn.Module, ABC):
         opacity = 1 - clear.prod(0)
         return torch.cat((images.view(len(images), -1, *images.shape[-2:]) * opacity, opacity), 1)
 
-    def fits(self, images: Tensor, objects: Tensor, other: Tensor) -> Tensor:
-        """Whether other objects can be added to images and all remain visible, bool [B].
+    def fits(self, objects: Tensor, other: Tensor) -> Tensor:
+        """Whether other objects can be added to objects and all remain visible, bool [B].
 
-        Without opacity, no intensity of the sum is above one (with Bernoulli pixels none is, so
-        objects may overlap). With opacity, the objects overlap little.
+        With opacity, the objects overlap little. Without, little light is lost if intensities are
+        bounded by one (with Bernoulli pixels none is above one, so objects may overlap).
 
         Args:
-            images: [B, (C,) H, H].
-            objects: Their objects, as returned by `cut_out`.
+            objects: The objects of some images, as returned by `cut_out`.
             other: Other objects, of the same shape.
         """
-        if not self.covers:
-            return self.add(images, other).flatten(1).amax(1) <= 1
-        mine, others = objects[:, -1].flatten(1), other[:, -1].flatten(1)
-        least = torch.minimum(mine.sum(1), others.sum(1))
-        return (mine * others).sum(1) <= MAX_HIDDEN * least
+        if self.covers:
+            mine, others = objects[:, -1].flatten(1), other[:, -1].flatten(1)
+            lost = mine * others
+        else:
+            mine, others = objects.flatten(1), other.flatten(1)
+            lost = (self.add(mine, others) - 1).clamp(min=0)
+        return lost.sum(1) <= MAX_HIDDEN * torch.minimum(mine.sum(1), others.sum(1))
 
     def compose(self, painted: Tensor, present: Tensor, canvas: Tensor | None = None) -> Tensor:
         """Adds painted objects to a canvas.

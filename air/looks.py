@@ -33,7 +33,7 @@ from air.spatial_transformer import (
 from air.support.model_settings import ModelSettings
 
 # The side of a glimpse, in sides of the window of mean scale, which is at most that of the image.
-GLIMPSE_SIDE = 1.5
+GLIMPSE_SIDE = 2.0
 BLUR = 1 / 6  # standard deviation, in such sides; far below the distance of two objects
 # Standard deviation of the distance of a window from the glimpse's centre, in sides of a window,
 # where `AIR.predict` outputs a standard deviation of one.

@@ -241,9 +241,9 @@ def test_objects_are_pasted_on_the_background_of_another_scene() -> None:
     expected[:, 1:4, 1:4] = images[1, :, 1:4, 1:4]
     expected[:, 6:9, 6:9] = images[1, :, 6:9, 6:9]
     torch.testing.assert_close(air.likelihood.add(images[:1], alone[1:])[0], expected)
-    assert not air.likelihood.fits(images[:1], alone[:1], alone[1:]).any()  # one is hidden
+    assert not air.likelihood.fits(alone[:1], alone[1:]).any()  # one is hidden
     apart = alone[:1].roll(5, 3)
-    assert air.likelihood.fits(images[:1], alone[:1], apart).all()
+    assert air.likelihood.fits(alone[:1], apart).all()
 
 
 def test_scenes_with_backgrounds_teach_counting_and_are_refined(

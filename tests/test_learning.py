@@ -30,7 +30,7 @@ RECIPES = [  # flags, least count accuracy, least ELBO
     ),
     # With what follows from the scenes: dark digits on light gradients, in the whole image.
     (
-        f"-n 180 -b 16 -lr 4e-3 {DIGITS} --counts 0 1 --x-size 24 --sides 10 14 "
+        f"--guide image -n 180 -b 16 -lr 4e-3 {DIGITS} --counts 0 1 --x-size 24 --sides 10 14 "
         f"--object-levels 0 0 --background gradient --background-levels 160 255 {SMALL_NETS}",
         0.95,
         None,

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from air.data.scenes import SceneSplits
-from air.data.survey import SAMPLE, Survey, survey
+from air.data.scenes import Array, SceneSplits
+from air.data.survey import Survey, survey
 from air.data.user_images.preparation import ImageSettings, prepare
 from air.data.user_images.sources import sample_images
 from air.support.fields import from_config
@@ -22,10 +22,11 @@ from air.training.from_spots import LEAST_SIDE, MARGIN
 from air.training.training_settings import TrainingSettings
 
 MAX_SIDE = 64  # pixels; smaller square images keep their size
-SIDES = 48, 96  # least and greatest side of images that are made smaller
-SIDE_STEP = 8
-OBJECT_SIDE = 12  # pixels that a typical object keeps
-LOOK_SIDE = 192  # pixels of the images from which the size is chosen
+# Sides of images that are made smaller. The least one is taken at which a typical object keeps so
+# many pixels, and a threshold finds as many spots as before in this share of the images.
+SIDES = 48, 64, 80, 96
+OBJECT_SIDE, SAME_COUNTS = 12, 0.97
+LOOK_SIDE, LOOK_IMAGES = 192, 200  # side and number of the images from which the size is chosen
 WINDOW_SIDES = 10, 28  # least and greatest side of the attention window in pixels
 # Nats that a typical object explains: with glimpses more, since their cover keeps them from using a
 # second window for what the decoder leaves of an object.
@@ -35,7 +36,9 @@ LIKELIHOOD_SDS = 0.05, 0.6
 RELIABLE = 0.4  # agreement of two thresholds from which spots are believed
 SPOT_STEPS, WHOLE_SPOT_STEPS = 200, 100  # with glimpses, and for each object with whole images
 SMALL = 0.2  # side of an object, relative to its image, below which glimpses find it
-FEW = 3  # objects up to which the whole image is seen, if they are large
+# Objects up to which the whole image is seen, if they are large and there are so many images: a
+# guide that sees glimpses learns the same at every place, the other one learns each place.
+FEW, MANY_IMAGES = 3, 20_000
 # Training takes at most some 15 minutes on one core. A step takes this many seconds for each pixel
 # of a batch of 64 scenes, for each channel and each object, and one for the background.
 MAX_SECONDS, SECONDS_PER_VALUE = 900, 6e-6
@@ -61,7 +64,8 @@ def find_image_settings(path: Path, given: Mapping[str, Any]) -> Found:
     Raises:
         DataError: If the images cannot be read.
     """
-    images = sample_images(path, from_config(ImageSettings, {**given, "x_size": None}), SAMPLE)
+    settings = from_config(ImageSettings, {**given, "x_size": None})
+    images = sample_images(path, settings, LOOK_IMAGES)
     found: Found = {}
     sizes = {image.shape[1:] for image in images}
     longest = max(max(size) for size in sizes)
@@ -71,18 +75,39 @@ def find_image_settings(path: Path, given: Mapping[str, Any]) -> Found:
     squares = [prepare(image[None], look, str(path))[0] for image in images]
     squares = [x if x.ndim == 4 else x[:, None] for x in squares]
     channels = max(x.shape[1] for x in squares)  # a picture can be grey among coloured ones
-    seen = survey(np.concatenate([x.repeat(channels // x.shape[1], 1) for x in squares]))
+    pixels = np.concatenate([x.repeat(channels // x.shape[1], 1) for x in squares])
+    seen = survey(pixels)
     if not seen.is_coloured and channels == 3:
         found["channels"] = 1, "all channels are equal"
     if seen.is_white:
         found["invert"] = True, f"the background is white ({seen.level:.0f} of 255)"
     # Without a side that is given, there is none to crop to.
     if not given.get("crop") and (sizes != {(longest, longest)} or longest > MAX_SIDE):
-        wanted = SIDE_STEP * math.ceil(OBJECT_SIDE / seen.side(50) / SIDE_STEP)
-        side = min(max(wanted, SIDES[0]), SIDES[1], longest)
+        side = _training_side(pixels, seen, longest)
         text = f"a typical object is then {seen.side(50) * side:.0f} pixels long"
         found["x_size"] = side, text
     return {key: value for key, value in found.items() if key not in given}
+
+
+def _training_side(images: Array, seen: Survey, longest: int) -> int:
+    """The side of the images for training; see `SIDES`.
+
+    Args:
+        images: uint8 [N, C, H, H].
+        seen: Their survey.
+        longest: The longest side of the originals.
+    """
+    wanted = OBJECT_SIDE / seen.side(50)
+    for side in SIDES[:-1]:
+        if side >= longest:
+            return longest
+        if side >= wanted:
+            small, _ = prepare(images, ImageSettings(x_size=side, crop=False), "")
+            same = survey(small).counts == seen.counts
+            # Where counts depend on the threshold, they depend on the size too.
+            if same.mean() >= SAME_COUNTS * seen.finder.agreement:
+                return side
+    return min(SIDES[-1], longest)
 
 
 def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -> Found:
@@ -106,8 +131,10 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
         found["guide"] = "glimpse", "objects are small"
     elif steps - 1 > FEW:
         found["guide"] = "glimpse", "objects are many"
+    elif len(scenes.train.x) < MANY_IMAGES:
+        found["guide"] = "glimpse", f"there are fewer than {MANY_IMAGES:,} training images"
     else:
-        found["guide"] = "image", "objects are few and large"
+        found["guide"] = "image", "objects are few and large, and images many"
     glimpses = given.get("guide", found["guide"][0]) == "glimpse"
     if glimpses:
         found["embed_net"] = [200], "for glimpses"

@@ -3,7 +3,8 @@
 The background of an image is a plane through its border, or the median of all images where this
 explains more (a fixed camera). What deviates from it by more than a threshold falls into connected
 parts. A part that is much smaller than others belongs to a larger part beside it, such as the dot
-of an i; far from all others it is an object of its own, such as a ball.
+of an i; far from all others it is an object of its own, such as a ball. Where most parts are so
+small, they are dust.
 
 No single threshold and no single blur suit all images. So those are taken whose counts hardly
 change with the threshold: the right count is the one that many thresholds agree on.
@@ -55,14 +56,17 @@ class SpotFinder(NamedTuple):
     thresholds: tuple[float, float]  # deviations; the first one decides, both agree where sure
     area: float  # typical area of a spot in pixels
     side: float  # typical longer side of a spot in pixels
+    specks: bool  # whether small parts are objects, or parts of one, or else dust
     agreement: float  # share of the images in which both thresholds find as many
 
     def __call__(self, images: Array) -> list[Spots]:
         """The spots in images, uint8 [N, (C,) H, H]."""
         off = deviations(images, self.picture)
         found = []
-        for raw, blurred in zip(off, _blur(off.max(1), self.blur), strict=True):
-            spots, other = (self._join(_parts(blurred > each)) for each in self.thresholds)
+        blurred = _blur(off.max(1), self.blur)
+        both = (_parts(blurred > each) for each in self.thresholds)
+        for raw, *parts in zip(off, *both, strict=True):
+            spots, other = map(self._join, parts)
             boxes, areas = _boxes_and_areas(spots)
             squares = np.square(raw / 255).sum(0)
             worths = [squares[y0:y1, x0:x1].sum() for x0, y0, x1, y1 in boxes]
@@ -77,9 +81,19 @@ class SpotFinder(NamedTuple):
                 image[max(y0 - 1, 0) : y1 + 1, max(x0 - 1, 0) : x1 + 1] = True
         return hidden
 
+    def cover(self, images: Array) -> Array:
+        """The pixels of spots, and those that touch them, bool [N, H, H]."""
+        from scipy import ndimage
+
+        off = _blur(deviations(images, self.picture).max(1), self.blur)
+        spots = _fill_holes(off > self.thresholds[0])
+        return ndimage.binary_dilation(spots, _in_plane(corners=True)) & self.hide(images)
+
     def _join(self, parts: list["_Part"]) -> list["_Part"]:
         """Parts without specks, in which small ones are joined to a larger one beside them."""
         large = [part for part in parts if part[4] >= SMALL * self.area]
+        if not self.specks:
+            return large
         small = [part for part in parts if LEAST_AREA <= part[4] < SMALL * self.area]
         alone = []
         for part in small:
@@ -116,21 +130,25 @@ def fit_finder(images: Array) -> SpotFinder:
         thresholds = [c * float(np.median(peaks)) for c in CONTRASTS]
         counted = []
         for threshold in (each for each in thresholds if each >= least):
-            parts = [_parts(each > threshold) for each in blurred]
+            parts = _parts(blurred > threshold)
             boxes, areas = _boxes_and_areas([p for each in parts for p in each])
             if not len(areas):
                 continue
             # Half of all area is in spots of at least this area: specks do not count.
             sides = (boxes[:, 2:] - boxes[:, :2]).max(1)
             typical = _weighted_median(areas, areas), _weighted_median(sides, areas)
-            finder = SpotFinder(background, pixels, (threshold, threshold), *typical, 0.0)
-            counted.append((finder, [len(finder._join(each)) for each in parts]))
+            finder = SpotFinder(background, pixels, (threshold, threshold), *typical, True, 0.0)
+            counts = [len(finder._join(each)) for each in parts]
+            if sum(counts) > 2 * (areas >= SMALL * typical[0]).sum():
+                finder = finder._replace(specks=False)
+                counts = [len(finder._join(each)) for each in parts]
+            counted.append((finder, counts))
         for (finder, counts), (other, other_counts) in pairwise(counted):
             agreement = float(np.equal(counts, other_counts).mean())
             if best is None or agreement > best.agreement + MARGIN:
                 both = finder.thresholds[0], other.thresholds[0]
                 best = finder._replace(thresholds=both, agreement=agreement)
-    return best or SpotFinder(None, 0.0, (255.0, 255.0), 1.0, 1.0, 0.0)
+    return best or SpotFinder(None, 0.0, (255.0, 255.0), 1.0, 1.0, True, 0.0)
 
 
 def deviations(images: Array, picture: Array | None) -> Array:
@@ -182,17 +200,35 @@ def _blur(deviations: Array, sd: float) -> Array:
     return ndimage.gaussian_filter(deviations, (0, sd, sd)) if sd else deviations
 
 
-def _parts(mask: Array) -> list[_Part]:
-    """The connected parts of a mask, with their holes filled."""
+def _fill_holes(masks: Array) -> Array:
+    """Masks [N, H, H] with what the masks enclose."""
+    from scipy import ndimage
+
+    labels, number = ndimage.label(~masks, _in_plane(corners=False))
+    outside = np.zeros(number + 1, bool)
+    for side in (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]):
+        outside[side.ravel()] = True
+    outside[0] = False  # the label of the masks themselves
+    return ~outside[labels]
+
+
+def _parts(masks: Array) -> list[list[_Part]]:
+    """The connected parts of each mask, [N, H, H], with their holes filled."""
     from scipy import ndimage
 
     # Pixels that touch at a corner are connected too.
-    labels, number = ndimage.label(ndimage.binary_fill_holes(mask), np.ones((3, 3)))
+    labels, number = ndimage.label(_fill_holes(masks), _in_plane(corners=True))
     areas = np.bincount(labels.ravel(), minlength=number + 1)[1:].tolist()
-    return [
-        (columns.start, rows.start, columns.stop, rows.stop, area)
-        for area, (rows, columns) in zip(areas, ndimage.find_objects(labels), strict=True)
-    ]
+    parts: list[list[_Part]] = [[] for _ in masks]
+    for area, (k, rows, columns) in zip(areas, ndimage.find_objects(labels), strict=True):
+        parts[k.start].append((columns.start, rows.start, columns.stop, rows.stop, area))
+    return parts
+
+
+def _in_plane(corners: bool) -> Array:
+    """The neighbours of a pixel in the same image, [3, 3, 3], as `scipy.ndimage` takes them."""
+    near = np.abs(np.mgrid[-1:2, -1:2, -1:2])
+    return (near[0] == 0) & (near.sum(0) <= (2 if corners else 1))
 
 
 def _gap(part: _Part, other: _Part) -> float:

@@ -4,7 +4,8 @@ From scratch, the guide must find out by chance that windows on objects help, an
 one window for two objects, or none. A threshold finds most objects that stand alone
 (`air.data.spots`). So at first z_pres and z_where are not drawn from the guide, but are those of
 the spots, with a little noise. The decoder and the encoder learn what objects look like, and
-q(z_pres) and q(z_where) are fitted to the spots. The objective is
+q(z_pres) and q(z_where) are fitted to the spots. Some images are sums of two others, in which
+objects touch (`air.training.known_objects`): a threshold finds few such objects. The objective is
 
     log p(x, z) - log q(z_what) + log q(z_pres) + log q(z_where)
 
@@ -16,16 +17,16 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from air.air import AIR
 from air.data.scenes import sample_indices
 from air.data.spots import SpotFinder
 from air.priors import PresencePrior
-from air.spatial_transformer import centre_of, where_at
+from air.spatial_transformer import where_at
 from air.support.images import to_bytes
 from air.support.subsampling import draw_indices
+from air.training.known_objects import GivenObjects, KnownObjects, make_sums
 
 NUM_IMAGES = 4000  # of the training images, in which spots are looked for
 MARGIN = 1.15  # side of a window divided by that of its spot
@@ -37,54 +38,12 @@ WHOLE_NOISE, GLIMPSE_NOISE = (0.05, 0.0, 0.0), (0.02, 0.02, 0.02)
 SHIFT_NOISE = 0.06  # of x and y, in half windows
 
 
-class KnownObjects(NamedTuple):
-    """Objects whose presence and place are given, of B images."""
+class Seen(NamedTuple):
+    """Images in which spots were looked for."""
 
-    present: Tensor  # the first n of T are, [B, T]
-    where: Tensor  # z_where, [B, T, 3]
-    sure: Tensor  # images that are used, bool [B]
-
-    def pick(self, rows: Tensor) -> "KnownObjects":
-        """The objects of these images."""
-        return KnownObjects._make(part[rows] for part in self)
-
-
-class GivenObjects(Messenger):
-    """Runs AIR's guide with known objects in place of its own z_pres and z_where.
-
-    These sites are hidden from outer handlers.
-
-    Args:
-        known: The objects.
-        nearest: Whether each step takes the object closest to the guide's mean of z_where. Else
-            the steps take them in their order.
-    """
-
-    def __init__(self, known: KnownObjects, nearest: bool) -> None:
-        super().__init__()
-        self.known, self.nearest = known, nearest
-        self.log_q: Tensor | float = 0.0  # log q(z_pres, z_where), [B]
-        self.values: dict[str, Tensor] = {}  # of the hidden sites
-        self._left = known.present.clone()
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        kind, _, t = msg["name"].rpartition("_")
-        if kind not in ("z_pres", "z_where"):
-            return
-        present, where, _ = self.known
-        if kind == "z_pres":
-            value = present[:, int(t), None]
-        else:
-            value = where[:, int(t)]
-            if self.nearest:
-                guess = centre_of(msg["fn"].mean.detach())[:, None]
-                distances = (centre_of(where) - guess).norm(dim=-1)
-                k = distances.masked_fill(self._left == 0, torch.inf).argmin(1)
-                self._left = self._left.scatter(1, k[:, None], 0)
-                value = where[torch.arange(len(where), device=where.device), k]
-        self.log_q = self.log_q + msg["fn"].log_prob(value)
-        self.values[msg["name"]] = value
-        msg["value"], msg["done"], msg["stop"] = value, True, True
+    rows: Tensor  # their indices in the data, [N]
+    known: KnownObjects
+    hidden: Tensor  # the pixels of spots, bool [N, H, H]
 
 
 class FromSpots:
@@ -100,7 +59,7 @@ class FromSpots:
 
     def __init__(self, air: AIR, find: SpotFinder) -> None:
         self.air, self.find = air, find
-        self._seen: tuple[Tensor, KnownObjects] | None = None  # rows of the data, and their spots
+        self._seen: Seen | None = None
         self._batch: tuple[Tensor, KnownObjects, dict[str, Tensor]] | None = None
 
     def guide(
@@ -114,18 +73,19 @@ class FromSpots:
         del z_pres_prior_p
         if self._seen is None:
             rows = torch.from_numpy(sample_indices(len(data), NUM_IMAGES)).to(data.device)
-            self._seen = rows, self.known_objects(data[rows])
-        rows, known = self._seen
+            self._seen = Seen(rows, *self.known_objects(data[rows]))
+        rows, known, hidden = self._seen
         k = draw_indices(len(rows), min(batch_size or len(rows), len(rows)), rows.device)
+        images, k = self.air.to_images(data[rows[k]]), k.to(hidden.device)
+        images, known = self._with_sums(images, known.pick(k), hidden[k])
         looks_again = self.air.look.looks_again
-        known = known.pick(k.to(known.where.device))
-        images, known = data[rows[k]], with_noise(known, keep_centre=looks_again)
+        known = with_noise(known, keep_centre=looks_again)
         given = GivenObjects(known, nearest=looks_again)
         size = num_images or len(data)
         sure: Any = known.sure  # Pyro's types name a class that no tensor has
         with poutine.mask(mask=sure), given:
             self.air.guide(images, num_images=size)
-        fit = (given.log_q * known.sure).sum() * (size / len(images))
+        fit = (sum(given.log_q.values()) * known.sure).sum() * (size / len(images))
         pyro.factor("spots", -fit, has_rsample=True)  # Pyro subtracts what a guide adds
         self._batch = images, known, given.values
 
@@ -144,10 +104,27 @@ class FromSpots:
         with poutine.mask(mask=sure), poutine.condition(data=values):
             self.air.model(images, None, z_pres_prior_p, num_images or len(data))
 
-    def known_objects(self, images: Tensor) -> KnownObjects:
-        """The spots in images, as `AIR.to_images` takes them, as objects from left to right."""
+    def _with_sums(
+        self, images: Tensor, known: KnownObjects, hidden: Tensor
+    ) -> tuple[Tensor, KnownObjects]:
+        """A batch of images in which some are replaced by sums of others."""
+        likelihood = self.air.likelihood
+        painted = hidden.view(1, len(images), 1, *hidden.shape[1:]).to(images)
+        alone = likelihood.cut_out(images, painted, painted.new_ones(1, len(images)))
+        sums, of_sums = make_sums(likelihood, images, alone, known)
+        k = of_sums.sure.nonzero()[:, 0]
+        images = torch.cat((images[len(k) :], sums[k]))
+        parts = zip(known.pick(torch.arange(len(k), len(images))), of_sums.pick(k), strict=True)
+        return images, KnownObjects._make(torch.cat(each) for each in parts)
+
+    def known_objects(self, images: Tensor) -> tuple[KnownObjects, Tensor]:
+        """The spots in images, as `AIR.to_images` takes them, and the pixels that they hide.
+
+        Spots are objects from left to right.
+        """
         air, n = self.air, len(images)
-        found = self.find(to_bytes(images).cpu().numpy())
+        pixels = to_bytes(images).cpu().numpy()
+        found = self.find(pixels)
         present = torch.zeros(n, air.num_steps)
         where = air.z_where_loc_prior.cpu().repeat(n, air.num_steps, 1)
         for i, spots in enumerate(found):
@@ -160,7 +137,8 @@ class FromSpots:
             present[i, : len(boxes)] = 1
         sure = torch.tensor([spots.sure and len(spots) <= air.num_steps for spots in found])
         like = air.h_init
-        return KnownObjects(present.to(like), where.to(like), sure.to(like.device))
+        known = KnownObjects(present.to(like), where.to(like), sure.to(like.device))
+        return known, torch.from_numpy(self.find.cover(pixels)).to(like.device)
 
 
 def with_noise(known: KnownObjects, keep_centre: bool) -> KnownObjects:

@@ -11,14 +11,11 @@ well, to the counts of the teacher: a net whose weights are the running mean of 
 over some 200 steps. Where the teacher puts two windows on one object, which shows without labels
 (`air.refinement.merge`), its count is one lower. No label is used.
 
-Knobel et al. 2024 learn to count from pasted crops (arXiv:2307.08727). To train on composed scenes
-is the sleep phase of wake-sleep (Hinton et al. 1995); here the parts of a composed scene are real,
-so it has no errors of the decoder. The teacher is the "mean teacher" of Tarvainen and Valpola 2017
-(arXiv:1703.01780).
+The teacher is the "mean teacher" of Tarvainen and Valpola 2017 (arXiv:1703.01780); sums are made in
+`air.training.known_objects`.
 """
 
 import copy
-from typing import NamedTuple
 
 import pyro
 import pyro.poutine as poutine
@@ -26,43 +23,22 @@ import torch
 from torch import Tensor
 
 from air.air import AIR
-from air.marginal import AllStepsActive
-from air.priors import count_log_probs
-from air.refinement import BADLY_EXPLAINED, closest_windows, merge, relative_residual
+from air.refinement import closest_windows, merge, relative_residual
 from air.scene import infer_scene, paint_objects
 from air.support.handlers import LocalParameters, closed
+from air.training.known_objects import GivenObjects, KnownObjects, make_sums
 
-PARTNERS = 6  # scenes to which each scene is added, to see whether the sum can be used
-BATCH_PER_SUM = 4  # scenes in the batch for each sum that is used
-# A sum of n objects is used only if the counts of at least this share of the batch are n, or some
-# greater number: otherwise objects are taught that do not occur.
-LEAST_SHARE = 0.05
 # Merging is tried in one sixteenth of the batch: in the scenes with the closest windows.
 BATCH_PER_MERGED = 16
+BADLY_EXPLAINED = 0.5  # relative residual from which the objects of a scene are not known
 DECAY = 0.995  # share of the teacher's weights that a step keeps
-
-
-class Counted(NamedTuple):
-    """What the teacher infers in a batch."""
-
-    counts: Tensor  # [B]
-    explained: Tensor  # whether the objects explain the scene well, bool [B]
-    alone: Tensor  # the objects of each image without its background; see `cut_out`
-
-
-class Sums(NamedTuple):
-    """M sums of two images each."""
-
-    images: Tensor  # [M, (C,) H, H]
-    counts: Tensor  # [M]
-    valid: Tensor  # bool [M]; false for padding, where fewer than M pairs could be added
 
 
 class Teacher:
     """A term of the training loss whose value is zero, and whose gradient teaches q(n).
 
-    In the sums, no gradient flows through z_where and z_what. In the batch it does, because q(n) is
-    that of the ELBO there.
+    In the sums, the windows are those that the teacher found in the parts. In the batch, gradients
+    flow through z_where and z_what too, because q(n) is that of the ELBO there.
 
     Args:
         air: The model.
@@ -104,24 +80,24 @@ class Teacher:
             log_q: log q(n) for n = 0..T, [B, T + 1].
             size: Number of images by which every cost is multiplied.
         """
-        counted = infer_counts(self.air, images)
-        counts, sums = counted.counts, make_sums(self.student, images, counted)
-        with poutine.block(), LocalParameters(), AllStepsActive(detach=True) as steps:
-            self.student.guide(sums.images)
-        log_q_sums = count_log_probs(torch.cat(steps.presence, 1))
-        of_batch, of_sums = (
-            each.gather(1, n[:, None])[:, 0]
-            for each, n in ((log_q, counts), (log_q_sums, sums.counts))
-        )
-        total = of_batch.sum() + (of_sums * sums.valid).sum()
-        term = self.weight * size * total / (len(images) + sums.valid.sum())
+        known, alone = infer_objects(self.air, images)
+        sums, of_sums = make_sums(self.student.likelihood, images, alone, known)
+        with poutine.block(), LocalParameters(), GivenObjects(of_sums, nearest=True) as given:
+            self.student.guide(sums)
+        of_batch = log_q.gather(1, known.counts[:, None]).sum()
+        total = of_batch + (given.log_q["z_pres"] * of_sums.sure).sum()
+        term = self.weight * size * total / (len(images) + of_sums.sure.sum())
         pyro.factor("count_teacher", term - term.detach())
 
 
-def infer_counts(air: AIR, images: Tensor) -> Counted:
-    """Counts objects, as `air.inference.infer` does, and one fewer where two objects are one.
+def infer_objects(air: AIR, images: Tensor) -> tuple[KnownObjects, Tensor]:
+    """Infers objects, as `air.inference.infer` does, and one fewer where two objects are one.
 
     See `air.refinement.merge` and `BATCH_PER_MERGED`. Nothing here waits for the device.
+
+    Returns:
+        The objects, which are sure where they explain the image well; and the objects of each image
+        without its background, as `PixelLikelihood.cut_out` returns them.
     """
     with closed(air):
         scene = infer_scene(air, images)
@@ -129,42 +105,8 @@ def infer_counts(air: AIR, images: Tensor) -> Counted:
         k = closest_windows(scene)[0].topk(tried, largest=False).indices
         scene = scene.put(k, merge(air, images[k], scene.pick(k)))
         painted = paint_objects(air, scene)
-        present = scene.in_use.T.to(painted.dtype)
-        canvas = air.likelihood.compose(painted, present, scene.background)
+        present = scene.in_use.to(painted.dtype)
+        canvas = air.likelihood.compose(painted, present.T, scene.background)
         residual = relative_residual(images, canvas, scene.background)
-        alone = air.likelihood.cut_out(images, painted, present)
-    return Counted(scene.counts, residual < BADLY_EXPLAINED, alone)
-
-
-def make_sums(air: AIR, images: Tensor, counted: Counted) -> Sums:
-    """Adds scenes in pairs; picks pairs at random that can be added.
-
-    Two scenes can be added if both have objects and are explained well, so that their counts are
-    likely right; if the objects of one hide little of the other's, see `PixelLikelihood.fits`; and
-    if the batch has scenes of as many objects, see `LEAST_SHARE`.
-
-    Args:
-        air: Says how objects add up.
-        images: The batch, [B, (C,) H, H].
-        counted: What was inferred of it.
-
-    Returns:
-        At least one sum, and one for every `BATCH_PER_SUM` scenes in the batch.
-    """
-    counts, explained, alone = counted
-    n, usable = len(images), explained & (counts > 0)
-    possible = torch.arange(air.num_steps + 1, device=counts.device)
-    shares = (counts[:, None] == possible).to(images.dtype).mean(0)
-    most = (possible * (shares >= LEAST_SHARE)).amax()
-    scenes = torch.arange(n, device=counts.device)
-    neighbours = [scenes.roll(k % n) for k in range(1, PARTNERS + 1)]  # in the batch
-    fits = torch.cat([air.likelihood.fits(images, alone, alone[k]) for k in neighbours])
-    rows, partners = scenes.repeat(PARTNERS), torch.cat(neighbours)
-    totals = counts[rows] + counts[partners]
-    valid = usable[rows] & usable[partners] & (totals <= most) & fits
-    valid = valid & (rows != partners)  # in a small batch, some neighbour is the scene itself
-    # The valid ones first, both parts in random order.
-    order = (valid + torch.rand(len(valid), device=counts.device)).argsort(descending=True)
-    k = order[: max(1, n // BATCH_PER_SUM)]
-    sums = air.likelihood.add(images[rows[k]], alone[partners[k]]).clamp(max=1)
-    return Sums(sums, totals[k].clamp(max=air.num_steps), valid[k])
+        alone = air.likelihood.cut_out(images, painted, present.T)
+    return KnownObjects(present, scene.where, residual < BADLY_EXPLAINED), alone

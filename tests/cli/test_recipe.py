@@ -9,6 +9,7 @@ import pytest
 from helpers import run, squares
 from PIL import Image
 
+from air.cli import recipe
 from air.cli.recipe import MAX_STEPS, Found, describe, find_image_settings, find_settings
 from air.data.scenes import Array, Scenes, SceneSplits
 from air.data.survey import survey
@@ -36,7 +37,7 @@ def test_windows_steps_and_worth_follow_from_the_objects() -> None:
     assert found["scale_prior_mean"] == pytest.approx(48 / (MARGIN * 12), abs=0.01)
     assert "background_model" not in found
     worths = np.square(x / 255).sum((1, 2))[1::3]  # of one square each
-    assert np.median(worths) / (2 * found["likelihood_sd"] ** 2) == pytest.approx(200, rel=0.05)
+    assert np.median(worths) / (2 * found["likelihood_sd"] ** 2) == pytest.approx(500, rel=0.05)
     assert found["spot_steps"] == found["added_scenes_from"] > 0
 
 
@@ -61,8 +62,13 @@ def test_given_flags_win() -> None:
     assert settings(x, model_steps=6)["guide"] == "glimpse"
 
 
-def test_few_large_objects_are_seen_in_the_whole_image() -> None:
+def test_few_large_objects_are_seen_in_the_whole_image_if_there_are_many_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x = squares(90, (48, 48), 12, 2)[:, 0]
+    monkeypatch.setattr(recipe, "MANY_IMAGES", 91)
+    assert settings(x)["guide"] == "glimpse"
+    monkeypatch.setattr(recipe, "MANY_IMAGES", 90)
     assert settings(x)["guide"] == "image"
     assert settings(x, np.arange(90) % 6)["guide"] == "glimpse"
     assert settings(np.maximum(x, 80))["guide"] == "image"
@@ -92,6 +98,19 @@ def test_light_large_and_odd_images_are_brought_into_shape(tmp_path: Path) -> No
     assert image_settings(tmp_path / "x.npz") == {}  # small black squares stay as they are
 
 
+@pytest.mark.parametrize(("gap", "side"), [(20, 48), (2, 80)])
+def test_images_are_as_small_as_a_threshold_sees_the_same_in_them(
+    gap: int, side: int, tmp_path: Path
+) -> None:
+    x = np.zeros((60, 128, 128), np.uint8)
+    for k, image in enumerate(x):
+        y, left = 10 + k % 60, 5 + k % 20
+        image[y : y + 40, left : left + 30] = 255
+        image[y : y + 40, left + 30 + gap : left + 60 + gap] = 255
+    np.savez(tmp_path / "x.npz", x=x)
+    assert image_settings(tmp_path / "x.npz")["x_size"] == side
+
+
 def test_images_are_looked_at_as_flags_prepare_them(tmp_path: Path) -> None:
     """Of 150 x 200 pixels, so that they can be cropped to 100, but not to their longer side."""
     images = squares(30, (150, 200), 24, 2)
@@ -108,7 +127,7 @@ def test_what_was_seen_and_set_is_said() -> None:
     assert "60 training images" in first
     assert "0: 20, 1: 20, 2: 20" in first
     assert len(lines) == len(found)
-    assert any("  embed_channels = [16, 32, 32]: " in line for line in lines)
+    assert any("  embed_net = [200]: " in line for line in lines)
 
 
 @pytest.mark.parametrize("line", ["--suggest --data nothing", "--suggest --data ."])

@@ -79,6 +79,19 @@ def test_a_dot_belongs_to_its_neighbour_and_a_ball_is_an_object() -> None:
     assert found_boxes(finder, image[None]) == [with_ball]
 
 
+def test_dust_is_no_object() -> None:
+    """Bright, and far more than the discs: thirty grains on each image."""
+    opacity, boxes = discs(120)
+    x, rng = paint(opacity, np.zeros((1, SIDE, SIDE)), 150), np.random.default_rng(1)
+    for image in x:
+        for y, a in rng.integers(SIDE - 2, size=(30, 2)):
+            if not image[max(y - 3, 0) : y + 5, max(a - 3, 0) : a + 5].any():
+                image[y : y + 2, a : a + 2] = 250
+    finder = fit_finder(x)
+    assert not finder.specks
+    assert found_boxes(finder, x) == boxes
+
+
 def test_the_worth_is_the_squared_deviation() -> None:
     opacity, boxes = discs(100)
     x = paint(opacity, np.full((1, SIDE, SIDE), 51.0), 204)
@@ -104,8 +117,19 @@ def test_spots_are_hidden_with_one_pixel_around() -> None:
     x[0, 10:20, 8:16] = x[1, :5, 20:25] = x[1, 30:, :7] = 250
     expected = np.zeros(x.shape, bool)
     expected[0, 9:21, 7:17] = expected[1, :6, 19:26] = expected[1, 29:, :8] = True
-    finder = SpotFinder(None, 0.0, (50.0, 90.0), 50.0, 8.0, 1.0)
+    finder = SpotFinder(None, 0.0, (50.0, 90.0), 50.0, 8.0, True, 1.0)
     np.testing.assert_array_equal(finder.hide(x), expected)
+
+
+def test_the_cover_is_the_spots_and_what_touches_them() -> None:
+    x = np.zeros((1, SIDE, SIDE), np.uint8)
+    x[0, 10:18, 20:28] = 200
+    x[0, 12:16, 22:26] = 0  # a hole is a part of the spot
+    x[0, 30, 5:8] = 200  # too small
+    expected = np.zeros(x.shape, bool)
+    expected[0, 9:19, 19:29] = True
+    finder = SpotFinder(None, 0.0, (50.0, 90.0), 50.0, 8.0, True, 1.0)
+    assert np.array_equal(finder.cover(x), expected)
 
 
 def test_images_without_objects_have_no_spots() -> None:

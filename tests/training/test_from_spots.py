@@ -14,7 +14,7 @@ from torch import Tensor
 from air import AIR
 from air.data.spots import fit_finder
 from air.spatial_transformer import window_boxes
-from air.training.from_spots import MARGIN, FromSpots, GivenObjects, KnownObjects
+from air.training.from_spots import MARGIN, FromSpots, Seen
 
 SIDE = 24
 
@@ -33,8 +33,11 @@ def program(guide: str = "image", background: str = "none", channels: int = 1) -
 
 def test_windows_lie_around_the_spots() -> None:
     spots, x = program(), scenes()
-    assert FromSpots(spots.air.double(), spots.find).known_objects(x).where.dtype == torch.double
-    known = spots.known_objects(x)
+    in_double, _ = FromSpots(spots.air.double(), spots.find).known_objects(x)
+    assert in_double.where.dtype == torch.double
+    known, hidden = spots.known_objects(x)
+    assert hidden[x > 0].all()
+    assert hidden.sum() <= known.present.sum() * 7**2  # of 5 x 5 pixels, and those that touch them
     found = spots.find(x.numpy())
     boxes = window_boxes(known.where, SIDE).numpy()
     for i, each in enumerate(found):
@@ -83,23 +86,11 @@ def test_the_objective_is_the_one_that_is_named(guide: str, background: str) -> 
 
 def test_unsure_images_teach_nothing() -> None:
     spots, x = program(), scenes()
-    known = spots.known_objects(x)
+    known, hidden = spots.known_objects(x)
     unsure = known._replace(sure=torch.zeros(len(x), dtype=torch.bool))
-    spots._seen = torch.arange(len(x)), unsure
+    spots._seen = Seen(torch.arange(len(x)), unsure, hidden)
     loss = TraceGraph_ELBO().loss(spots.model, spots.guide, x, batch_size=8)
     assert loss == 0
-
-
-def test_each_step_takes_the_closest_object_that_is_left() -> None:
-    air = small_air(num_steps=3, x_size=SIDE)
-    where = torch.tensor([[[3.0, 2.0, 0.0], [3.0, -2.0, 0.0], [3.0, 0.1, 0.0]]])
-    known = KnownObjects(torch.ones(1, 3), where, torch.ones(1, dtype=torch.bool))
-    given = GivenObjects(known, nearest=True)
-    with poutine.block(), given:
-        air.guide(torch.zeros(1, SIDE, SIDE))
-    taken = [given.values[f"z_where_{t}"][0, 1].item() for t in range(3)]
-    assert sorted(taken) == pytest.approx([-2.0, 0.1, 2.0])
-    assert taken[0] == pytest.approx(0.1)  # an untrained guide looks at the middle
 
 
 def test_a_guide_learns_where_the_spots_are() -> None:
