@@ -98,6 +98,10 @@ class Detection:
                 del each["z_what"]
         return record
 
+    def without_codes(self) -> "Detection":
+        """The detection without z_what."""
+        return replace(self, objects=[replace(each, z_what=None) for each in self.objects])
+
     def without_cut(self) -> "Detection":
         """Only the objects that lie within the image; `probability` is that of all."""
         whole = [each for each in self.objects if not each.cut]
@@ -241,16 +245,21 @@ def draw_tiled(images: Sequence[Array], detections: Sequence[Detection], path: P
     write_atomically(path, lambda file: sheet.save(file, "PNG"))
 
 
+def crop(image: Array, box: Sequence[float]) -> Array | None:
+    """The pixels of an image [(C,) h, w] in a box; None if there are none."""
+    height, width = image.shape[-2:]
+    x0, x1 = (min(max(round(edge), 0), width) for edge in box[::2])
+    y0, y1 = (min(max(round(edge), 0), height) for edge in box[1::2])
+    return image[..., y0:y1, x0:x1] if x0 < x1 and y0 < y1 else None
+
+
 def write_crops(folder: Path, image: PreparedImage, detection: Detection) -> None:
     """Writes each object of an image, cut out along its box, as FOLDER/NAME-STEP.png."""
     name = re.sub(r"[^\w.-]+", "-", image.name).strip("-.")
-    height, width = image.pixels.shape[-2:]
     for each in detection.objects:
-        x0, x1 = (min(max(round(edge), 0), width) for edge in each.box[::2])
-        y0, y1 = (min(max(round(edge), 0), height) for edge in each.box[1::2])
-        if x0 < x1 and y0 < y1:
-            crop = image.pixels[..., y0:y1, x0:x1]
-            picture = Image.fromarray(crop if crop.ndim == 2 else crop.transpose(1, 2, 0))
+        pixels = crop(image.pixels, each.box)
+        if pixels is not None:
+            picture = Image.fromarray(pixels if pixels.ndim == 2 else pixels.transpose(1, 2, 0))
             picture.save(folder / f"{name}-{each.step}.png")
 
 
@@ -315,7 +324,8 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
         check_whole("--tile", args.tile, 1)
         if args.crop:
             raise ValueError("--crop cannot be used with --tile, which looks at all of a picture")
-    for flag, output in (("--figure", args.figure), ("--csv", args.csv)):
+    outputs = {"--figure": args.figure, "--csv": args.csv, "--kinds": args.kinds}
+    for flag, output in outputs.items():
         if output:
             check_output_file(flag, output)
     air = load_air(args.load, pick_device(args.device), nets)
@@ -332,25 +342,32 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
     settings = image_settings(args, air)
     read = partial(read_whole if args.tile else read_images, settings=settings)
     images = read_sources(args.images, read, report)
-    find = partial(detect, air, refine=args.refine, codes=args.codes)
+    find = partial(detect, air, refine=args.refine, codes=args.codes or args.kinds is not None)
     shown: list[tuple[Array, Detection]] = []
     rows: list[list[Any]] = []
+    crops: list[tuple[Array, list[float]]] = []  # and their codes
     batches = iter(lambda: list(islice(images, 1 if args.tile else BATCH)), [])
     for number, batch in enumerate(batches):
-        pixels = np.stack([image.pixels for image in batch])
+        stack = np.stack([image.pixels for image in batch])
         on_black = air.background is None
-        for hint in brightness_hints(pixels, on_black) if number == 0 else ():
+        for hint in brightness_hints(stack, on_black) if number == 0 else ():
             logging.getLogger("air").warning(hint)
         if args.tile:
-            whole = ~pixels[0] if settings.invert else pixels[0]  # a tile is inverted later
+            whole = ~stack[0] if settings.invert else stack[0]  # a tile is inverted later
             found = [detect_in_tiles(find, whole, args.tile, settings, batch[0].name)]
         else:
-            found = find(pixels)
+            found = find(stack)
         for image, detection in zip(batch, found, strict=True):
             if args.drop_cut:
                 detection = detection.without_cut()
             if args.crops:
                 write_crops(args.crops, image, detection)
+            for each in detection.objects if args.kinds else ():
+                pixels = crop(image.pixels, each.box)
+                if pixels is not None and each.z_what is not None:
+                    crops.append((pixels, each.z_what))
+            if not args.codes:
+                detection = detection.without_codes()
             if args.figure and len(shown) < (MAX_TILED if args.tile else MAX_DRAWN):
                 shown.append((image.pixels, detection))
             original = detection.in_original(image.placement)
@@ -359,6 +376,12 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
                 rows += csv_rows(image.name, original)
     if rows:
         write_csv(args.csv, rows)
+    if crops:
+        from air.visualization.kinds import draw_kinds  # for a flag that is seldom given
+
+        drawn, z_what = zip(*crops, strict=True)
+        kinds = Image.fromarray(draw_kinds(drawn, np.array(z_what)))
+        write_atomically(args.kinds, lambda file: kinds.save(file, "PNG"))
     if shown and args.tile:
         draw_tiled([pixels for pixels, _ in shown], [d for _, d in shown], args.figure)
     elif shown:
@@ -408,6 +431,13 @@ def build_parser() -> Parser:
     parser.add_argument("--codes", action="store_true", help="also print z_what of each object")
     parser.add_argument(
         "--crops", type=Path, metavar="DIR", help="write each object as a PNG file to a new folder"
+    )
+    parser.add_argument(
+        "--kinds",
+        type=Path,
+        metavar="FILE",
+        help="draw a sheet of all objects, grouped by z_what with the k-means algorithm, in a new "
+        "PNG file: one kind in a row, with the number of objects, the most typical ones first",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
     as_trained = "(default: as for training)"

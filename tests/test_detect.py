@@ -57,10 +57,12 @@ def test_cut_objects_are_named_and_left_out_and_others_are_written_as_pictures(
     images = torch.stack([write_png(pictures / f"{k}.png", 3) for k in range(6)])
     with torch.no_grad():
         air.predict.mlp.seq[-1].bias[0] += 9  # every step is used
-    all_of_them = found(air, "pictures")
+    all_of_them = found(air, "pictures --kinds kinds.png")
     objects = [each for image in all_of_them for each in image["objects"]]
     assert len(objects) > 6
     assert not any("z_what" in each for each in objects)
+    with Image.open(tmp_path / "kinds.png") as sheet:
+        assert np.asarray(sheet).std() > 0
     for each in objects:
         assert each["cut"] == (min(each["box"]) <= 0 or max(each["box"]) >= 12)
     whole = found(air, "pictures --drop-cut --codes --crops crops")
