@@ -37,13 +37,11 @@ class AllStepsActive(Messenger):
 
     Args:
         use_means: Whether z_where and z_what are their means instead of samples.
-        detach: Whether no gradient flows through z_where and z_what.
     """
 
-    def __init__(self, use_means: bool = False, detach: bool = False) -> None:
+    def __init__(self, use_means: bool = False) -> None:
         super().__init__()
         self.use_means = use_means
-        self.detach = detach
         self.presence: list[Tensor] = []  # q_t, T times [B, 1]
         self._at_least: Any = 1.0  # q(n >= t), [B]
 
@@ -55,9 +53,8 @@ class AllStepsActive(Messenger):
             msg["value"], msg["done"], msg["stop"] = torch.ones_like(q), True, True
         elif msg["name"].startswith("z_"):
             msg["scale"] = msg["scale"] * self._at_least
-            if self.use_means or self.detach:
-                value = msg["fn"].mean if self.use_means else msg["fn"]()
-                msg["value"], msg["done"] = value.detach() if self.detach else value, True
+            if self.use_means:
+                msg["value"], msg["done"] = msg["fn"].mean, True
 
 
 class MarginalAIR:

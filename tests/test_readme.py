@@ -27,7 +27,7 @@ README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "tests/benchmarks/README.md"
 FLAGS_OF_OTHER_PROGRAMS = {
     "--nproc-per-node", "--out", "--figure", "--gif", "--help", "--drop-cut", "--crops", "--codes",
-    "--tile",
+    "--tile", "--kinds",
 }  # fmt: skip
 
 
