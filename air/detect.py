@@ -33,7 +33,7 @@ from air.cli.device import pick_device
 from air.cli.flags import Parser
 from air.data.scenes import Array, DataError
 from air.data.survey import brightness_hints
-from air.data.user_images.picture_files import SUFFIXES
+from air.data.user_images.picture_files import is_picture
 from air.data.user_images.preparation import ImageSettings, Placement, convert_channels, to_bytes
 from air.data.user_images.sources import (
     PreparedImage,
@@ -286,7 +286,7 @@ def read_sources(
             sources += find_files(path)
         except DataError as error:
             report(error)
-    are_pictures = all(source.suffix.lower() in SUFFIXES for source in sources)
+    are_pictures = all(map(is_picture, sources))
     total = len(sources) if are_pictures else None
     with tqdm(total=total, unit="image", disable=None) as bar:
         for source in sources:

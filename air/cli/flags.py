@@ -1,6 +1,8 @@
 """The flags of main.py. Every flag of Pyro's AIR example is among them, with its meaning."""
 
 import argparse
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,6 +148,16 @@ DEFAULTS: dict[str, Any] = {key: spec.plain_default for key, spec in FLAGS.items
 
 class Parser(argparse.ArgumentParser):
     """Reports an error in one line, with exit code 2."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: ANN401
+        """Expands ~ in --flag=~/folder too, where a shell leaves it as it is."""
+        words = sys.argv[1:] if args is None else args
+        words = [
+            f"{flag}={os.path.expanduser(value)}" if value.startswith("~") else word
+            for word in words
+            for flag, _, value in [word.partition("=")]
+        ]
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.fail(2, f"error: {message}")

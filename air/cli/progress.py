@@ -38,7 +38,9 @@ class ProgressBar:
         self._bar.update(progress.step - self._bar.n)
         if self._bar.disable and time.monotonic() - self._shown_at > LINE_SECONDS:
             self._shown_at = time.monotonic()
-            self.write(f"step {progress.step:,} of {self.total:,}: {progress}")
+            left = (self.total - progress.step) / max(progress.steps_per_second, 1e-9)
+            time_left = tqdm.format_interval(left)  # as a bar on a terminal shows it
+            self.write(f"step {progress.step:,} of {self.total:,}, {time_left} left: {progress}")
 
     def write(self, text: str) -> None:
         """Prints lines, above the bar if there is one."""

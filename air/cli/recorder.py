@@ -8,7 +8,7 @@ from typing import Any
 
 from air.storage.checkpoint import CheckpointError, check_progress, save_weights
 from air.storage.run_folder import RunFolder
-from air.training.events import CheckpointDue, Event, Progress, SnapshotDue
+from air.training.events import CheckpointDue, Event, Progress, SnapshotDue, with_error
 from air.training.trainer import Trainer
 from air.visualization.dashboard import ON_PAGE, Dashboard
 from air.visualization.snapshots import SCENES, Snapshot, save_snapshot, take_snapshot
@@ -113,8 +113,10 @@ def final_evaluations(trainer: Trainer, run: RunFolder, config: Mapping[str, Any
     if config["evaluate"]:
         evaluated = trainer.evaluate(num_scenes, iwae_samples=config["iwae_samples"])
         run.write_json("evaluation.json", evaluated.record())
-        result = evaluated.result
-        yield f"log p(x) is at least {result.bound:.1f} ± {result.bound_se:.1f} nats."
+        bound, error = evaluated.result.bound, evaluated.result.bound_se
+        assert bound is not None
+        assert error is not None
+        yield f"log p(x) is at least {with_error(bound, error)} nats."
     if config["refine"]:
         start = time.perf_counter()
         evaluated = trainer.evaluate(num_scenes, refine=True)

@@ -1,11 +1,17 @@
 """Events of training, for the progress bar, metrics.jsonl and the live page."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from air.evaluation.boxes import BoxScores
 from air.evaluation.counting import DISTANCE_BANDS, CountScores
 from air.evaluation.metrics import Evaluation
+
+
+def with_error(mean: float, error: float) -> str:
+    """A mean and its standard error, which one scene does not have."""
+    return f"{mean:.1f} ± {error:.1f}" if math.isfinite(error) else f"{mean:.1f}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Evaluated:
         result, counts = self.result, self.result.counts
         text = (
             f"step {self.step:,}, {self.scenes:,} held-out scenes: "
-            f"ELBO {result.elbo:.1f} ± {result.elbo_se:.1f} nats"
+            f"ELBO {with_error(result.elbo, result.elbo_se)} nats"
         )
         if counts is None:
             return f"{text}, scenes by inferred count {result.count_histogram}"

@@ -15,4 +15,7 @@ def test_lines_come_from_rank_0_alone(silent: bool, capsys: pytest.CaptureFixtur
         bar.show(PROGRESS)  # too early for another line
         bar.write("an evaluation")
     said = capsys.readouterr().out
-    assert said == ("" if silent else f"step 20 of 1,000: {PROGRESS}\nan evaluation\n")
+    seconds = round(980 / PROGRESS.steps_per_second)
+    time_left = f"{seconds // 60:02}:{seconds % 60:02}"
+    line = f"step 20 of 1,000, {time_left} left: {PROGRESS}\nan evaluation\n"
+    assert said == ("" if silent else line)

@@ -1,5 +1,6 @@
 """The events of training: lines for metrics.jsonl, and text to read."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,13 @@ def test_progress_as_a_record_and_as_text() -> None:
     assert {"step", "elbo", "skipped", "grad_norm", "seconds"} <= set(PROGRESS.record())
     assert str(PROGRESS) == "ELBO 601.2 nats, 1280 images/s"
     assert "3 steps skipped" in str(replace(PROGRESS, skipped=3))
+
+
+def test_one_scene_has_no_standard_error() -> None:
+    assert "±" in text(EVALUATION)[0]
+    one = text(EVALUATION._replace(elbo_se=math.nan))[0]
+    assert "±" not in one
+    assert f"ELBO {EVALUATION.elbo:.1f} nats" in one
 
 
 def test_a_record_has_every_measure_whether_the_scenes_allow_it_or_not() -> None:

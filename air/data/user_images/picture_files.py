@@ -1,5 +1,6 @@
 """Reads picture files (PNG, JPEG, TIFF, BMP, WebP, GIF, PPM) page by page, and writes PNG files."""
 
+import contextlib
 import csv
 import os
 import shutil
@@ -18,9 +19,6 @@ PAGED = ("GIF", "PNG", "TIFF", "WEBP")  # a JPEG's further images are previews o
 MAX_PIXELS = 100_000_000  # of a page; a small file may declare more than memory holds
 MAX_GREY_SPREAD = 8  # of the channels of a pixel, of 255; lossy formats tint grey pictures a little
 COUNTS_FILE = "counts.csv"  # of a folder of pictures: lines of name,count
-SUFFIXES = {
-    ".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
-}  # fmt: skip
 _SUBFILE_TYPE = 254  # TIFF tag, with the flags:
 _PREVIEW, _TRANSPARENCY_MASK = 1, 4
 
@@ -59,6 +57,17 @@ def read_picture(path: Path | str, alpha_over: str = "black") -> Iterator[tuple[
     except Exception as error:  # Pillow raises errors of many types for foreign bytes
         where = f"{path}[{page}]" if page else path
         raise DataError(f"{where}: cannot be read as a picture: {_reason(error)}") from error
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is taken for a picture: by its suffix, or else by its content."""
+    if Image.registered_extensions().get(path.suffix.lower()) in FORMATS:
+        return True
+    try:
+        with path.open("rb") as content, warnings.catch_warnings(action="ignore"):
+            return bool(Image.open(content, formats=FORMATS).format)
+    except Exception:  # Pillow raises errors of many types for foreign bytes
+        return False
 
 
 def write_pictures(folder: Path | str, scenes: Mapping[str, Scenes]) -> None:
@@ -105,7 +114,8 @@ def _check_size(image: Image.Image) -> None:
 def _pixels(image: Image.Image, alpha_over: str) -> Array:
     """The pixels of an open image as people see it: uint8 [1, h, w] or [3, h, w]."""
     _check_size(image)
-    image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(Exception):  # metadata can be malformed in a picture that is not
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # 16-bit or larger numbers, or floats
         numbers = np.asarray(image)
         if numbers.dtype.kind in "iu":

@@ -12,9 +12,12 @@ The format of a picture is decided by its content, that of other files by their 
 of uint8 [N, H, H] or [N, C, H, H] in the final size may be larger than memory.
 """
 
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +35,7 @@ from air.data.scenes import (
     split_scenes,
 )
 from air.data.user_images.array_files import holds_arrays, read_arrays
-from air.data.user_images.picture_files import SUFFIXES, read_picture
+from air.data.user_images.picture_files import COUNTS_FILE, is_picture, read_picture
 from air.data.user_images.preparation import (
     ImageSettings,
     Placement,
@@ -49,6 +52,11 @@ EXPECTED = (
     ".npy, .h5 or .pt file, or a folder with x.npy"
 )
 HELD_OUT_FOLDER = "test"
+SYSTEM_FOLDERS = {  # with thumbnails and deleted files; others begin with a dot
+    "$recycle.bin", "system volume information", "@eadir", "@recycle", "#recycle", "#snapshot",
+    "lost+found", "__macosx",
+}  # fmt: skip
+MAX_NAMED = 3  # damaged pictures in an error
 HOLD_OUT_EVERY = 10
 
 
@@ -130,11 +138,14 @@ def source_images(
         for i in sample_indices(len(x), most or len(x)):
             yield f"{path}[{i}]", x[i]
         return
-    files = find_files(path)
+    files = sample = find_files(path)
     if most is not None:
-        files = [file for file in files if not _is_held_out(path, file)] or files
-    for i in sample_indices(len(files), most or len(files)):
-        yield from read_picture(files[i], settings.alpha_over)
+        sample = [file for file in files if not _is_held_out(path, file)] or files
+    try:
+        for i in sample_indices(len(sample), most or len(sample)):
+            yield from read_picture(sample[i], settings.alpha_over)
+    except DataError as error:
+        raise (_damaged(files) if most else None) or error from error
 
 
 def sample_images(path: Path | str, settings: ImageSettings, most: int) -> list[Array]:
@@ -149,13 +160,15 @@ def sample_images(path: Path | str, settings: ImageSettings, most: int) -> list[
 
 
 def _is_held_out(path: Path, file: Path) -> bool:
-    return file.parts[len(path.parts) : -1][:1] == (HELD_OUT_FOLDER,)
+    inner = file.parts[len(path.parts) : -1]
+    return bool(inner) and inner[0].lower() == HELD_OUT_FOLDER
 
 
 def find_files(path: Path | str) -> list[Path]:
     """The pictures in a folder and its subfolders, x-2 before x-10; of other sources, the path.
 
-    Hidden files and folders are left out.
+    Hidden files and folders, and those of operating systems, are left out. Files that are no
+    pictures are left out with a warning.
 
     Raises:
         DataError: If the path is no source, or a folder contains no picture or cannot be read.
@@ -165,18 +178,29 @@ def find_files(path: Path | str) -> list[Path]:
         return [path]
     try:
         if path.is_file():
-            if path.suffix.lower() in SUFFIXES or not path.suffix:
+            if is_picture(path) or not path.suffix:
                 return [path]
             raise DataError(f"{path} is a {path.suffix} file: {EXPECTED}")
         if not path.is_dir():
             problem = "is neither a file nor a folder" if path.exists() else "does not exist"
             raise DataError(f"{path} {problem}: {EXPECTED}")
-        files = [file for file in _files_in(path, set()) if file.suffix.lower() in SUFFIXES]
+        found = list(_files_in(path, set()))
+        files = [file for file in found if is_picture(file)]
     except OSError as error:
         raise DataError(f"{error.filename or path}: {error.strerror}") from error
     if not files:
         raise DataError(f"{path} contains no pictures: {EXPECTED}")
+    others = {*found} - {*files}
+    kinds = Counter(each.suffix.lower() for each in others if each.name.lower() != COUNTS_FILE)
+    if kinds:
+        named = ", ".join(f"{kind or 'no suffix'} ({n})" for kind, n in sorted(kinds.items()))
+        _warn_once(f"{path}: {kinds.total()} files are no pictures and are left out: {named}")
     return sorted(files, key=natural_order)
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logging.getLogger("air").warning(text)
 
 
 def _files_in(folder: Path, entered: set[str]) -> Iterator[Path]:
@@ -185,7 +209,11 @@ def _files_in(folder: Path, entered: set[str]) -> Iterator[Path]:
     if place in entered:
         return
     entered.add(place)
-    visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    visible = [
+        path
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and path.name.lower() not in SYSTEM_FOLDERS
+    ]
     for path in sorted(visible, key=Path.is_symlink):  # real folders before links to them
         if path.is_dir():
             yield from _files_in(path, entered)
@@ -203,13 +231,16 @@ def _read_pictures(path: Path, settings: ImageSettings, hold_out_all: bool) -> d
     images: list[PreparedImage] = []
     counts: list[int | None] = []
     held_out: list[bool] = []
-    for file in tqdm(files, "reading pictures", disable=None, leave=False, unit="picture"):
-        for name, pixels in read_picture(file, settings.alpha_over):
-            images.append(prepare_image(name, pixels, settings))
-            counts.append(known.of(name, file))
-            held_out.append(_is_held_out(path, file))
-            _check_same_size(path, images[0], images[-1])
-            check_size(str(path), len(images) * images[0].pixels.nbytes)
+    try:
+        for file in tqdm(files, "reading pictures", disable=None, leave=False, unit="picture"):
+            for name, pixels in read_picture(file, settings.alpha_over):
+                images.append(prepare_image(name, pixels, settings))
+                counts.append(known.of(name, file))
+                held_out.append(_is_held_out(path, file))
+                _check_same_size(path, images[0], images[-1])
+                check_size(str(path), len(images) * images[0].pixels.nbytes)
+    except DataError as error:
+        raise _damaged(files) or error from error
     x = np.stack(_in_same_channels([image.pixels for image in images]))
     arrays = {"x": x} if None in counts else {"x": x, "counts": np.array(counts)}
     if not any(held_out):
@@ -222,6 +253,22 @@ def _read_pictures(path: Path, settings: ImageSettings, hold_out_all: bool) -> d
     return {name: array[~rows] for name, array in arrays.items()} | {
         f"test_{name}": array[rows] for name, array in arrays.items()
     }
+
+
+def _damaged(files: Sequence[Path]) -> DataError | None:
+    """An error about all damaged pictures of a folder; None if there are none."""
+    errors = []
+    for file in files:
+        try:
+            for _ in read_picture(file):
+                pass
+        except DataError as error:
+            errors.append(str(error))
+    more = f"; and {len(errors) - MAX_NAMED} more" if len(errors) > MAX_NAMED else ""
+    text = "; ".join(errors[:MAX_NAMED]) + more
+    if len(errors) > 1:
+        text = f"{len(errors)} of {len(files)} pictures cannot be read: {text}"
+    return DataError(text) if errors else None
 
 
 def _check_same_size(path: Path, first: PreparedImage, other: PreparedImage) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,9 @@ class PictureCounts:
 
     def __init__(self, path: Path, files: Sequence[Path], pattern: str | None) -> None:
         self.path, self.pattern = path, pattern
-        self.file = path / COUNTS_FILE
+        # Some systems ignore case in names.
+        same = [each for each in _inside(path) if each.name.lower() == COUNTS_FILE]
+        self.file = min(same, key=lambda each: each.name != COUNTS_FILE, default=path / COUNTS_FILE)
         self._known = _read(self.file) if pattern is None and self.file.is_file() else None
         self._namesakes = Counter(file.name for file in files)
 
@@ -39,6 +42,7 @@ class PictureCounts:
         """
         inside = file.relative_to(self.path).as_posix() if file != self.path else file.name
         page = inside + name.removeprefix(str(file))  # such as stack.tif[1]
+        inside, page = _composed(inside), _composed(page)
         if self.pattern is not None:
             match = re.search(self.pattern, page)
             if match is None or not re.fullmatch(COUNT, match[1] or ""):
@@ -46,11 +50,20 @@ class PictureCounts:
             return int(match[1])
         if self._known is None:
             return None
-        without_folder = file.name if self._namesakes[file.name] == 1 else page
+        without_folder = _composed(file.name) if self._namesakes[file.name] == 1 else page
         for key in (page, inside, without_folder):
             if key in self._known:
                 return self._known[key]
         raise DataError(f"{self.file}: no count of {page}; expected a line {page},count")
+
+
+def _inside(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.is_dir() else []
+
+
+def _composed(name: str) -> str:
+    """A name with its accents composed, as most programs write them; macOS decomposes them."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _read(file: Path) -> dict[str, int]:
@@ -70,7 +83,8 @@ def _read(file: Path) -> dict[str, int]:
         if len(row) != 2 or not re.fullmatch(COUNT, row[1]):
             given = " ".join(",".join(row).split())[:80]
             raise DataError(f"{where}: expected name,count, got {given}")
-        name, count = row[0].replace("\\", "/").removeprefix("./"), int(row[1])
+        name = _composed(row[0].replace("\\", "/").removeprefix("./"))
+        count = int(row[1])
         if counts.setdefault(name, count) != count:
             raise DataError(f"{where}: {name} has two counts, {counts[name]} and {count}")
     return counts

@@ -1,0 +1,118 @@
+"""A folder is read as its owner sees it."""
+
+import io
+import logging
+import unicodedata
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from air.cli.flags import Parser
+from air.data.scenes import DataError
+from air.data.user_images.preparation import ImageSettings
+from air.data.user_images.sources import find_files, load_data, sample_images
+
+
+def picture(format: str = "PNG", level: int = 9, **options: bytes) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (8, 8), level).save(file, format, **options)
+    return file.getvalue()
+
+
+def write(folder: Path, names: dict[str, bytes]) -> Path:
+    for name, content in names.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def found(folder: Path) -> set[str]:
+    return {file.relative_to(folder).as_posix() for file in find_files(folder)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "@eaDir/a.png/SYNOPHOTO_THUMB_M.png", "$RECYCLE.BIN/S-1/$R1.png", "__MACOSX/._a.png",
+        "System Volume Information/a.png", "#recycle/a.png", "lost+found/a.png", ".cache/a.png",
+        "inner/@eaDir/a.png",
+    ],
+)  # fmt: skip
+def test_folders_of_systems_are_left_out(name: str, tmp_path: Path) -> None:
+    folder = write(tmp_path, {"a.png": picture(), "inner/b.png": picture(), name: picture()})
+    assert found(folder) == {"a.png", "inner/b.png"}
+
+
+def test_the_content_of_a_file_says_whether_it_is_a_picture(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = {name: picture("JPEG") for name in ("a.jfif", "b.JPE", "c.jpeg", "d", "e.photo")}
+    others = {"f.heic": b"heic", "g.HEIC": b"heic", "notes": b"text", "counts.csv": b""}
+    folder = write(tmp_path, pictures | others)
+    with caplog.at_level(logging.WARNING):
+        assert found(folder) == found(folder) == {*pictures}
+    (said,) = (record.getMessage() for record in caplog.records)  # once
+    assert "3 files are no pictures and are left out: no suffix (1), .heic (2)" in said
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_agree_with_composed_and_decomposed_accents(form: str, tmp_path: Path) -> None:
+    names = [f"pâté {k}.png" for k in range(4)]
+    lines = "\n".join(f"{unicodedata.normalize(form, name)},{k}" for k, name in enumerate(names))
+    other = "NFD" if form == "NFC" else "NFC"
+    pictures = {unicodedata.normalize(other, name): picture() for name in names}
+    scenes = load_data(write(tmp_path, pictures | {"counts.csv": lines.encode()}))
+    assert scenes.train.counts is not None
+    assert scenes.train.counts.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("counts_file", ["Counts.csv", "COUNTS.CSV"])
+@pytest.mark.parametrize("test", ["Test", "TEST"])
+def test_letters_of_reserved_names_may_be_large_or_small(
+    counts_file: str, test: str, tmp_path: Path
+) -> None:
+    names = ["a.png", "b.png", f"{test}/c.png"]
+    lines = "\n".join(f"{name},{k}" for k, name in enumerate(names))
+    folder = write(tmp_path, dict.fromkeys(names, picture()) | {counts_file: lines.encode()})
+    train, held_out, _ = load_data(folder)
+    assert train.counts is not None
+    assert train.counts.tolist() == [0, 1]
+    assert held_out.counts is not None
+    assert held_out.counts.tolist() == [2]
+
+
+def test_malformed_metadata_do_not_damage_a_picture(tmp_path: Path) -> None:
+    broken = picture(exif=b"Exif\0\0\0\x08\0\x02\x01\x12\0\x03")
+    scenes = load_data(write(tmp_path, {"a.png": picture(), "b.png": broken, "c.png": picture()}))
+    assert len(scenes.train.x) + len(scenes.test.x) == 3
+    assert (scenes.train.x == 9).all()
+
+
+def test_all_damaged_pictures_are_named_at_once(tmp_path: Path) -> None:
+    good = {f"{k:02}.png": picture() for k in range(6)}
+    bad = {
+        "a.png": b"",
+        "b.png": picture()[:45],
+        "c.jpg": b"<html>",
+        "d.png": b"",
+        "test/e.png": b"",
+    }
+    folder = write(tmp_path, good | bad)
+    for read in (load_data, lambda path: sample_images(path, ImageSettings(), 10)):
+        with pytest.raises(DataError) as raised:
+            read(folder)
+        said = str(raised.value)
+        assert said.startswith("5 of 11 pictures cannot be read: ")
+        assert all(name in said for name in ("a.png", "b.png", "c.jpg", "and 2 more"))
+        assert "\n" not in said
+
+
+def test_a_tilde_is_the_home_folder_in_both_forms_of_a_flag() -> None:
+    parser = Parser()
+    parser.add_argument("--data")
+    parser.add_argument("-b")
+    given = parser.parse_args(["--data=~/x.npz", "-b", "a=b"])
+    assert given.data == str(Path("~/x.npz").expanduser())
+    assert given.b == "a=b"
