@@ -5,7 +5,6 @@ Understanding with Generative Models", NIPS 2016, arXiv:1603.08575. Section numb
 paper's. Shapes are those of ``air/__init__.py``. ``air/tutorial`` explains all in sections 2 to 8.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, signature
@@ -151,7 +150,7 @@ class AIR(nn.Module):
         # The baseline.
         self.bl_embed = make_embed(s.channels, s.x_size, *embed_layers)
         if embed is not None and (channels, side) == (s.channels, s.x_size):
-            self.bl_embed = copy.deepcopy(embed)
+            self.bl_embed = checks.copied("embed", embed, "the baseline has a net of its own")
         bl_size = checks.embedding_size(self.bl_embed, s.channels * s.x_size**2)
         self.bl_rnn = ImageLSTMCell(bl_size, latent_size, hidden)
         self.bl_predict = MLP(hidden, [*s.bl_predict_net, 1], nl)
@@ -169,6 +168,12 @@ class AIR(nn.Module):
                 setattr(self, name, net)
         if use_cuda:
             self.cuda()
+
+    def __getstate__(self) -> Any:  # noqa: ANN401
+        """The state for `pickle`, without the weak references that Pyro leaves on parameters."""
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)
+        return vars(self).copy()
 
     @classmethod
     def from_settings(cls, settings: ModelSettings, nets: NetFactory | None = None) -> "AIR":

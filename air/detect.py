@@ -350,7 +350,7 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
     for number, batch in enumerate(batches):
         stack = np.stack([image.pixels for image in batch])
         on_black = air.background is None
-        for hint in brightness_hints(stack, on_black) if number == 0 else ():
+        for hint in brightness_hints(stack, on_black) if number == 0 and stack.any() else ():
             logging.getLogger("air").warning(hint)
         if args.tile:
             whole = ~stack[0] if settings.invert else stack[0]  # a tile is inverted later

@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from helpers import count_on, small_air
 from pyro import poutine
+from pyro.infer import SVI, TraceGraph_ELBO
 from torch import Tensor, nn
 
 from air import AIR
@@ -152,3 +155,20 @@ def test_a_seed_for_a_block_leaves_the_generator_of_the_device_as_it_was(
         torch.rand(3, generator=generator)
         assert not torch.equal(state, generator.get_state())
     assert torch.equal(state, generator.get_state())
+
+
+def test_a_model_in_use_is_copied_and_pickled() -> None:
+    air, images = small_air(), torch.rand(4, 12, 12)
+    svi = SVI(air.model, air.guide, pyro.optim.Adam({"lr": 1e-3}), TraceGraph_ELBO())
+    svi.step(images)
+    for other in (pickle.loads(pickle.dumps(air)), copy.deepcopy(air)):
+        assert all(map(torch.equal, infer(other, images), infer(air, images)))
+    svi.step(images)  # goes on
+
+
+def test_threads_take_turns() -> None:
+    air, images = small_air(), torch.rand(3, 12, 12)
+    expected = infer(air, images).count_probs
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: infer(air, images).count_probs, range(40)))
+    assert all(torch.equal(each, expected) for each in found)

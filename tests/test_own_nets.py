@@ -1,6 +1,7 @@
 """User-defined nets: with both estimators, captured, resumed, loaded, detecting."""
 
 import io
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from helpers import SMALL, capture_only, run
+from helpers import SMALL, capture_only, run, small_air
 from pyro.infer import SVI, TraceGraph_ELBO
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -17,6 +18,7 @@ from air import AIR
 from air.detect import detect
 from air.storage.checkpoint import CheckpointError, load_air
 from air.support.model_settings import ModelSettings
+from air.training.teacher import Teacher
 
 
 class ConvEncoder(nn.Module):
@@ -116,6 +118,44 @@ def test_a_net_with_other_outputs_is_refused(name: str, net: nn.Module, message:
 
     with pytest.raises(ValueError, match=message):
         AIR.from_settings(SETTINGS, factory)
+
+
+class Locked(nn.Module):
+    """A net that cannot be copied, because of its lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.lock = nn.Linear(5, 49), threading.Lock()
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.net(z).sigmoid()
+
+
+ODD_NETS = {
+    "a lock": Locked,
+    "weights that a hook computes": lambda: nn.utils.weight_norm(nn.Linear(5, 49)),
+    "sizes by the first input": lambda: nn.Sequential(nn.LazyLinear(7), nn.Linear(7, 49)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("kind", ODD_NETS)
+def test_nets_that_cannot_be_copied_train(kind: str) -> None:
+    air = small_air(decode=ODD_NETS[kind](), use_baselines=False)
+    before = [parameter.clone() for parameter in air.decode.parameters()]
+    svi = SVI(air.model, air.guide, pyro.optim.Adam({"lr": 1e-2}), TraceGraph_ELBO())
+    svi.step(torch.rand(4, 12, 12))
+    assert not any(map(torch.equal, before, air.decode.parameters()))
+
+
+def test_what_needs_a_copy_says_so() -> None:
+    air = small_air(decode=Locked())
+    with pytest.raises(ValueError, match=r"the model: cannot be copied.*--added-scenes 0"):
+        Teacher(air, 1.0)
+    net = Locked()
+    net.net = nn.Linear(144, 4)
+    with pytest.raises(ValueError, match="embed: cannot be copied"):
+        small_air(embed=net)
 
 
 @pytest.mark.slow

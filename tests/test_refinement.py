@@ -258,6 +258,9 @@ def test_every_kind_of_model_is_refined(
     assert not torch.equal(first.count_probs, infer(air, images).count_probs)
     torch.testing.assert_close(first.count_probs.sum(1), torch.ones(4))
     assert torch.equal(first.counts, first.count_probs.argmax(1))
+    with torch.inference_mode():
+        third = infer(air, images * 1, refine=True)
+    assert all(map(torch.equal, first, third))
     assert len(infer(air, images[:0], refine=True).counts) == 0
 
 

@@ -144,13 +144,25 @@ def read_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     state = _load(path)
     if not _is_checkpoint(state, path):
-        return state, {}
+        return unwrapped(state), {}
     config = dict(state["config"])
     try:
         config["count_prior"] = counts_from_presence(state["presence"])
     except (KeyError, TypeError, ValueError):  # of an earlier format, or foreign
         config.pop("count_prior", None)
     return state["model"], config
+
+
+def unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by the names that they have without torch's wrappers.
+
+    These are `torch.compile`, also of a part, `DistributedDataParallel` and `AveragedModel`.
+    """
+    named = {name.replace("_orig_mod.", ""): weight for name, weight in weights.items()}
+    averaged = {name: weight for name, weight in named.items() if name != "n_averaged"}
+    if averaged and all(name.startswith("module.") for name in averaged):
+        return {name.removeprefix("module."): weight for name, weight in averaged.items()}
+    return named
 
 
 def load_air(

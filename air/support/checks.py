@@ -3,10 +3,16 @@
 import copy
 from collections.abc import Sequence
 from numbers import Integral
+from typing import TypeVar
 
 import torch
 from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from air.support.handlers import closed
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def check_whole(name: str, value: object, least: int, hint: str = "") -> None:
@@ -75,15 +81,29 @@ def check_as_many(**lists: Sequence[Tensor]) -> None:
         raise ValueError(f"expected tensors for the same steps, one step or more, got {lengths}")
 
 
+def copied(name: str, net: Module, reason: str) -> Module:
+    """A copy of a net, with an error that names it if it cannot be copied.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    try:
+        return copy.deepcopy(net)
+    except Exception as error:  # of many types, by what the net holds
+        text = " ".join(str(error).split())
+        raise ValueError(f"{name}: cannot be copied, but {reason} ({text})") from error
+
+
 def output_sizes(net: nn.Module, in_size: int) -> list[int]:
     """The number of columns of each output of a net, for inputs [B, in_size].
 
     Raises:
         ValueError: If an output is not [B, columns].
     """
-    parameter = next((p for p in net.parameters() if p.is_floating_point()), torch.zeros(0))
-    with torch.no_grad():  # a copy, so that running means and modes stay as they are
-        output = copy.deepcopy(net).eval()(parameter.new_zeros(2, in_size))
+    parameters = (p for p in net.parameters() if not is_lazy(p) and p.is_floating_point())
+    zeros = next(parameters, torch.zeros(0)).new_zeros(2, in_size)
+    with closed(net):  # the net itself, since not every net can be copied
+        output = net(zeros)
     outputs = [output] if isinstance(output, Tensor) else list(output)
     for output in outputs:
         if output.dim() != 2 or len(output) != 2:

@@ -5,6 +5,7 @@ names its parameters as they are named in the module ("decode.mlp.seq.0.weight")
 names them by ``pyro.module`` ("decode$$$mlp.seq.0.weight").
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,19 +56,23 @@ class LocalParameters(Messenger):
             msg["value"], msg["done"] = msg["args"][-1], True
 
 
+_one_at_a_time = threading.RLock()  # Pyro's handlers are those of the whole process
+
+
 @contextmanager
 def closed(module: nn.Module) -> Iterator[None]:
     """For the block, model and guide are plain functions of their arguments.
 
-    Outer handlers see no site, Pyro's store stays as it is, no gradients are recorded, and the nets
-    are in evaluation mode, so that batch normalisation keeps its statistics. Afterwards each net
-    has its former mode.
+    Outer handlers see no site, Pyro's store stays as it is, no gradients are recorded (refinement
+    asks for its own, also in inference mode), and the nets are in evaluation mode, so that batch
+    normalisation keeps its statistics. Afterwards each net has its former mode. Threads take turns.
     """
-    training = [each for each in module.modules() if each.training]
-    module.eval()
-    try:
-        with torch.no_grad(), poutine.block(), LocalParameters():
-            yield
-    finally:
-        for each in training:
-            each.training = True
+    with _one_at_a_time, torch.inference_mode(False), torch.no_grad():
+        training = [each for each in module.modules() if each.training]
+        module.eval()
+        try:
+            with poutine.block(), LocalParameters():
+                yield
+        finally:
+            for each in training:
+                each.training = True

@@ -15,8 +15,6 @@ The teacher is the "mean teacher" of Tarvainen and Valpola 2017 (arXiv:1703.0178
 `air.training.known_objects`.
 """
 
-import copy
-
 import pyro
 import pyro.poutine as poutine
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor
 from air.air import AIR
 from air.refinement import closest_windows, merge, relative_residual
 from air.scene import infer_scene, paint_objects
+from air.support.checks import copied
 from air.support.handlers import LocalParameters, closed
 from air.training.known_objects import GivenObjects, KnownObjects, make_sums
 
@@ -50,7 +49,8 @@ class Teacher:
 
     def __init__(self, air: AIR, weight: float) -> None:
         self.student, self.weight = air, weight
-        self.air = copy.deepcopy(air).requires_grad_(False).eval()
+        reason = "the teacher of added scenes is a copy; --added-scenes 0 trains without it"
+        self.air = copied("the model", air, reason).requires_grad_(False).eval()
         pairs = [
             (ours, theirs)
             for (name, ours), theirs in zip(

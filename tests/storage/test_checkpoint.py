@@ -1,6 +1,7 @@
 """Files of weights: intact or as before, read without trust, refused in one line."""
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,25 @@ def test_weights_alone_are_loaded_with_default_settings(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(3)}, path)
     with pytest.raises(CheckpointError, match=r"contains no AIR: rnn\.weight_ih is missing"):
         load_air(path)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda air: torch.compile(air, backend="eager"),
+        lambda air: torch.optim.swa_utils.AveragedModel(air),
+        lambda air: setattr(air, "decode", torch.compile(air.decode, backend="eager")) or air,
+    ],
+    ids=["compiled", "averaged", "a compiled part"],
+)
+def test_weights_of_wrapped_models_are_loaded(
+    wrap: Callable[[AIR], torch.nn.Module], tmp_path: Path
+) -> None:
+    air = AIR()
+    save_weights(wrap(air), tmp_path / "weights.pt")
+    loaded = load_air(tmp_path / "weights.pt")
+    assert torch.equal(loaded.z_what_init, air.z_what_init)
+    assert torch.equal(loaded.predict.mlp.seq[0].weight, air.predict.mlp.seq[0].weight)
 
 
 def test_images_of_another_size_are_named(air: AIR) -> None:
