@@ -17,15 +17,10 @@ from torch import Tensor
 
 from air import AIR
 from air.marginal import MarginalAIR
-from air.tutorial.render import PAGE, SOURCE, Cell, pictures_of, render_page, run_cells, split_cells
+from air.tutorial.render import PAGE, SOURCE, pictures_of, render_page, run_cells, split_cells
 
 CELLS = split_cells(SOURCE.read_text("utf-8"))
 RIGHT = r"([\d.]+) % are counted right"
-# The least that a quick run can do without: it learns nothing, and no number of it is looked at.
-FEWER = {
-    "sizes = (200, 100) if QUICK": "sizes = (100, 30) if QUICK",
-    "STEPS = 40 if": "STEPS = 20 if",
-}
 
 
 class Run(NamedTuple):
@@ -34,10 +29,10 @@ class Run(NamedTuple):
     folder: Path
 
 
-def run_tutorial(folder: Path, cells: list[Cell] = CELLS, **environment: str) -> Run:
+def run_tutorial(folder: Path, **environment: str) -> Run:
     environment |= {"AIR_TUTORIAL_FOLDER": str(folder)}
     with mock.patch.dict(os.environ, environment), plt.rc_context(), torch.random.fork_rng():
-        names, outputs = run_cells(cells)
+        names, outputs = run_cells(CELLS)
     plt.close("all")
     return Run(names, outputs, folder)
 
@@ -45,12 +40,7 @@ def run_tutorial(folder: Path, cells: list[Cell] = CELLS, **environment: str) ->
 @pytest.mark.slow
 def test_a_quick_run(tmp_path: Path, environment: dict[str, str]) -> None:
     """One run serves all that needs one, since it takes half a minute."""
-    source = SOURCE.read_text("utf-8")
-    for of_tutorial, fewer in FEWER.items():
-        assert of_tutorial in source
-        source = source.replace(of_tutorial, fewer)
-    settings = {"AIR_TUTORIAL_QUICK": "1", "AIR_CACHE": environment["AIR_CACHE"]}
-    quick = run_tutorial(tmp_path, split_cells(source), **settings)
+    quick = run_tutorial(tmp_path, AIR_TUTORIAL_QUICK="1", AIR_CACHE=environment["AIR_CACHE"])
     check_that_the_page_shows_what_the_code_prints(quick)
     check_that_every_picture_is_drawn_and_on_the_page(quick)
     for estimator in ("score", "exact"):
