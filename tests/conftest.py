@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import os
 import signal
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,12 +50,7 @@ def _reproducible() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_call_stacks() -> Iterator[None]:
-    """Lets torch's modes of fake tensors keep no call stacks, which take a fifth of a capture.
-
-    A capture makes one mode for each tensor; a call stack is for a message about mixed modes.
-    """
-    without = mock.Mock(wraps=traceback, extract_stack=list)
-    with mock.patch("torch._subclasses.fake_tensor.traceback", without, create=True):
+    with programs.without_call_stacks():
         yield
 
 

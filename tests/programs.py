@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -40,6 +41,15 @@ def draw_no_figures() -> contextlib.AbstractContextManager[object]:
     import viz
 
     return mock.patch.object(viz, "draw_run")
+
+
+def without_call_stacks() -> contextlib.AbstractContextManager[object]:
+    """In this context, torch's modes of fake tensors keep no call stacks: half of a capture's time.
+
+    A capture makes one mode for each tensor; a call stack is for a message about mixed modes.
+    """
+    without = mock.Mock(wraps=traceback, extract_stack=list)
+    return mock.patch("torch._subclasses.fake_tensor.traceback", without, create=True)
 
 
 def start(
@@ -88,5 +98,6 @@ def _live(
         contextlib.redirect_stdout(stream),
         contextlib.redirect_stderr(stream),
         draw_no_figures(),
+        without_call_stacks(),
     ):
         sys.exit(function(*arguments))

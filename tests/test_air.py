@@ -206,12 +206,11 @@ def by_hand(
     ("num_steps", "options"),
     [
         (1, {}),
-        (2, {}),
         (3, {}),
         (3, {"use_baselines": False}),
         (3, {"use_masking": False}),
         (3, {"embed_net": None, "x_size": 9}),
-        (3, {"embed_channels": [3, 2], "embed_net": [7]}),
+        (3, {"embed_channels": [3, 2], "embed_net": [7, 5]}),
         (3, {"guide_input": "difference"}),
         (3, {"guide_input": "difference", "use_masking": False}),
         (3, {"channels": 3, "guide_input": "difference"}),
@@ -233,6 +232,9 @@ def test_elbo_and_every_gradient_equal_a_second_computation(
     num_steps: int, options: dict[str, Any]
 ) -> None:
     air = small_air(num_steps=num_steps, **options).double()
+    if air.look.looks_again:  # where h is always that of the start, zero
+        torch.nn.init.normal_(air.h_init)
+        torch.nn.init.normal_(air.bl_h_init)
     images = torch.rand(100, air.channels, air.x_size, air.x_size, dtype=torch.float64)
     images = air.likelihood.prepare(images[:, 0] if air.channels == 1 else images)
     if air.background is not None:
@@ -251,31 +253,13 @@ def test_elbo_and_every_gradient_equal_a_second_computation(
 
     assert -loss == pytest.approx(elbo.item(), rel=1e-9)
     for name, parameter in air.named_parameters():
+        if num_steps == 3 and air.use_baselines:  # each parameter is of use
+            assert ours[name] is not None, name
+            assert ours[name].abs().sum() > 0, name
         if parameter.grad is None:
             assert ours[name] is None, name
         else:
             torch.testing.assert_close(ours[name], parameter.grad, msg=name, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"embed_net": [6, 5]},
-        {"embed_channels": [3, 2]},
-        {"guide_input": "difference"},
-        {"guide_input": "glimpse"},
-    ],
-)
-def test_every_named_parameter_gets_a_gradient(options: dict[str, Any]) -> None:
-    air, images = small_air(**options), torch.rand(20, 12, 12)
-    if air.look.looks_again:  # where h is always that of the start, zero
-        torch.nn.init.normal_(air.h_init)
-        torch.nn.init.normal_(air.bl_h_init)
-    TraceGraph_ELBO().loss_and_grads(air.model, air.guide, images)
-    for name, parameter in air.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().sum() > 0, name
 
 
 def test_a_step_on_the_difference_is_a_first_step_on_what_is_left() -> None:

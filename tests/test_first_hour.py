@@ -59,7 +59,10 @@ def test_pictures_training_and_objects_in_three_commands(
     assert block
     subprocess.run(["sh", "-n"], input=block[1].encode(), check=True)
     script = block[1]
-    for of_readme, smaller in (("-scenes 3000", "-scenes 1000"), ("-n 1000", "-n 200 -b 32")):
+    for of_readme, smaller in (  # counts right from some 40 steps on
+        ("--num-scenes 3000 --num-test-scenes 500", "--num-scenes 1000 --num-test-scenes 200"),
+        ("-n 1000", "-n 80 -b 32"),
+    ):
         assert of_readme in script
         script = script.replace(of_readme, smaller)
     commands = logical_lines(script)

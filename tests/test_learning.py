@@ -14,32 +14,34 @@ SMALL_NETS = (
     "--encoder-latent-size 10 --rnn-hidden-size 64 --encoder-net 64 --decoder-net 64 "
     "--predict-net 64"
 )
-DIGITS = "-t 2 --min-gap 0 --num-scenes 2000 --num-test-scenes 300"  # which do not overlap
+FEW = "--num-scenes 1000 --num-test-scenes 200"
+MORE = "--num-scenes 2000 --num-test-scenes 300"  # without which digits from scratch are not learnt
+DIGITS = "-t 2 --min-gap 0"  # which do not overlap
 FROM_SCRATCH = (
-    f"--no-survey {DIGITS} -b 32 --x-size 32 --sides 12 16 --window-size 16 "
+    f"--no-survey {DIGITS} {MORE} -b 32 --x-size 32 --sides 12 16 --window-size 16 "
     f"--scale-prior-mean 2.2 {SMALL_NETS}"
 )
 RECIPES = [  # flags, least count accuracy, least ELBO
     (f"-n 320 -lr 4e-3 --z-pres-prior 0.05 {FROM_SCRATCH}", 0.8, None),
     # The paper's estimator, captured, which takes a third of the time of a step.
     (
-        "--estimator score -n 550 -lr 3e-3 --z-pres-prior 0.05 --bl-predict-net 64 --compile "
+        "--estimator score -n 400 -lr 3e-3 --z-pres-prior 0.05 --bl-predict-net 64 --compile "
         f"{FROM_SCRATCH}",
         0.8,
         None,
     ),
     # With what follows from the scenes: dark digits on light gradients, in the whole image.
     (
-        f"--guide image -n 180 -b 16 -lr 4e-3 {DIGITS} --counts 0 1 --x-size 24 --sides 10 14 "
-        f"--object-levels 0 0 --background gradient --background-levels 160 255 {SMALL_NETS}",
+        f"--guide image -n 180 -b 16 -lr 4e-3 {DIGITS} {FEW} --counts 0 1 --x-size 24 "
+        "--sides 10 14 --object-levels 0 0 --background gradient --background-levels 160 255 "
+        f"{SMALL_NETS}",
         0.95,
         None,
     ),
     # The same: up to four coloured sprites on gradients, by glimpses.
     (
-        "-n 100 -b 16 -lr 3e-3 --recipe dsprites --background gradient --counts 0 1 2 3 4 "
-        "--x-size 32 --sides 7 9 --min-gap 1 --num-scenes 2000 --num-test-scenes 300 "
-        f"{SMALL_NETS}",
+        "-n 60 -b 16 -lr 3e-3 --recipe dsprites --background gradient --counts 0 1 2 3 4 "
+        f"--x-size 32 --sides 7 9 --min-gap 1 {FEW} {SMALL_NETS}",
         0.95,
         None,
     ),
@@ -47,7 +49,7 @@ RECIPES = [  # flags, least count accuracy, least ELBO
     (
         f"--no-survey -n 80 -b 32 -lr 3e-3 --clip-grad-norm 100 {MANY_AT_FIRST} 50 "
         "--recipe dsprites -t 5 --x-size 36 --sides 8 9 --counts 0 1 2 3 4 --min-gap 1 "
-        "--num-scenes 2000 --num-test-scenes 300 --window-size 10 --scale-prior-mean 3.2 "
+        f"{MORE} --window-size 10 --scale-prior-mean 3.2 "
         f"--scale-prior-sd 0.5 {SMALL_NETS} --guide glimpse --likelihood-sd 0.5",
         0.9,
         None,

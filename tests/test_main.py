@@ -269,35 +269,33 @@ def test_wrong_input_ends_in_one_line_with_exit_code_2(
 
 
 @pytest.mark.slow
-def test_a_signal_during_an_evaluation_ends_the_run(
-    tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_an_evaluation_that_a_signal_ended_failing_figures_and_a_foreign_checkpoint(
+    tmp_path: Path,
+    environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """One run lives through all of them: it loses no evaluation, and names no files."""
+
     def evaluate_and_be_told_to_stop(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401
         signal.raise_signal(signal.SIGTERM)
         return evaluate(*arguments, **options)
 
-    monkeypatch.setattr("air.training.trainer.evaluate", evaluate_and_be_told_to_stop)
-    line = f"{SMALL} --output-dir run --evaluate --iwae-samples 2"
-    done = run(line, tmp_path, environment)
+    with monkeypatch.context() as patch:
+        patch.setattr("air.training.trainer.evaluate", evaluate_and_be_told_to_stop)
+        line = f"{SMALL} --output-dir run --evaluate --iwae-samples 2"
+        done = run(line, tmp_path, environment)
     assert done.returncode == 143
     assert "saved at step 4 of 4" in done.stdout
     assert not (tmp_path / "run" / "evaluation.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    monkeypatch.undo()
-    assert run("--resume run --evaluate", tmp_path, environment).returncode == 0
-    assert (tmp_path / "run" / "evaluation.json").exists()
 
-
-@pytest.mark.slow
-def test_a_foreign_checkpoint_names_no_files_and_failing_figures_cost_no_evaluation(
-    tmp_path: Path, environment: dict[str, str], caplog: pytest.LogCaptureFixture
-) -> None:
-    """And a collapse is told."""
-    line = f"{SMALL} --output-dir run --evaluate --iwae-samples 2"
     with mock.patch.object(viz, "draw_run", side_effect=RuntimeError("no such font")):
-        assert run(line, tmp_path, environment, dpi=viz.DPI).returncode == 0
+        done = run("--resume run --evaluate", tmp_path, environment, dpi=viz.DPI)
+    assert done.returncode == 0
     assert (tmp_path / "run" / "evaluation.json").exists()
     assert "could not be drawn: no such font; try: python viz.py run" in caplog.text
+
     (tmp_path / "victim.pt").write_text("precious")
     path = tmp_path / "run" / "checkpoint.pt"
     state = torch.load(path, weights_only=True)
@@ -308,7 +306,7 @@ def test_a_foreign_checkpoint_names_no_files_and_failing_figures_cost_no_evaluat
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "victim.pt").read_text() == "precious"
     assert not (tmp_path / "elsewhere").exists()
-    assert "\nWARNING: the ELBO" in done.stdout
+    assert "\nWARNING: the ELBO" in done.stdout  # a collapse is told
     assert "another --seed" in done.stdout
     assert metrics(tmp_path / "run")[-1]["alarm"]
 

@@ -1,8 +1,6 @@
 """The figures of a run, drawn from its folder alone."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +146,3 @@ def test_the_program_draws_a_run_or_says_why_not(
         said = capsys.readouterr().err
         assert said.count("\n") == 1, said
         assert name in said
-
-
-@pytest.mark.slow
-def test_the_programs_import_neither_visdom_nor_pyplot() -> None:
-    code = "import sys, main, viz; print({'visdom', 'matplotlib.pyplot'} & set(sys.modules))"
-    run = [sys.executable, "-W", "ignore", "-c", code]
-    assert subprocess.check_output(run, cwd=Path(viz.__file__).parent, text=True) == "set()\n"
