@@ -107,11 +107,15 @@ class FromSpots:
     def _with_sums(
         self, images: Tensor, known: KnownObjects, hidden: Tensor
     ) -> tuple[Tensor, KnownObjects]:
-        """A batch of images in which some are replaced by sums of others."""
+        """A batch of images in which some are replaced by sums of others.
+
+        They are fewer where scenes have many objects, of which more touch each other anyway.
+        """
         likelihood = self.air.likelihood
         painted = hidden.view(1, len(images), 1, *hidden.shape[1:]).to(images)
         alone = likelihood.cut_out(images, painted, painted.new_ones(1, len(images)))
-        sums, of_sums = make_sums(likelihood, images, alone, known)
+        number = max(1, len(images) // (2 * max(1, self.air.num_steps - 1)))
+        sums, of_sums = make_sums(likelihood, images, alone, known, number)
         k = of_sums.sure.nonzero()[:, 0]
         images = torch.cat((images[len(k) :], sums[k]))
         parts = zip(known.pick(torch.arange(len(k), len(images))), of_sums.pick(k), strict=True)

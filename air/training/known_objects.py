@@ -21,7 +21,6 @@ from air.likelihoods import PixelLikelihood
 from air.scene import first_objects
 from air.spatial_transformer import centre_of, positive_scale, where_at
 
-BATCH_PER_SUM = 4  # scenes in the batch for each sum
 TRIES = 2  # pairs of scenes that are tried for each sum
 # A sum of n objects is used only if the counts of at least this share of the batch are n, or some
 # greater number: otherwise objects are taught that do not occur.
@@ -91,7 +90,7 @@ class GivenObjects(Messenger):
 
 
 def make_sums(
-    likelihood: PixelLikelihood, images: Tensor, alone: Tensor, known: KnownObjects
+    likelihood: PixelLikelihood, images: Tensor, alone: Tensor, known: KnownObjects, number: int
 ) -> tuple[Tensor, KnownObjects]:
     """Adds scenes in pairs that are picked at random.
 
@@ -103,10 +102,11 @@ def make_sums(
         images: The batch, [B, (C,) H, H].
         alone: The objects of each image, as `PixelLikelihood.cut_out` returns them.
         known: The objects of the images.
+        number: The number of sums.
 
     Returns:
-        The sums, one for every `BATCH_PER_SUM` images and at least one, and their objects from
-        left to right. A sum is not sure if too few pairs could be added.
+        The sums, and their objects from left to right. A sum is not sure if too few pairs could be
+        added.
     """
     n, num_steps = known.present.shape
     counts, device = known.counts, images.device
@@ -116,7 +116,6 @@ def make_sums(
     usable = known.sure & (counts > 0)
     valid = usable & usable[:, None] & (counts + counts[:, None] <= most)
     valid = valid & ~torch.eye(n, dtype=torch.bool, device=device)
-    number = max(1, n // BATCH_PER_SUM)
     pairs = _valid_first(valid.flatten())[: TRIES * number]
     valid = valid.flatten()[pairs]
     mine, others = pairs // n, pairs % n

@@ -27,6 +27,7 @@ from air.support.checks import copied
 from air.support.handlers import LocalParameters, closed
 from air.training.known_objects import GivenObjects, KnownObjects, make_sums
 
+BATCH_PER_SUM = 4  # scenes in the batch for each sum
 # Merging is tried in one sixteenth of the batch: in the scenes with the closest windows.
 BATCH_PER_MERGED = 16
 BADLY_EXPLAINED = 0.5  # relative residual from which the objects of a scene are not known
@@ -81,7 +82,8 @@ class Teacher:
             size: Number of images by which every cost is multiplied.
         """
         known, alone = infer_objects(self.air, images)
-        sums, of_sums = make_sums(self.student.likelihood, images, alone, known)
+        number = max(1, len(images) // BATCH_PER_SUM)
+        sums, of_sums = make_sums(self.student.likelihood, images, alone, known, number)
         with poutine.block(), LocalParameters(), GivenObjects(of_sums, nearest=True) as given:
             self.student.guide(sums)
         of_batch = log_q.gather(1, known.counts[:, None]).sum()

@@ -10,7 +10,6 @@ from air import AIR
 from air.spatial_transformer import centre_of, where_at
 from air.training import known_objects
 from air.training.known_objects import (
-    BATCH_PER_SUM,
     DISTANCES,
     GivenObjects,
     KnownObjects,
@@ -45,7 +44,7 @@ def known_dots(images: Tensor, num_steps: int = 4) -> KnownObjects:
 def sums(air: AIR, images: Tensor, unsure: tuple[int, ...] = ()) -> tuple[Tensor, KnownObjects]:
     known = known_dots(images)
     known.sure[[*unsure]] = False
-    return make_sums(air.likelihood, images, images, known)
+    return make_sums(air.likelihood, images, images, known, max(1, len(images) // 4))
 
 
 def scenes(counts: list[int]) -> Tensor:
@@ -67,7 +66,7 @@ def test_a_sum_has_the_pixels_and_the_objects_of_two_scenes(
     images = scenes(torch.randint(0, 4, (40,)).tolist())
     images = air.likelihood.prepare(images)
     made, known = sums(air, images)
-    assert len(made) == 40 // BATCH_PER_SUM
+    assert len(made) == 40 // 4
     assert known.sure.any()
     for image, objects in zip(made[known.sure], known_dots(made[known.sure]).where, strict=True):
         assert image.max() <= 1
