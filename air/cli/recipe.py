@@ -81,8 +81,9 @@ def find_image_settings(path: Path, given: Mapping[str, Any]) -> Found:
         found["channels"] = 1, "all channels are equal"
     if seen.is_white:
         found["invert"] = True, f"the background is white ({seen.level:.0f} of 255)"
+    is_large = sizes != {(longest, longest)} or longest > MAX_SIDE
     # Without a side that is given, there is none to crop to.
-    if not given.get("crop") and (sizes != {(longest, longest)} or longest > MAX_SIDE):
+    if is_large and "x_size" not in given and not given.get("crop"):
         side = _training_side(pixels, seen, longest)
         text = f"a typical object is then {seen.side(50) * side:.0f} pixels long"
         found["x_size"] = side, text
