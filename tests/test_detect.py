@@ -387,6 +387,7 @@ def draw_squares(
 
 
 @pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("invert", [False, True])
 @pytest.mark.parametrize(
     ("height", "width", "side", "x_size"),
     [
@@ -398,9 +399,8 @@ def draw_squares(
     ],
 )
 def test_every_object_of_a_large_picture_is_found_once(
-    height: int, width: int, side: int, x_size: int, seed: int
+    height: int, width: int, side: int, x_size: int, invert: bool, seed: int
 ) -> None:
-    invert = seed % 2 == 1
     image, expected = draw_squares(height, width, side, seed)
     settings = ImageSettings(x_size=x_size, channels=1, crop=True, invert=invert)
     detection = detect_in_tiles(find_parts, ~image if invert else image, side, settings)

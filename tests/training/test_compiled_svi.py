@@ -74,25 +74,21 @@ def compare_with_eager(
 
 
 CASES: list[tuple[int, int | None, dict[str, Any]]] = [  # number of steps, batch size, options
-    (
-        2,
-        None,
-        {"likelihood": "bernoulli", "guide_input": "difference", "embed_channels": [3, 2]}
-        | {"embed_net": [5]},
-    ),
-    (2, 7, {"guide_input": "glimpse", "background_model": "pca"}),
+    (1, 3, {}),
+    (2, None, {"likelihood": "bernoulli", "embed_channels": [3, 2], "embed_net": [5]}),
+    (2, 7, {"guide_input": "difference"}),
+    (2, 3, {"guide_input": "glimpse", "background_model": "pca"}),
 ]
 
 
 @pytest.mark.parametrize(
     ("estimator", "num_steps", "batch_size", "options"),
     [
-        ("marginal", 1, 3, {}),
-        pytest.param("score", 2, 3, {}, marks=pytest.mark.slow),
+        *((estimator, *CASES[0]) for estimator in ("score", "marginal")),
         *(
             pytest.param(estimator, *case, marks=pytest.mark.slow)
             for estimator in ("score", "marginal")
-            for case in CASES
+            for case in CASES[1:]
         ),
         pytest.param("teacher", 2, 9, {"use_baselines": False}, marks=pytest.mark.slow),
     ],

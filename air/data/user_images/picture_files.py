@@ -23,6 +23,10 @@ _SUBFILE_TYPE = 254  # TIFF tag, with the flags:
 _PREVIEW, _TRANSPARENCY_MASK = 1, 4
 
 
+class PictureError(DataError):
+    """A file is no picture, or is damaged."""
+
+
 def read_picture(path: Path | str, alpha_over: str = "black") -> Iterator[tuple[str, Array]]:
     """Reads the pages of a picture file.
 
@@ -35,7 +39,7 @@ def read_picture(path: Path | str, alpha_over: str = "black") -> Iterator[tuple[
         pixels: uint8 [1, h, w] if all are grey, else [3, h, w]. 16 bits are scaled to 8.
 
     Raises:
-        DataError: If the file is not a picture, or damaged, or a page is too large.
+        PictureError: If the file is not a picture, or damaged, or a page is too large.
     """
     page = 0
     try:
@@ -56,7 +60,7 @@ def read_picture(path: Path | str, alpha_over: str = "black") -> Iterator[tuple[
                 yield (f"{path}[{page}]" if pages > 1 else str(path)), pixels
     except Exception as error:  # Pillow raises errors of many types for foreign bytes
         where = f"{path}[{page}]" if page else path
-        raise DataError(f"{where}: cannot be read as a picture: {_reason(error)}") from error
+        raise PictureError(f"{where}: cannot be read as a picture: {_reason(error)}") from error
 
 
 def is_picture(path: Path) -> bool:

@@ -35,7 +35,12 @@ from air.data.scenes import (
     split_scenes,
 )
 from air.data.user_images.array_files import holds_arrays, read_arrays
-from air.data.user_images.picture_files import COUNTS_FILE, is_picture, read_picture
+from air.data.user_images.picture_files import (
+    COUNTS_FILE,
+    PictureError,
+    is_picture,
+    read_picture,
+)
 from air.data.user_images.preparation import (
     ImageSettings,
     Placement,
@@ -144,8 +149,8 @@ def source_images(
     try:
         for i in sample_indices(len(sample), most or len(sample)):
             yield from read_picture(sample[i], settings.alpha_over)
-    except DataError as error:
-        raise (_damaged(files) if most else None) or error from error
+    except PictureError as error:
+        raise _damaged(files) if most else error from error
 
 
 def sample_images(path: Path | str, settings: ImageSettings, most: int) -> list[Array]:
@@ -239,8 +244,8 @@ def _read_pictures(path: Path, settings: ImageSettings, hold_out_all: bool) -> d
                 held_out.append(_is_held_out(path, file))
                 _check_same_size(path, images[0], images[-1])
                 check_size(str(path), len(images) * images[0].pixels.nbytes)
-    except DataError as error:
-        raise _damaged(files) or error from error
+    except PictureError as error:
+        raise _damaged(files) from error
     x = np.stack(_in_same_channels([image.pixels for image in images]))
     arrays = {"x": x} if None in counts else {"x": x, "counts": np.array(counts)}
     if not any(held_out):
@@ -255,20 +260,20 @@ def _read_pictures(path: Path, settings: ImageSettings, hold_out_all: bool) -> d
     }
 
 
-def _damaged(files: Sequence[Path]) -> DataError | None:
-    """An error about all damaged pictures of a folder; None if there are none."""
+def _damaged(files: Sequence[Path]) -> DataError:
+    """The error about all damaged pictures of a folder that has some."""
     errors = []
     for file in files:
         try:
             for _ in read_picture(file):
                 pass
-        except DataError as error:
+        except PictureError as error:
             errors.append(str(error))
     more = f"; and {len(errors) - MAX_NAMED} more" if len(errors) > MAX_NAMED else ""
     text = "; ".join(errors[:MAX_NAMED]) + more
     if len(errors) > 1:
         text = f"{len(errors)} of {len(files)} pictures cannot be read: {text}"
-    return DataError(text) if errors else None
+    return DataError(text)
 
 
 def _check_same_size(path: Path, first: PreparedImage, other: PreparedImage) -> None:
