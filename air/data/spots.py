@@ -73,21 +73,21 @@ class SpotFinder(NamedTuple):
             found.append(Spots(boxes, areas, np.array(worths), len(spots) == len(other)))
         return found
 
-    def hide(self, images: Array) -> Array:
-        """The pixels in the boxes of spots and beside them, bool [N, H, H]."""
+    def hide(self, images: Array, found: Sequence[Spots]) -> Array:
+        """The pixels in the boxes of the spots found in images and beside them, bool [N, H, H]."""
         hidden = np.zeros((len(images), *images.shape[-2:]), bool)
-        for image, spots in zip(hidden, self(images), strict=True):
+        for image, spots in zip(hidden, found, strict=True):
             for x0, y0, x1, y1 in spots.boxes:
                 image[max(y0 - 1, 0) : y1 + 1, max(x0 - 1, 0) : x1 + 1] = True
         return hidden
 
-    def cover(self, images: Array) -> Array:
-        """The pixels of spots, and those that touch them, bool [N, H, H]."""
+    def cover(self, images: Array, found: Sequence[Spots]) -> Array:
+        """The pixels of the spots found in images, and those that touch them, bool [N, H, H]."""
         from scipy import ndimage
 
         off = _blur(deviations(images, self.picture).max(1), self.blur)
         spots = _fill_holes(off > self.thresholds[0])
-        return ndimage.binary_dilation(spots, _in_plane(corners=True)) & self.hide(images)
+        return ndimage.binary_dilation(spots, _in_plane(corners=True)) & self.hide(images, found)
 
     def _join(self, parts: list["_Part"]) -> list["_Part"]:
         """Parts without specks, in which small ones are joined to a larger one beside them."""

@@ -142,7 +142,7 @@ class FromSpots:
         sure = torch.tensor([spots.sure and len(spots) <= air.num_steps for spots in found])
         like = air.h_init
         known = KnownObjects(present.to(like), where.to(like), sure.to(like.device))
-        return known, torch.from_numpy(self.find.cover(pixels)).to(like.device)
+        return known, torch.from_numpy(self.find.cover(pixels, found)).to(like.device)
 
 
 def with_noise(known: KnownObjects, keep_centre: bool) -> KnownObjects:

@@ -55,7 +55,8 @@ def make_phases(
     finder = cache(lambda: fit_finder(pixels))  # takes a second, and not every training needs it
     background = air.background
     if background and not background.fitted and len(images) >= MIN_SAMPLE:
-        background.fit(air.to_images(sample), torch.from_numpy(finder().hide(pixels)))
+        hidden = finder().hide(pixels, finder()(pixels))
+        background.fit(air.to_images(sample), torch.from_numpy(hidden))
     if settings.spot_steps and len(images):
         spots = FromSpots(air, finder())
         svi = make_svi(spots.model, spots.guide, compile=False)  # too short a phase for that

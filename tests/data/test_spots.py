@@ -118,7 +118,7 @@ def test_spots_are_hidden_with_one_pixel_around() -> None:
     expected = np.zeros(x.shape, bool)
     expected[0, 9:21, 7:17] = expected[1, :6, 19:26] = expected[1, 29:, :8] = True
     finder = SpotFinder(None, 0.0, (50.0, 90.0), 50.0, 8.0, True, 1.0)
-    np.testing.assert_array_equal(finder.hide(x), expected)
+    np.testing.assert_array_equal(finder.hide(x, finder(x)), expected)
 
 
 def test_the_cover_is_the_spots_and_what_touches_them() -> None:
@@ -129,7 +129,7 @@ def test_the_cover_is_the_spots_and_what_touches_them() -> None:
     expected = np.zeros(x.shape, bool)
     expected[0, 9:19, 19:29] = True
     finder = SpotFinder(None, 0.0, (50.0, 90.0), 50.0, 8.0, True, 1.0)
-    assert np.array_equal(finder.cover(x), expected)
+    assert np.array_equal(finder.cover(x, finder(x)), expected)
 
 
 def test_images_without_objects_have_no_spots() -> None:
