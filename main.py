@@ -22,17 +22,15 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 
-import multi_mnist
-import viz
-from air import AIR
-from air.cli.config import Config, check_config, config_hints, resolve_config
+from air import AIR, multi_mnist, viz
+from air.cli.config import Config, as_restarted, check_config, config_hints, resolve_config
 from air.cli.device import pick_device, torch_settings_of_a_run
 from air.cli.errors import explained_errors
 from air.cli.flags import build_parser, settings_named_by_flag
 from air.cli.progress import ProgressBar
 from air.cli.recipe import Found, describe, find_image_settings, find_settings, is_surveyed
 from air.cli.recorder import Recorder, SilentRecorder, final_evaluations, restore_trainer
-from air.data.scenes import DataError
+from air.data.scenes import DataError, SceneSplits
 from air.data.survey import data_hints, survey
 from air.data.user_images.sources import load_data
 from air.evaluation import HeldOut
@@ -71,7 +69,7 @@ def main(
     ):
         logging.basicConfig(format="%(levelname)s: %(message)s")
         parser = build_parser(__doc__ or "")
-        cli_args = vars(parser.parse_args(argv))
+        cli_args = as_restarted(vars(parser.parse_args(argv)))
         with explained_errors(parser) as run_begins, ExitStack() as exit_stack:
             saved = read_saved(cli_args, exit_stack)
             found = survey_source(cli_args)
@@ -131,7 +129,7 @@ def check_steps(config: Config, saved: Saved) -> None:
         )
 
 
-def load_scenes(config: Config) -> multi_mnist.SceneSplits:
+def load_scenes(config: Config) -> SceneSplits:
     """The scenes of --data, or those that the flags describe, which are generated if need be."""
     try:
         if config.program.data:
@@ -153,9 +151,7 @@ def survey_source(cli_args: Mapping[str, Any]) -> Found:
     return find_image_settings(Path(cli_args["data"]), cli_args)
 
 
-def survey_scenes(
-    cli_args: Mapping[str, Any], of_source: Found, scenes: multi_mnist.SceneSplits
-) -> Found:
+def survey_scenes(cli_args: Mapping[str, Any], of_source: Found, scenes: SceneSplits) -> Found:
     """All settings that follow from a survey of the training scenes; prints them."""
     if not is_surveyed(cli_args):
         if cli_args.get("suggest"):
@@ -168,7 +164,7 @@ def survey_scenes(
     return found
 
 
-def show_hints(config: Config, scenes: multi_mnist.SceneSplits) -> None:
+def show_hints(config: Config, scenes: SceneSplits) -> None:
     """Warns of settings and scenes that are probably not what the user means."""
     on_black = config.model.background_model == "none"
     hints = [
@@ -181,7 +177,7 @@ def show_hints(config: Config, scenes: multi_mnist.SceneSplits) -> None:
 
 def build_trainer(
     config: Config,
-    scenes: multi_mnist.SceneSplits,
+    scenes: SceneSplits,
     device: torch.device,
     nets: NetFactory | None = None,
     compiler: Compiler = inductor,

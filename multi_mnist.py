@@ -18,7 +18,6 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,11 +35,11 @@ from air.data.synthetic.digits import (
     resize_digit,
     rotate_digit,
 )
-from air.data.synthetic.scene_settings import SceneSettings
+from air.data.synthetic.scene_settings import FolderSettings, SceneSettings
 from air.data.synthetic.sprites import SHAPES, draw_sprite, tint
 from air.data.user_images.picture_files import write_pictures
 from air.data.user_images.sources import HELD_OUT_FOLDER, load_data
-from air.support.fields import add_flags, check_settings, from_config, setting, settings_of
+from air.support.fields import add_flags, from_config, settings_of
 from air.terminal.signals import exit_code, interrupt_on_signals
 from air.terminal.streams import steady_streams
 
@@ -253,28 +252,6 @@ def load_scenes(
         return load_data(path)
     except DataError as error:
         raise DataError(f"{error}; delete the file to make the scenes again") from error
-
-
-@dataclass(frozen=True)
-class FolderSettings:
-    """Where digits and scenes are kept."""
-
-    mnist_dir: str | None = setting(
-        None,
-        "folder with MNIST's IDX files (default: download them)",
-        metavar="DIR",
-        on_resume="free",
-    )
-    cache_dir: str | None = setting(
-        None,
-        "folder of cached scenes (default: $AIR_CACHE or ~/.cache/air)",
-        metavar="DIR",
-        only_in="multi_mnist.py",
-        on_resume="forget",
-    )
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -42,9 +42,13 @@ Then training: air/training/trainer.py, air/training/svi.py, main.py. Beyond the
 One floor down: `support` (plumbing below the model), `data`, `evaluation`, `storage` (checkpoints,
 run folders), `training`, `visualization`, `cli` (flags, errors), `terminal` (signals, streams) and
 `tutorial`. Imports run downwards only.
+
+`main.py`, `modules.py`, `multi_mnist.py` and `viz.py`, which lie beside this folder, are modules of
+it too: `from air.modules import Encoder` works where another `modules.py` comes first on the path.
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,6 +64,7 @@ _MODULES = {
     "window_boxes": "air.spatial_transformer",
     "window_to_image": "air.spatial_transformer",
 }
+__path__.append(str(Path(__file__).parents[1]))  # for `air.main`, `air.modules`, ...
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

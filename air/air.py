@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from air.background import Background
 from air.likelihoods import make_likelihood
 from air.looks import Place, make_look
+from air.modules import MLP, Decoder, Encoder, ImageLSTMCell, Predict, Projection, make_embed
 from air.priors import (
     DEFAULT_COUNT_RATIO,
     PresencePrior,
@@ -33,7 +34,6 @@ from air.support.handlers import register_parameters
 from air.support.images import as_batch, check_range, to_intensities
 from air.support.model_settings import ModelSettings, NetFactory
 from air.support.subsampling import subsample_indices
-from modules import MLP, Decoder, Encoder, ImageLSTMCell, Predict, Projection, make_embed
 
 Latents = tuple[list[Tensor], list[Tensor]]  # z_where, T times [B, 3]; z_pres, T times [B, 1]
 

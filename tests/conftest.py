@@ -57,7 +57,7 @@ def _no_call_stacks() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _digits_are_unpacked_once() -> Iterator[None]:
     """Which every run does that generates scenes, and takes a fifth of a short one."""
-    import multi_mnist
+    from air import multi_mnist
 
     cached = functools.cache(multi_mnist.load_embedded)
     with mock.patch.object(multi_mnist, "load_embedded", cached):

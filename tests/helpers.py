@@ -87,7 +87,7 @@ def run(
 
     It is drawn only where a resolution is given.
     """
-    import viz
+    from air import viz
     from main import main  # here, for most tests do without
 
     said, complained, code = io.StringIO(), io.StringIO(), 0

@@ -38,7 +38,7 @@ def default_signals() -> None:
 
 def draw_no_figures() -> contextlib.AbstractContextManager[object]:
     """In this context, runs are not drawn, which takes most of the time of a short one."""
-    import viz
+    from air import viz
 
     return mock.patch.object(viz, "draw_run")
 

@@ -24,9 +24,9 @@ from air.background import SCALES, Background
 from air.likelihoods import FLIP_PROB, BernoulliLikelihood
 from air.looks import Glimpse
 from air.marginal import MarginalAIR
+from air.modules import ImageLSTMCell
 from air.priors import geometric_presence
 from air.support.handlers import LocalParameters
-from modules import ImageLSTMCell
 
 
 class RecordedChoices(Messenger):

@@ -40,7 +40,7 @@ def module_of(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it."""
+    """Every module that a file imports, anywhere in it; those beside `air` by their own names."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -51,12 +51,14 @@ def imports(path: Path) -> set[str]:
             inner = [f"{node.module}.{alias.name}" for alias in node.names]
             modules = [name for name in inner if is_module(name)]
             names |= {*modules} or {node.module or ""}
-    return names
+    beside = {f"air.{path.stem}": path.stem for path in ROOT.glob("*.py")}
+    return {beside.get(name, name) for name in names}
 
 
 def is_module(name: str) -> bool:
     path = ROOT.joinpath(*name.split("."))
-    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+    files = (path.with_suffix(".py"), path / "__init__.py", ROOT / path.with_suffix(".py").name)
+    return any(file.is_file() for file in files)
 
 
 def floor(room: str) -> int:

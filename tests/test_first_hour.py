@@ -16,7 +16,7 @@ from helpers import ROOT, run
 from PIL import Image
 
 import air.detect
-import multi_mnist
+from air import multi_mnist
 
 pytestmark = pytest.mark.slow
 

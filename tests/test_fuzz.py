@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import main
-import multi_mnist
+from air import multi_mnist
 from air.cli.config import Config, resolve_config
 from air.cli.recorder import Recorder
 from air.data.scenes import LABELS, DataError

@@ -29,7 +29,7 @@ from helpers import (
     write_scenes,
 )  # fmt: skip
 
-import viz
+from air import viz
 from air.evaluation.metrics import evaluate
 from air.priors import presence_from_counts
 from air.storage.run_folder import RunFolder

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import conv2d
 
-from modules import MLP, ConvEmbed, Decoder, Encoder, ImageLSTMCell, Predict, make_embed
+from air.modules import MLP, ConvEmbed, Decoder, Encoder, ImageLSTMCell, Predict, make_embed
 
 
 @pytest.mark.parametrize("n", [1, 6])

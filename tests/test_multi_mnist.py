@@ -19,12 +19,12 @@ import pytest
 from helpers import ROOT, write_idx
 from PIL import Image
 
-import multi_mnist
+from air import multi_mnist
 from air.data.scenes import Array
 from air.data.synthetic.digits import load_embedded, resize_digit
 from air.data.synthetic.sprites import SHAPES
 from air.data.user_images.sources import load_data
-from multi_mnist import DataError, Scenes, SceneSettings, load_scenes
+from air.multi_mnist import DataError, Scenes, SceneSettings, load_scenes
 
 MNIST = ROOT.parent / "shared" / "mnist"
 SMALL = partial(SceneSettings, num_scenes=300, num_test_scenes=40)
@@ -433,7 +433,8 @@ def test_a_damaged_cache_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_a_process_killed_while_writing_leaves_no_file(end: signal.Signals, tmp_path: Path) -> None:
     code = f"""import signal, sys, time; sys.path.insert(0, {str(ROOT)!r})
-import multi_mnist, numpy
+import numpy
+from air import multi_mnist
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 numpy.save = lambda file, array, allow_pickle: print(file.write(b"x"), flush=True) or time.sleep(60)
 multi_mnist.main("--out out.npz --cache-dir . --num-scenes 300 --num-test-scenes 40".split())"""

@@ -117,6 +117,31 @@ def test_the_package_and_its_commands_work_in_another_folder_without_slow_import
     assert "--load" in "".join(shown)
 
 
+def test_files_with_the_names_of_ours_are_never_taken_for_ours(
+    installed: Path, tmp_path: Path
+) -> None:
+    """Also where the program imports its own first."""
+    names = [path.stem for path in ROOT.glob("*.py")]
+    for name in names:
+        (tmp_path / f"{name}.py").write_text("OWN = True\n")
+    own = f"import {', '.join(names)}\n"
+    code = f"""{own}from air import AIR
+import pickle, runpy, sys
+from air.main import main
+from air.multi_mnist import load_scenes
+assert all(sys.modules[name].OWN for name in {names!r})
+air = AIR(num_steps=1, x_size=8, window_size=4, z_what_size=2, rnn_hidden_size=4)
+assert type(pickle.loads(pickle.dumps(air)).encode) is type(air.encode)
+for run in (lambda: main(["--help"]), lambda: runpy.run_module("air.detect", run_name="__main__")):
+    sys.argv = ["air", "--help"]
+    try:
+        run()
+    except SystemExit as ended:
+        print("ended", ended.code)"""
+    printed = elsewhere(installed, tmp_path, code).splitlines()
+    assert printed.count("ended 0") == 2
+
+
 def test_the_citation_has_the_version_and_licence_of_the_package() -> None:
     fields = dict(re.findall(r"^(\w+): (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M))
     assert (fields["version"], fields["license"]) == (PROJECT["version"], PROJECT["license"])

@@ -10,7 +10,7 @@ import pytest
 from helpers import EVALUATION, NAMES, RECORDS, make_snapshot
 from PIL import Image, ImageSequence
 
-import viz
+from air import viz
 from air.storage.run_folder import RunFolder
 from air.training.events import Evaluated
 from air.visualization import drawing

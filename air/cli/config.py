@@ -8,13 +8,15 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from air.cli.flags import DEFAULTS, FLAGS, SETTINGS, ProgramSettings, settings_named_by_flag
+from air.data.synthetic.scene_settings import FolderSettings, SceneSettings
 from air.data.user_images.preparation import ImageSettings
 from air.storage.checkpoint import CheckpointError
 from air.storage.files import check_output_file
+from air.storage.run_folder import RunFolder
 from air.support.fields import from_config, settings_of
 from air.support.model_settings import ModelSettings
+from air.training.ranks import restarts
 from air.training.training_settings import TrainingSettings
-from multi_mnist import FolderSettings, SceneSettings
 
 COMPILE_MIN_STEPS = 5000  # some 2,500 steps save the time that compiling takes (tests/benchmarks)
 FlatConfig = dict[str, Any]  # values by key, as JSON has them, in config.json and checkpoints
@@ -103,6 +105,14 @@ def resolve_config(
         folders=_part(FolderSettings, flat),
         found=tuple(run.get("found", [key for key in found if key not in cli_args])),
     )
+
+
+def as_restarted(cli_args: FlatConfig) -> FlatConfig:
+    """The flags, with --resume if torchrun has restarted this command, which has saved its run."""
+    folder = cli_args.get("output_dir")
+    if restarts() and folder and RunFolder(Path(folder)).checkpoint.is_file():
+        return {"resume": folder, **cli_args}
+    return cli_args
 
 
 def _part(cls: type[T], flat: Mapping[str, Any]) -> T:

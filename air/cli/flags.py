@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
+from air.data.synthetic.scene_settings import FolderSettings, SceneSettings
 from air.data.user_images.preparation import ImageSettings
 from air.support.fields import Setting, SettingError, check_settings, setting, settings_of
 from air.support.model_settings import ModelSettings
 from air.training.ranks import rank, world_size
 from air.training.training_settings import TrainingSettings
-from multi_mnist import FolderSettings, SceneSettings
 
 _input = partial(setting, group="data", common=True)
 _evaluation = partial(setting, group="evaluation", on_resume="free")

@@ -27,7 +27,11 @@ def joined_ranks() -> Iterator[None]:
         yield
         return
     has_gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo")
+    # Keys of an earlier attempt of torchrun, with addresses of ended processes, are left aside.
+    store, own_rank, number = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"attempt_{restarts()}", store)  # type: ignore[attr-defined]
+    backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=number)
     try:
         yield
     except BaseException:
@@ -35,6 +39,11 @@ def joined_ranks() -> Iterator[None]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def restarts() -> int:
+    """How often torchrun has started this process again, after one had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def _is_joined() -> bool:

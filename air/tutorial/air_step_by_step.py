@@ -38,7 +38,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, grid_sample, softplus
 
-from multi_mnist import SceneSettings, load_scenes
+from air.multi_mnist import SceneSettings, load_scenes
 
 QUICK = os.environ.get("AIR_TUTORIAL_QUICK") == "1"  # seconds instead of minutes, to try the code
 BATCH = 8 if QUICK else 64

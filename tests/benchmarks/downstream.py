@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is n
 from air import AIR
 from air.detect import load_air
 from air.inference import infer
+from air.multi_mnist import Scenes, SceneSettings, load_scenes
 from air.priors import at_least_probs
 from air.storage.checkpoint import read_weights
-from multi_mnist import Scenes, SceneSettings, load_scenes
 
 Array = NDArray[Any]
 

@@ -132,7 +132,7 @@ def test_a_read_only_folder_is_found_before_training(
 @pytest.mark.parametrize(
     "function",
     [
-        "multi_mnist.draw_background",
+        "air.multi_mnist.draw_background",
         "zipfile.ZipFile.open",
         "air.evaluation.metrics.importance_weighted_bound",
     ],

@@ -14,8 +14,8 @@ from air.cli.recipe import MAX_STEPS, Found, describe, find_image_settings, find
 from air.data.scenes import Array, Scenes, SceneSplits
 from air.data.survey import survey
 from air.data.user_images.picture_files import write_pictures
+from air.multi_mnist import SceneSettings, load_scenes
 from air.training.from_spots import MARGIN
-from multi_mnist import SceneSettings, load_scenes
 
 
 def settings(x: Array, counts: Array | None = None, **given: object) -> dict[str, Any]:

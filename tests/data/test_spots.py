@@ -5,7 +5,7 @@ import pytest
 
 from air.data.scenes import Array
 from air.data.spots import SpotFinder, fit_finder
-from multi_mnist import SceneSettings, load_scenes
+from air.multi_mnist import SceneSettings, load_scenes
 
 SIDE = 40
 

@@ -115,7 +115,7 @@ def test_a_signal_before_training_ends_in_one_line(
     tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "multi_mnist.load_scenes", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+        "air.multi_mnist.load_scenes", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
     )
     done = run(LINE, tmp_path, environment)
     assert done.returncode == 143

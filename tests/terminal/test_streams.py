@@ -19,7 +19,7 @@ from helpers import ROOT, SMALL, broken_pipe
 from tqdm import tqdm
 
 import main
-import viz
+from air import viz
 from air.terminal.streams import steady_streams
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")

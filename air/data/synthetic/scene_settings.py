@@ -1,4 +1,4 @@
-"""The settings of the scenes that `multi_mnist` makes."""
+"""The settings of the scenes that `multi_mnist` makes, and of the folders that it uses."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -145,3 +145,25 @@ class SceneSettings:
     def min_distance(self) -> int:
         """Minimum distance of centres along both axes, in pixels; of objects of equal sides."""
         return APART_DISTANCE if self.recipe == "apart" else 0
+
+
+@dataclass(frozen=True)
+class FolderSettings:
+    """Where digits and scenes are kept."""
+
+    mnist_dir: str | None = setting(
+        None,
+        "folder with MNIST's IDX files (default: download them)",
+        metavar="DIR",
+        on_resume="free",
+    )
+    cache_dir: str | None = setting(
+        None,
+        "folder of cached scenes (default: $AIR_CACHE or ~/.cache/air)",
+        metavar="DIR",
+        only_in="multi_mnist.py",
+        on_resume="forget",
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.random import PCG64, Generator
 
-import multi_mnist
+from air import multi_mnist
 from air.data.synthetic.backgrounds import BackgroundKind, draw_background
-from multi_mnist import SceneSettings, load_scenes
+from air.multi_mnist import SceneSettings, load_scenes
 
 KINDS = get_args(BackgroundKind)
 

@@ -21,7 +21,7 @@ from air.data.synthetic.digits import (
     resize_digit,
     rotate_digit,
 )
-from multi_mnist import SceneSettings, load_scenes
+from air.multi_mnist import SceneSettings, load_scenes
 
 SMALL = partial(SceneSettings, num_scenes=300, num_test_scenes=40)
 TRAIN_IMAGES, _, TEST_IMAGES, TEST_LABELS = MNIST_FILES
