@@ -8,12 +8,20 @@ The live page is in `air.visualization.dashboard`.
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+try:
+    import matplotlib as _  # noqa: F401
+except ValueError:  # a notebook's backend, which `!python main.py` inherits, is not installed here
+    del os.environ["MPLBACKEND"]
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        del sys.modules[name]  # the parts of the import that failed
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -57,11 +57,19 @@ def distribution(installed: Path) -> PathDistribution:
 
 
 def elsewhere(installed: Path, folder: Path, code: str) -> str:
-    """The output of Python in another folder, where only the installed copy can be imported."""
+    """The output of Python in another folder, where only the installed copy can be imported.
+
+    The backend of matplotlib is one that is not installed, as in the shell of a notebook.
+    """
+    environment = {
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "PATH": "",
+        "HOME": str(folder),
+    }
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
-        env={"PYTHONPATH": str(installed), "PATH": "", "HOME": str(folder)},
+        env={"PYTHONPATH": str(installed), **environment},
         capture_output=True,
         text=True,
     )
