@@ -36,6 +36,7 @@ Then training: air/training/trainer.py, air/training/svi.py, main.py. Beyond the
     air/scene.py                what a pass of the guide returns
     air/refinement.py           better scenes than those of one pass
     air/training/phases.py      which objective until which step
+    air/training/objectives.py  importance-weighted bounds, wake-sleep, other estimators
     air/training/teacher.py     sums of scenes teach the guide to count
     air/detect.py               the command line of inference
 

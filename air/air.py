@@ -62,7 +62,15 @@ class GuideState(NamedTuple):
 class AIR(nn.Module):
     """Attend, Infer, Repeat: `model` and `guide` for ``pyro.infer.SVI``.
 
-    Pixels have intensities in [0, 1].
+    Pixels have intensities in [0, 1]. With Pyro's losses, `model` and `guide` mean:
+
+    - ``TraceGraph_ELBO()``: the paper's, a score function for z_pres with a learnt baseline.
+    - ``Trace_ELBO()``: the same expected gradient, without the baseline: far noisier.
+    - ``RenyiELBO(num_particles=K)``: the importance-weighted bound, with weights for each image,
+      but again without a baseline. `air.training.objectives` has this bound with the count summed
+      out. Particles cannot be vectorised.
+    - ``TraceEnum_ELBO()``: as ``Trace_ELBO()``, since no site of AIR is marked for enumeration.
+    - ``ReweightedWakeSleep()``: weighs whole batches instead of images; take `objectives.rws`.
 
     Args:
         *args: As `ModelSettings`, which explains each argument and has the defaults.

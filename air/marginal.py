@@ -9,11 +9,14 @@ where z_t is (z_where_t, z_what_t). Its expectation is AIR's own ELBO. No z_pres
 score-function gradient and no baseline are needed. The first sum costs T + 1 sums over pixels and
 no further pass through a net. In Pyro, `poutine.scale` weights each object by q(n >= t), and a
 `pyro.factor` adds the first sum. Section 11 of ``air/tutorial`` derives it.
+
+`sample_paths` returns the terms themselves, for several runs of the guide: the bounds of
+`air.evaluation` and the objectives of `air.training.objectives` are functions of them.
 """
 
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -25,8 +28,14 @@ from torch import Tensor
 from air.air import AIR, Latents
 from air.priors import PresencePrior, check_presence_prior, count_log_probs
 from air.support.checks import check_call
+from air.support.handlers import LocalParameters
 
 CountTerm = Callable[[Tensor, Tensor, int], None]  # of images, log q(n), and the size of the data
+
+NEEDS_MASKING = (
+    "the exact expectation over the count needs masking, because finished steps must cost nothing; "
+    "without masking, use the score function (--estimator score)"
+)
 
 
 class AllStepsActive(Messenger):
@@ -37,11 +46,12 @@ class AllStepsActive(Messenger):
 
     Args:
         use_means: Whether z_where and z_what are their means instead of samples.
+        detach: Whether no gradient flows through their samples.
     """
 
-    def __init__(self, use_means: bool = False) -> None:
+    def __init__(self, use_means: bool = False, detach: bool = False) -> None:
         super().__init__()
-        self.use_means = use_means
+        self.use_means, self.detach = use_means, detach
         self.presence: list[Tensor] = []  # q_t, T times [B, 1]
         self._at_least: Any = 1.0  # q(n >= t), [B]
 
@@ -55,13 +65,17 @@ class AllStepsActive(Messenger):
             msg["scale"] = msg["scale"] * self._at_least
             if self.use_means:
                 msg["value"], msg["done"] = msg["fn"].mean, True
+            elif self.detach:
+                msg["value"], msg["done"] = msg["fn"].sample().detach(), True
 
 
 class MarginalAIR:
     """`model` and `guide` for SVI, which train an AIR with its count summed out.
 
     They take the arguments of `AIR.model` and `AIR.guide`. They never use the baseline, so an AIR
-    with ``use_baselines=False`` is faster.
+    with ``use_baselines=False`` is faster. ``TraceGraph_ELBO()`` and ``Trace_ELBO()`` give the same
+    loss and gradient. ``RenyiELBO(num_particles=K)`` is valid, but looser than the bound of
+    `air.training.objectives`: each weight is the exponential of a path's ELBO.
 
     Args:
         air: The model.
@@ -73,10 +87,7 @@ class MarginalAIR:
 
     def __init__(self, air: AIR, count_term: CountTerm | None = None) -> None:
         if not air.use_masking:
-            raise ValueError(
-                "the exact expectation over the count needs masking, because finished steps must "
-                "cost nothing; without masking, use the score function (--estimator score)"
-            )
+            raise ValueError(NEEDS_MASKING)
         self.air = air
         self.count_term = count_term
 
@@ -121,9 +132,87 @@ class MarginalAIR:
                     objects.append(air.sample_object(t, always))
             painted = air.paint(*zip(*objects, strict=True))
             empty = torch.zeros_like(images) if background is None else background
-            canvases = accumulate(painted.unbind(), air.likelihood.add, initial=empty)
-            log_likelihoods = [air.likelihood.log_prob(images, canvas) for canvas in canvases]
-            terms = torch.stack(log_likelihoods, 1) + log_prior - log_q
+            terms = _log_likelihoods(air, images, painted, empty) + log_prior - log_q
             pyro.factor("obs", (log_q.exp() * terms).sum(1))
         if self.count_term is not None:
             self.count_term(images, log_q, num_images or len(data))
+
+
+class Paths(NamedTuple):
+    """K runs of the guide for each of B images, with every step active; for each, all counts n.
+
+    Each part is [B, K, T + 1], n = 0..T. The background counts as part of z_1..n.
+    """
+
+    log_p: Tensor  # log p(x | z_1..n) + log p(z_1..n) + log p(n)
+    log_q_z: Tensor  # log q(z_1..n | x)
+    log_q: Tensor  # log q(n | x, z_1..n)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """The logarithm of p(x, n, z_1..n) / q(z_1..n | x); summed over n, it estimates p(x)."""
+        return self.log_p - self.log_q_z
+
+
+def sample_paths(
+    air: AIR,
+    images: Tensor,
+    z_pres_prior_p: PresencePrior | None = None,
+    num_paths: int = 1,
+    detach: bool = False,
+) -> Paths:
+    """Runs the guide `num_paths` times for each image, in one batch.
+
+    Args:
+        air: The model.
+        images: As `AIR.to_images` returns them, [B, (C,) H, H].
+        z_pres_prior_p: As for `AIR.guide`.
+        num_paths: The number of runs K.
+        detach: Whether no gradient flows through the samples of z.
+
+    Raises:
+        ValueError: If the AIR does not use masking.
+    """
+    if not air.use_masking:
+        raise ValueError(NEEDS_MASKING)
+    repeated, steps = images.repeat_interleave(num_paths, 0), AllStepsActive(detach=detach)
+    n, times = len(repeated), range(air.num_steps)
+
+    def objects() -> None:
+        if air.background is not None:
+            air.background.model(images, n)
+        for t in times:
+            air.sample_object(t, images.new_ones(n, 1))
+
+    with poutine.block(), LocalParameters():
+        guide: Any = poutine.trace(steps(air.guide)).get_trace(repeated)
+        model: Any = poutine.trace(poutine.replay(objects, guide)).get_trace()
+
+    def log_probs(trace: Any) -> Tensor:  # noqa: ANN401
+        """Of the first n objects, [B * K, T + 1]."""
+        sites = {
+            name: node["fn"].log_prob(node["value"])
+            for name, node in trace.nodes.items()
+            if node["type"] == "sample" and name.startswith("z_")
+        }
+        each = [sites[f"z_where_{t}"] + sites[f"z_what_{t}"] for t in times]
+        background = sites.get("z_background", torch.zeros_like(each[0]))
+        return torch.stack([background, *each], 1).cumsum(1)
+
+    values = {name: node.get("value") for name, node in guide.nodes.items()}
+    painted = air.paint(*([values[f"{z}_{t}"] for t in times] for z in ("z_where", "z_what")))
+    canvas = torch.zeros_like(repeated)
+    if air.background is not None:
+        canvas = air.background.paint(values["z_background"])
+    presence = torch.stack([images.new_ones(()) * p for p in air.presence(z_pres_prior_p)])
+    log_likelihoods = _log_likelihoods(air, repeated, painted, canvas)
+    log_p = log_likelihoods + log_probs(model) + count_log_probs(presence)
+    log_q = count_log_probs(torch.cat(steps.presence, 1))
+    parts = (log_p, log_probs(guide), log_q)
+    return Paths._make(part.view(len(images), num_paths, -1) for part in parts)
+
+
+def _log_likelihoods(air: AIR, images: Tensor, painted: Tensor, background: Tensor) -> Tensor:
+    """For n = 0..T, log p(x | z_1..n), [B, T + 1], of painted objects [T, B, (C,) H, H]."""
+    canvases = accumulate(painted.unbind(), air.likelihood.add, initial=background)
+    return torch.stack([air.likelihood.log_prob(images, canvas) for canvas in canvases], 1)

@@ -94,8 +94,8 @@ def test_table_counts_every_seed_and_runs_none_twice(tmp_path: Path) -> None:
     header, _, ours, *published = said.splitlines()
     assert cells(ours)[:2] == ["marginal", "2, of which 1 ended in an error"]
     assert cells(ours)[3:5] == ["an error", "0 of 2"]
-    assert len(cells(header)) == len(cells(ours)) == 11
-    assert all(len(cells(row)) == 11 for row in published if row)
+    assert len(cells(header)) == len(cells(ours)) == 12
+    assert all(len(cells(row)) == 12 for row in published if row)
 
     (taken / "mine.txt").unlink()
     (whole / "evaluation.json").unlink()  # as if it had been stopped before it

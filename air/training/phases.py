@@ -1,8 +1,8 @@
 """The phases of training: which objective until which step.
 
 1. With `spot_steps`, the objects are those that a threshold sees.
-2. The ELBO, by the estimator of the settings.
-3. With `added_scenes`, the ELBO and the teacher of the count; the guide should count well by then.
+2. The objective of the settings, by their estimator.
+3. With `added_scenes`, the same and the teacher of the count; the guide should count well by then.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +15,10 @@ from torch import Tensor
 from air.air import AIR
 from air.data.scenes import sample_indices
 from air.data.spots import fit_finder
-from air.marginal import MarginalAIR
+from air.marginal import CountTerm, MarginalAIR
 from air.support.images import to_bytes
 from air.training.from_spots import FromSpots
+from air.training.objectives import OBJECTIVES, PathAIR
 from air.training.svi import SVI
 from air.training.teacher import Teacher
 from air.training.training_settings import TrainingSettings
@@ -62,15 +63,27 @@ def make_phases(
         svi = make_svi(spots.model, spots.guide, compile=False)  # too short a phase for that
         phases.append(Phase(begin, svi))
         begin += settings.spot_steps
-    program = MarginalAIR(air) if settings.estimator == "marginal" else air
+    program = make_program(air, settings)
     phases.append(Phase(begin, make_svi(program.model, program.guide)))
     if settings.added_scenes:
         teacher = Teacher(air, settings.added_scenes)
-        taught = MarginalAIR(air, teacher)
+        taught = make_program(air, settings, teacher)
         svi = make_svi(taught.model, taught.guide)
         begin = max(settings.added_scenes_from, begin)
         phases.append(Phase(begin, svi, teacher))
     return phases
+
+
+def make_program(
+    air: AIR, settings: TrainingSettings, count_term: CountTerm | None = None
+) -> AIR | MarginalAIR | PathAIR:
+    """The model and guide whose ELBO, as Pyro computes it, is the objective of the settings."""
+    objective = settings.objective, settings.estimator
+    if settings.estimator == "score":
+        return air
+    if objective == ("elbo", "marginal") and settings.particles == 1:
+        return MarginalAIR(air, count_term)
+    return PathAIR(air, OBJECTIVES[objective], settings.particles, count_term)
 
 
 def phase_at(phases: Sequence[Phase], step: int) -> Phase:

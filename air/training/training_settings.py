@@ -7,9 +7,11 @@ from typing import Literal
 
 from air.priors import DEFAULT_COUNT_RATIO, Annealing
 from air.support.fields import SettingError, check_settings, setting
+from air.training.objectives import OBJECTIVES
 from air.training.schedules import Schedule
 
-Estimator = Literal["score", "marginal"]
+Objective = Literal["elbo", "iwae", "rws"]
+Estimator = Literal["score", "marginal", "rloo", "mvd", "vimco"]
 
 LEARN_PRIOR_EVERY = 100  # steps
 LEARN_PRIOR_SCENES = 1000
@@ -44,8 +46,16 @@ class TrainingSettings:
     )
     estimator: Estimator = setting(
         "marginal",
-        "estimator of the gradient through z_pres: the score function with baselines, as in the "
-        "paper, or the exact expectation over the count",
+        "estimator of the gradient through z_pres: the exact expectation over the count, the score "
+        "function with baselines, as in the paper, or one of those in air/training/objectives.py",
+    )
+    objective: Objective = setting(
+        "elbo",
+        "what to maximise: the ELBO, the importance-weighted bound, or that of reweighted "
+        "wake-sleep; see --particles",
+    )
+    particles: int = setting(
+        1, "samples of z for each image and step (not with --estimator score)", low=1
     )
     z_pres_prior: float = setting(
         DEFAULT_COUNT_RATIO,
@@ -89,8 +99,8 @@ class TrainingSettings:
     anneal_prior_duration: int = setting(100_000, "number of steps of --anneal-prior", low=1)
     added_scenes: float = setting(
         0.0,
-        "weight of the counting loss on sums of two training scenes (marginal estimator only; 0 "
-        "disables it)",
+        "weight of the counting loss on sums of two training scenes (not with --estimator "
+        "score; 0 disables it)",
         low=0,
     )
     added_scenes_from: int = setting(
@@ -125,9 +135,21 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.added_scenes > 0 and self.estimator != "marginal":
-            expected = f"expected 0 with --estimator {self.estimator}"
-            raise SettingError("added_scenes", f"{expected}, got {self.added_scenes}")
+        if self.added_scenes > 0 and self.estimator == "score":
+            raise SettingError(
+                "added_scenes", f"expected 0 with --estimator score, got {self.added_scenes}"
+            )
+        possible = [e for o, e in [*OBJECTIVES, ("elbo", "score")] if o == self.objective]
+        if self.estimator not in possible:
+            raise SettingError(
+                "estimator",
+                f"expected {' or '.join(possible)} with --objective {self.objective}, got "
+                f"{self.estimator}",
+            )
+        if self.particles < 2 and self.estimator == "vimco":
+            raise SettingError("particles", f"expected 2 or more with vimco, got {self.particles}")
+        if self.particles > 1 and self.estimator == "score":
+            raise SettingError("particles", f"expected 1 with score, got {self.particles}")
         annealed_at = self.anneal_prior_begin + self.anneal_prior_duration
         begin = self.learn_count_prior_from
         if begin is not None and self.anneal_prior != "none" and begin < annealed_at:

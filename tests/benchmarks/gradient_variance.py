@@ -1,13 +1,12 @@
-"""The noise of the gradients of both estimators, for each part of the model.
+"""The noise of the gradients of all estimators, for each part of the model.
 
     python tests/benchmarks/gradient_variance.py                        untrained weights
     python tests/benchmarks/gradient_variance.py --load RUN/checkpoint.pt
 
-Draws the gradient of the ELBO of one batch of held-out scenes many times, at the same weights, by
-the score function without and with its baseline and by the exact expectation over the count. Prints
-a Markdown table, in nats per image: the length of the mean gradient, and by how much a single draw
-is off (the root of the variances' sum). A baseline helps when it is trained: load a run made with
-``--estimator score``.
+Draws the gradient of one batch of held-out scenes many times, at the same weights, by every
+estimator of the ELBO and for the other objectives. Prints a Markdown table, in nats per image: the
+length of the mean gradient of the ELBO, and by how much a single draw is off (the root of the
+variances' sum). A baseline helps when it is trained: load a run made with ``--estimator score``.
 """
 
 import argparse
@@ -27,8 +26,8 @@ from air import AIR
 from air.cli.config import resolve_config
 from air.cli.device import pick_device
 from air.cli.flags import build_parser
-from air.marginal import MarginalAIR
 from air.storage.checkpoint import load_weights_strict, read_weights
+from air.training.objectives import OBJECTIVES, PathAIR
 
 
 class Moments:
@@ -78,6 +77,7 @@ def main() -> None:
     parser.add_argument("--load", help="a checkpoint.pt, or weights; default: untrained")
     parser.add_argument("--draws", type=int, default=100, help="gradients of each estimator")
     parser.add_argument("--batch-size", type=int, default=64, help="scenes")
+    parser.add_argument("--particles", type=int, default=5, help="K of the other objectives")
     parser.add_argument("flags", nargs="*", help="behind --: flags of main.py for data and nets")
     args = parser.parse_args()
     cli_args = vars(build_parser().parse_args(args.flags))
@@ -90,22 +90,20 @@ def main() -> None:
         load_weights_strict(trainer.air, weights, Path(args.load))
     air, images = trainer.air, trainer.held_out.images[: args.batch_size]
 
+    measured = {"score and baseline": measure(air, air, images, args.draws)}
     air.use_baselines = False
-    alone = measure(air, air, images, args.draws)
-    exact = measure(air, MarginalAIR(air), images, args.draws)
-    air.use_baselines = True
-    with_baseline = measure(air, air, images, args.draws)
+    measured["score"] = measure(air, air, images, args.draws)
+    for (objective, estimator), function in OBJECTIVES.items():
+        number = 1 if objective == "elbo" else args.particles
+        name = estimator if objective == "elbo" else f"{objective}, {estimator}, K = {number}"
+        paths = PathAIR(air, function, number)
+        measured[name] = measure(air, paths, images, args.draws)
 
-    print(
-        "| part | mean | off: score | score and baseline | marginal | variance: score / marginal |"
-    )
-    print("|---|---|---|---|---|---|")
-    for part, moments in exact.items():
-        ratio = (with_baseline[part].sd() / moments.sd()) ** 2 if moments.sd() else math.inf
-        print(
-            f"| {part} | {float(moments.mean.norm()):.1f} | {alone[part].sd():.1f} | "
-            f"{with_baseline[part].sd():.1f} | {moments.sd():.1f} | {ratio:.1f} |"
-        )
+    print("| part | mean | " + " | ".join(measured) + " |")
+    print("|---" * (2 + len(measured)) + "|")
+    for part, exact in measured["marginal"].items():
+        off = " | ".join(f"{moments[part].sd():.1f}" for moments in measured.values())
+        print(f"| {part} | {float(exact.mean.norm()):.1f} | {off} |")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from air.marginal import MarginalAIR
 from air.priors import CountPrior
 from air.support.subsampling import draw_indices
 from air.training.compiled_svi import CompiledSVI, inductor
+from air.training.objectives import Objective, PathAIR, mvd, rws, vimco
 from air.training.svi import SVI, make_optimizer
 from air.training.teacher import Teacher
 from air.training.trainer import Trainer
@@ -91,14 +92,20 @@ CASES: list[tuple[int, int | None, dict[str, Any]]] = [  # number of steps, batc
             for case in CASES[1:]
         ),
         pytest.param("teacher", 2, 9, {"use_baselines": False}, marks=pytest.mark.slow),
+        *(
+            pytest.param(objective, 2, 3, {"use_baselines": False}, marks=pytest.mark.slow)
+            for objective in (mvd, vimco, rws)
+        ),
     ],
 )
 def test_captured_gradients_equal_eager_ones(
-    estimator: str, num_steps: int, batch_size: int | None, options: dict[str, Any]
+    estimator: str | Objective, num_steps: int, batch_size: int | None, options: dict[str, Any]
 ) -> None:
     air = small_air(num_steps=num_steps, **options).double()
-    program: AIR | MarginalAIR = air
-    if estimator != "score":
+    program: AIR | MarginalAIR | PathAIR = air
+    if callable(estimator):
+        program = PathAIR(air, estimator, 2)
+    elif estimator != "score":
         program = MarginalAIR(air, Teacher(air, 10.0) if estimator == "teacher" else None)
     data = torch.randint(256, (10, 12, 12), dtype=torch.uint8)
     with pyro.validation_enabled(False):

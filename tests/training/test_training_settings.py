@@ -1,11 +1,14 @@
 """Settings of training: values that do not fit each other are refused."""
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from helpers import SETTINGS, trainer
 
 from air.support.fields import SettingError
+from air.training.events import Progress
 from air.training.training_settings import TrainingSettings
 
 
@@ -33,3 +36,32 @@ def test_python_is_checked_as_the_command_line_is() -> None:
         TrainingSettings(batch_size=0)
     with pytest.raises(SettingError, match="added_scenes: expected 0 with --estimator score"):
         TrainingSettings(added_scenes=1.0, estimator="score")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "rws", "estimator": "score"}, "estimator: expected marginal with --objec"),
+        ({"estimator": "vimco"}, "expected marginal or rloo or mvd or score with --objective elbo"),
+        ({"objective": "iwae", "estimator": "vimco"}, "particles: expected 2 or more with vimco"),
+        ({"estimator": "score", "particles": 2}, "particles: expected 1 with score, got 2"),
+        ({"particles": 0}, "particles: expected a whole number of at least 1"),
+    ],
+)
+def test_objectives_and_estimators_that_do_not_fit_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        TrainingSettings(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"objective": "rws", "particles": 2}, {"estimator": "rloo", "added_scenes": 10.0}]
+)
+def test_every_objective_trains_by_the_trainer(options: dict[str, Any]) -> None:
+    added = {"added_scenes_from": 2} if "added_scenes" in options else {}
+    made = trainer(replace(SETTINGS, **options, **added))
+    events = list(made.train())
+    assert made.finished
+    assert all(math.isfinite(event.elbo) for event in events if isinstance(event, Progress))

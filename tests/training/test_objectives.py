@@ -1,0 +1,239 @@
+"""Objectives and estimators, against sums over all counts, traces of Pyro, and each other."""
+
+import math
+from itertools import product
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from helpers import small_air
+from pyro import poutine
+from pyro.infer import RenyiELBO, TraceGraph_ELBO
+from torch import Tensor
+
+from air import AIR
+from air.evaluation.elbo import importance_weighted_bound, sample_elbo
+from air.marginal import AllStepsActive, MarginalAIR, Paths, sample_paths
+from air.priors import count_log_probs, geometric_presence
+from air.training.objectives import (
+    OBJECTIVES,
+    Objective,
+    PathAIR,
+    iwae,
+    marginal,
+    mvd,
+    rloo,
+    rws,
+    vimco,
+)
+
+PRIOR = geometric_presence(0.2, 3).__getitem__
+Z = ("z_where", "z_what", "z_background")
+
+
+def doubles(*size: int) -> Tensor:
+    return torch.rand(*size, dtype=torch.float64)
+
+
+def paths_by_traces(air: AIR, images: Tensor, number: int) -> Paths:
+    """The paths that `sample_paths` draws from the same seed; each density is one of Pyro's traces.
+
+    No gradient flows through z, which is given to every trace.
+    """
+    repeated = images.repeat_interleave(number, 0)
+    with torch.no_grad():
+        drawn: Any = poutine.trace(AllStepsActive()(air.guide)).get_trace(repeated)
+    z = {k: v["value"] for k, v in drawn.nodes.items() if v["type"] == "sample" and k[:2] == "z_"}
+    found = []
+    for count in range(air.num_steps + 1):
+        given = {f"z_pres_{t}": doubles(len(repeated), 1) * 0 + (t < count) for t in range(3)}
+        arguments: Any = {"data": repeated, "z_pres_prior_p": PRIOR}
+        guide: Any = poutine.trace(poutine.condition(air.guide, z | given)).get_trace(**arguments)
+        model: Any = poutine.trace(poutine.condition(air.model, z | given)).get_trace(**arguments)
+        guide.compute_log_prob()
+        model.compute_log_prob()
+
+        def total(trace: Any, *names: str) -> Any:  # noqa: ANN401
+            sites = [v for v in trace.nodes.values() if v["type"] == "sample"]
+            return sum(site["log_prob"] for site in sites if site["name"].startswith(names))
+
+        found.append((total(model, "z_", "obs"), total(guide, *Z), total(guide, "z_pres")))
+    parts = (torch.stack(part, 1) for part in zip(*found, strict=True))
+    return Paths._make(part.view(len(images), number, -1) for part in parts)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"guide_input": "glimpse", "channels": 3}, {"background_model": "pca"}],
+    ids=["black", "glimpse", "background"],
+)
+def test_a_path_has_the_densities_of_model_and_guide(options: dict[str, Any]) -> None:
+    air = small_air(**options).double()
+    images = doubles(4, *[air.channels] * (air.channels > 1), 12, 12)
+    torch.manual_seed(5)
+    ours = sample_paths(air, images, PRIOR, num_paths=2)
+    torch.manual_seed(5)
+    for mine, theirs in zip(ours, paths_by_traces(air, images, 2), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_marginal_objective_is_that_of_marginal_air() -> None:
+    air, images = small_air().double(), doubles(6, 12, 12)
+    losses, gradients = [], []
+    for program in (MarginalAIR(air), PathAIR(air, marginal)):
+        air.zero_grad()
+        torch.manual_seed(3)
+        arguments: Any = {"num_images": 60, "z_pres_prior_p": PRIOR}
+        losses.append(
+            TraceGraph_ELBO().loss_and_grads(program.model, program.guide, images, **arguments)
+        )
+        gradients.append({n: p.grad for n, p in air.named_parameters() if p.grad is not None})
+    assert losses[0] == pytest.approx(losses[1])
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_reweighted_wake_sleep_follows_weighted_paths_of_each_image() -> None:
+    air, images, number = small_air().double(), doubles(5, 12, 12), 3
+    program = PathAIR(air, rws, number)
+    torch.manual_seed(2)
+    loss = TraceGraph_ELBO().loss_and_grads(
+        program.model, program.guide, images, z_pres_prior_p=PRIOR
+    )
+    ours = {name: p.grad for name, p in air.named_parameters() if p.grad is not None}
+    air.zero_grad()
+
+    torch.manual_seed(2)
+    log_p, log_q_z, log_q = paths_by_traces(air, images, number)
+    total, bound = torch.zeros(()).double(), 0.0
+    for b in range(len(images)):  # plain sums over all hypotheses of an image
+        hypotheses = [*product(range(number), range(4))]
+        weights = [(log_p - log_q_z)[b, k, n].exp().item() for k, n in hypotheses]
+        bound += math.log(sum(weights) / number)
+        for (k, n), weight in zip(hypotheses, weights, strict=True):
+            fit = log_p[b, k, n] + log_q_z[b, k, n] + log_q[b, k, n]
+            total = total + weight / sum(weights) * fit
+    (-total).backward()
+    assert -loss == pytest.approx(bound)
+    for name, gradient in ours.items():
+        parameter = air.get_parameter(name)
+        torch.testing.assert_close(gradient, parameter.grad, msg=name)
+
+
+# On tensors: random weights of all counts, and presence probabilities as parameters.
+
+
+def random_paths(b: int, k: int, t: int) -> tuple[Paths, Tensor, Tensor]:
+    """The same K random paths for each of B images; log_p and the logits of presence are leaves."""
+    torch.manual_seed(1)
+    log_p = (3 * torch.randn(1, k, t + 1).double()).repeat(b, 1, 1).requires_grad_()
+    logits = torch.randn(1, k, t).double().repeat(b, 1, 1).requires_grad_()
+    paths = Paths(log_p, torch.randn(1, k, t + 1).double().expand(b, -1, -1),
+                  count_log_probs(logits.sigmoid()))  # fmt: skip
+    return paths, log_p, logits
+
+
+def exact_elbo(paths: Paths) -> Tensor:
+    """The mean over paths and counts of log w - log q."""
+    f = paths.log_p - paths.log_q_z - paths.log_q
+    return (paths.log_q.exp() * f).sum((1, 2)) / f.shape[1]
+
+
+def exact_vimco(paths: Paths) -> Tensor:
+    """The mean over all draws of one count for each path."""
+    f, k = paths.log_p - paths.log_q_z - paths.log_q, paths.log_q.shape[1]
+    total = f.new_zeros(len(f))
+    for drawn in product(range(f.shape[2]), repeat=k):
+        chosen = torch.stack([f[:, i, n] for i, n in enumerate(drawn)], 1)
+        prob = torch.stack([paths.log_q[:, i, n] for i, n in enumerate(drawn)], 1).sum(1).exp()
+        total = total + prob * chosen.exp().mean(1).log()
+    return total
+
+
+@pytest.mark.parametrize(
+    ("objective", "exact", "k"),
+    [(rloo, exact_elbo, 1), (rloo, exact_elbo, 2), (mvd, exact_elbo, 1), (mvd, exact_elbo, 2),
+     (marginal, exact_elbo, 2), (vimco, exact_vimco, 2), (vimco, exact_vimco, 3)],
+)  # fmt: skip
+def test_estimators_are_unbiased(objective: Objective, exact: Any, k: int) -> None:  # noqa: ANN401
+    """In value and gradient, by z-tests over many draws."""
+    draws = 40_000
+    paths, log_p, logits = random_paths(draws, k, 3)
+    value, surrogate = objective(paths)
+    ours = value, *torch.autograd.grad(surrogate.sum(), (log_p, logits))
+    paths, log_p, logits = random_paths(1, k, 3)
+    expected = exact(paths)
+    theirs = expected, *torch.autograd.grad(expected.sum(), (log_p, logits))
+    for mine, right in zip(ours, theirs, strict=True):
+        error = mine.mean(0) - right[0]
+        sd = mine.std(0) / math.sqrt(draws)
+        assert (error.abs() <= 5 * sd + 1e-9).all(), (error, sd)
+
+
+def test_bounds_rise_with_the_number_of_paths_and_begin_above_the_elbo() -> None:
+    paths, _, _ = random_paths(1, 5, 3)
+
+    def bound(*chosen: int) -> Tensor:
+        return iwae(Paths._make(part[:, chosen] for part in paths))[0]
+
+    assert all(bound(k) >= marginal(Paths._make(p[:, [k]] for p in paths))[0] for k in range(5))
+    for number in range(2, 6):  # L_K is at least the mean of what is left without one path
+        all_of_them = range(number)
+        without = [bound(*(k for k in all_of_them if k != left)) for left in all_of_them]
+        assert bound(*all_of_them) >= torch.stack(without).mean()
+
+
+def test_the_count_is_taught_towards_its_posterior() -> None:
+    for objective in (iwae, rws):
+        paths, log_p, _ = random_paths(1, 2, 3)
+        log_q = paths.log_q.detach().requires_grad_()
+        _, surrogate = objective(paths._replace(log_q=log_q))
+        weights = (log_p - paths.log_q_z).exp()
+        (gradient,) = torch.autograd.grad(surrogate.sum(), log_q)
+        torch.testing.assert_close(gradient, weights / weights.sum())
+
+
+def test_the_bound_of_the_evaluation_sums_over_the_count() -> None:
+    air, images = small_air().double(), doubles(40, 12, 12)
+    with torch.no_grad():
+        air.predict.mlp.seq[-1].bias[0] = 0.5  # an uncertain count
+    torch.manual_seed(0)
+    ours = importance_weighted_bound(air, images, 3, PRIOR)
+    torch.manual_seed(0)
+    each = [sample_paths(air, images, PRIOR).log_weights for _ in range(3)]
+    torch.testing.assert_close(ours, torch.cat(each, 1).exp().sum((1, 2)).div(3).log())
+    drawn = torch.stack([sample_elbo(air, images, PRIOR).elbo for _ in range(300)])
+    summed = importance_weighted_bound(air, images, 300, PRIOR)
+    of_drawn = drawn.logsumexp(0) - math.log(300)
+    assert summed.mean() > of_drawn.mean()
+    assert summed.mean() - of_drawn.mean() < 5  # both tend to log p(x)
+
+
+@pytest.mark.parametrize("use_masking", [True, False])
+def test_pyros_renyi_elbo_weighs_the_particles_of_each_image(use_masking: bool) -> None:
+    air, images = small_air(use_masking=use_masking).double(), doubles(6, 12, 12)
+    torch.manual_seed(4)
+    loss = RenyiELBO(num_particles=2).loss(air.model, air.guide, images, z_pres_prior_p=PRIOR)
+    torch.manual_seed(4)
+    each = torch.stack([sample_elbo(air, images, PRIOR).elbo for _ in range(2)])
+    assert -loss == pytest.approx(float((each.logsumexp(0) - math.log(2)).sum()))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=lambda each: each.__name__)
+def test_pyros_own_svi_trains_by_every_objective(objective: Objective) -> None:
+    pyro.clear_param_store()
+    air, images = small_air(), torch.rand(8, 12, 12)
+    before = {name: p.clone() for name, p in air.named_parameters()}
+    program = PathAIR(air, objective, 2)
+    adam = pyro.optim.Adam({"lr": 1e-3})
+    svi = pyro.infer.SVI(program.model, program.guide, adam, loss=TraceGraph_ELBO())
+    assert math.isfinite(svi.step(images, batch_size=4))
+    for name, parameter in air.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("bl_"), name
+
+
+def test_an_air_without_masking_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs masking"):
+        sample_paths(small_air(use_masking=False), torch.rand(2, 12, 12))
