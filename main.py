@@ -9,6 +9,7 @@ The model is in ``air/``, its nets in ``modules.py``, the scenes in ``multi_mnis
 torchrun every rank runs this program; rank 0 alone writes, draws and prints.
 """
 
+import errno
 import logging
 import signal
 import sys
@@ -60,14 +61,14 @@ def main(
         nets: Makes your own nets from the settings of the model; see `AIR`.
         compiler: Compiles the captured step.
     """
-    warnings.filterwarnings("ignore", "Encountered NaN")  # Pyro's; such steps are skipped
     with (
+        warnings.catch_warnings(),
         steady_streams(),
         joined_ranks(),
         torch_settings_of_a_run(),
         interrupt_on_signals() as signals,
     ):
-        logging.basicConfig(format="%(levelname)s: %(message)s")
+        warnings.filterwarnings("ignore", "Encountered NaN")  # Pyro's; such steps are skipped
         parser = build_parser(__doc__ or "")
         cli_args = as_restarted(vars(parser.parse_args(argv)))
         with explained_errors(parser) as run_begins, ExitStack() as exit_stack:
@@ -291,9 +292,9 @@ def draw_figures(run: RunFolder) -> None:
     """Draws the run; a figure that fails must not cost the evaluations that follow."""
     try:
         viz.draw_run(run)
-    except OSError:  # such as a full disk, which nothing that follows could be written to
-        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS):
+            raise  # nothing that follows could be written either
         text = "the figures of %s could not be drawn: %s; try: python viz.py %s"
         logging.getLogger("air").warning(text, run.path, error, quoted(run.path))
 

@@ -236,12 +236,12 @@ def load_scenes(
             mnist.
         DataError: If digits or scenes cannot be read, or scenes cannot be written.
     """
-    folder = Path(cache_dir or os.environ.get("AIR_CACHE") or Path.home() / ".cache" / "air")
+    folder = Path(cache_dir or os.environ.get("AIR_CACHE") or "~/.cache/air").expanduser()
     if settings.digits == "embedded" and mnist_dir:
         raise ValueError("mnist_dir: expected only with digits mnist, got digits embedded")
     if settings.digits == "mnist" and mnist_dir is None:
         download_mnist(folder / "mnist")
-    digits = _load_digits(settings, Path(mnist_dir or folder / "mnist"))
+    digits = _load_digits(settings, Path(mnist_dir or folder / "mnist").expanduser())
     key = f"3 {settings} {sha256(digits)}"  # raise 3 if the same settings give other scenes
     path = folder / f"scenes-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     if not path.exists():
@@ -282,7 +282,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Makes scenes.", usage=argparse.SUPPRESS)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=lambda path: Path(path).expanduser(),  # a shell leaves the ~ of --out=~/scenes
         required=True,
         help="new .npz file, or new folder for one PNG file per scene",
     )

@@ -18,8 +18,8 @@ import numpy as np
 
 try:
     import matplotlib as _  # noqa: F401
-except ValueError:  # a notebook's backend, which `!python main.py` inherits, is not installed here
-    del os.environ["MPLBACKEND"]
+except ValueError:  # such as a notebook's backend, inherited by its shell, that is not installed
+    os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         del sys.modules[name]  # the parts of the import that failed
 from matplotlib import style

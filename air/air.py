@@ -5,7 +5,7 @@ Understanding with Generative Models", NIPS 2016, arXiv:1603.08575. Section numb
 paper's. Shapes are those of ``air/__init__.py``. ``air/tutorial`` explains all in sections 2 to 8.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, signature
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ from air.support.subsampling import subsample_indices
 Latents = tuple[list[Tensor], list[Tensor]]  # z_where, T times [B, 3]; z_pres, T times [B, 1]
 
 Z_PRES_SIZE, Z_WHERE_SIZE = 1, 3
+OWN_NETS = "encode", "decode", "predict", "embed"
 
 
 class GuideInputs(NamedTuple):
@@ -100,7 +101,7 @@ class AIR(nn.Module):
             *signature(ModelSettings).parameters.values(),
             *(
                 Parameter(name, Parameter.KEYWORD_ONLY, default=None)
-                for name in ("use_cuda", "encode", "decode", "predict", "embed")
+                for name in ("use_cuda", *OWN_NETS)
             ),
         ]
     )
@@ -186,7 +187,10 @@ class AIR(nn.Module):
     @classmethod
     def from_settings(cls, settings: ModelSettings, nets: NetFactory | None = None) -> "AIR":
         """An AIR with these settings, and with the nets that `nets` makes for them."""
-        own_nets: dict[str, Any] = dict(nets(settings)) if nets else {}
+        own_nets: Any = nets(settings) if nets else {}
+        if not isinstance(own_nets, Mapping) or not own_nets.keys() <= {*OWN_NETS}:
+            got = list(own_nets) if isinstance(own_nets, Mapping) else repr(own_nets)
+            raise ValueError(f"nets: expected a dict of {', '.join(OWN_NETS)}, got {got}")
         return cls(**vars(settings), **own_nets)
 
     @contextmanager

@@ -60,6 +60,7 @@ from air.visualization.snapshots import as_bytes
 __all__ = ["DetectedObject", "Detection", "detect", "detect_in_tiles", "load_air", "main"]
 
 BATCH = 100  # images in memory
+MAX_NAME = 150  # characters of an image's name in that of its crops
 MAX_DRAWN, COLUMNS = 64, 8  # images in a figure, and in a row of it
 MAX_TILED = 4  # pictures in a figure, each as large as it is
 CSV_COLUMNS = [
@@ -254,8 +255,15 @@ def crop(image: Array, box: Sequence[float]) -> Array | None:
 
 
 def write_crops(folder: Path, image: PreparedImage, detection: Detection) -> None:
-    """Writes each object of an image, cut out along its box, as FOLDER/NAME-STEP.png."""
-    name = re.sub(r"[^\w.-]+", "-", image.name).strip("-.")
+    """Writes each object of an image, cut out along its box, as FOLDER/NAME-STEP.png.
+
+    The name of the image is that of its path, or the end of it; a number is added if it is taken.
+    """
+    name = path_name = re.sub(r"[^\w.-]+", "-", image.name)[-MAX_NAME:].strip("-.")
+    number = 1
+    while any((folder / f"{name}-{each.step}.png").exists() for each in detection.objects):
+        number += 1
+        name = f"{path_name}_{number}"
     for each in detection.objects:
         pixels = crop(image.pixels, each.box)
         if pixels is not None:
@@ -467,7 +475,6 @@ def main(argv: Sequence[str] | None = None, nets: NetFactory | None = None) -> i
         nets: The nets that the model was trained with, if they are not the default nets; see `AIR`.
     """
     with steady_streams(stdout_may_fail=True), interrupt_on_signals():
-        logging.basicConfig(format="%(levelname)s: %(message)s")
         parser = build_parser()
         args = parser.parse_args(argv)
         try:

@@ -134,7 +134,7 @@ def sample_prior(
             f"count_prior: expected {size} numbers, p(0) to p({air.num_steps}), got {len(weights)}"
         )
     presence = presence_from_counts(weights)
-    with forked_rng(seed, air.h_init.device), closed(air):
+    with closed(air), forked_rng(seed, air.h_init.device):
         (z_where, z_pres), canvas = air.prior(num_scenes, presence.__getitem__)
     boxes = window_boxes(torch.stack(z_where, 1), air.x_size)
     return canvas, boxes, torch.cat(z_pres, 1).sum(1).long()

@@ -122,9 +122,9 @@ def _fit_scenes(air: AIR, images: Tensor, scene: Scene, rows: Tensor, residual: 
     hypotheses = Hypotheses._make(map(torch.cat, zip(*starts, strict=True)))
     # All hypotheses share their noise, so that the best does not win by chance, and an image has
     # the same result whatever other images there are.
-    generator = torch.Generator().manual_seed(0)
+    kind: Any = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
     size = NUM_STEPS + SAMPLES, air.num_steps, 3 + air.z_what_size
-    noise = torch.randn(size, generator=generator).to(images)
+    noise = torch.randn(size, dtype=torch.float32, **kind).to(images)
     parts = []
     for k in torch.split(torch.arange(len(hypotheses.rows), device=images.device), MAX_AT_ONCE):
         part = Hypotheses._make(each[k] for each in hypotheses)

@@ -84,6 +84,21 @@ def test_cut_objects_are_named_and_left_out_and_others_are_written_as_pictures(
         found(air, "pictures --crops crops")
 
 
+def test_pictures_whose_names_become_equal_have_all_their_crops(
+    found: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    air = small_air(channels=3)
+    count_on(air, 0, 9.0)
+    names = ["a/b.png", "a-b.png", "a b.png", f"{'long' * 50}/{'name' * 50}.png"]
+    for name in names:
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_png(tmp_path / "p" / name, 3)
+    printed = found(air, "p --crops crops")
+    boxes = [each["box"] for image in printed for each in image["objects"]]
+    inside = [box for box in boxes if max(box[:2]) < 11.5 and min(box[2:]) > 0.5]
+    assert len(inside) <= len([*(tmp_path / "crops").iterdir()]) <= len(boxes)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_detections_are_the_models_inferences(channels: int) -> None:
     air = small_air(channels=channels)

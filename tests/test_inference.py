@@ -2,12 +2,15 @@
 
 import copy
 import itertools
+import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -15,11 +18,15 @@ from helpers import count_on, small_air
 from pyro import poutine
 from pyro.infer import SVI, TraceGraph_ELBO
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from air import AIR
 from air.evaluation.elbo import importance_weighted_bound, sample_elbo
 from air.evaluation.metrics import HeldOut, evaluate
 from air.inference import forked_rng, infer, mean_count_probs, sample_prior
+from air.marginal import MarginalAIR
+from air.training.svi import SVI as TorchSVI
+from air.training.svi import make_optimizer
 from air.visualization.snapshots import take_snapshot
 
 
@@ -64,6 +71,13 @@ def test_reconstructions_contain_the_counted_objects(images: Tensor) -> None:
     assert (found.reconstructions.sum((1, 2)) > 0).all()
 
 
+@contextmanager
+def double_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 class NetWithMoments(nn.Module):
     """Has a running mean, and drops inputs at random, both of which evaluation must not do."""
 
@@ -75,16 +89,45 @@ class NetWithMoments(nn.Module):
         return self.layers(x)
 
 
+FUNCTIONS_OF_IMAGES = [
+    infer, partial(infer, refine=True), sample_elbo, mean_count_probs,
+    lambda air, images: evaluate(air, HeldOut(images)),
+    lambda air, images: importance_weighted_bound(air, images, 2),
+    lambda air, images: sample_prior(air, len(images), seed=0),
+    lambda air, images: take_snapshot(air, HeldOut(images), 0, seed=0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("use", FUNCTIONS_OF_IMAGES)
 @pytest.mark.parametrize(
-    "use",
+    "surround",
     [
-        infer, partial(infer, refine=True), sample_elbo, mean_count_probs,
-        lambda air, images: evaluate(air, HeldOut(images)),
-        lambda air, images: importance_weighted_bound(air, images, 2),
-        lambda air, images: sample_prior(air, len(images), seed=0),
-        lambda air, images: take_snapshot(air, HeldOut(images), 0, seed=0),
+        lambda: pyro.plate("data", 4),
+        lambda: pyro.plate("z_where_0", 3, dim=-2),
+        lambda: poutine.scale(scale=0.1),
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.inference_mode,
+        double_by_default,
     ],
-)  # fmt: skip
+    ids=["plate", "vectorised", "scale", "autocast", "inference mode", "double"],
+)
+def test_functions_of_images_give_the_same_whatever_surrounds_them(
+    use: Callable[[AIR, Tensor], Any], surround: Callable[[], Any]
+) -> None:
+    air, images = small_air(), torch.rand(4, 12, 12)
+    torch.manual_seed(0)
+    expected = use(air, images)
+    torch.manual_seed(0)
+    with surround():
+        found = use(air, images)
+    for mine, right in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        if isinstance(right, Tensor):
+            assert torch.equal(mine, right)
+        else:
+            np.testing.assert_equal(mine, right)
+
+
+@pytest.mark.parametrize("use", FUNCTIONS_OF_IMAGES)
 def test_functions_of_images_are_closed(use: Callable[[AIR, Tensor], object]) -> None:
     """They leave the nets, Pyro's store and Pyro's handlers outside as they are."""
     decode = nn.Sequential(nn.Linear(5, 49), nn.BatchNorm1d(49), nn.Sigmoid())
@@ -172,3 +215,31 @@ def test_threads_take_turns() -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: infer(air, images).count_probs, range(40)))
     assert all(torch.equal(each, expected) for each in found)
+
+    state, (_, _, drawn) = torch.get_rng_state(), sample_prior(air, 3, seed=1)
+    with ThreadPoolExecutor(4) as pool:
+        samples = list(pool.map(lambda _: sample_prior(air, 3, seed=1)[2], range(40)))
+    assert all(torch.equal(each, drawn) for each in samples)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_display_can_infer_while_another_thread_trains() -> None:
+    air, images = small_air(), torch.rand(3, 12, 12)
+    program = MarginalAIR(air)
+    svi = TorchSVI(program.model, program.guide, make_optimizer(air, 0.0, 0.0), TraceGraph_ELBO())
+    expected = infer(air, images).count_probs
+    with ThreadPoolExecutor(2) as pool:
+        display = pool.submit(lambda: [infer(air, images).count_probs for _ in range(20)])
+        losses = [svi.step(images) for _ in range(20)]
+        assert all(torch.equal(each, expected) for each in display.result())
+    assert all(map(math.isfinite, losses))
+
+
+def test_a_single_image_has_a_baseline_error_of_its_own() -> None:
+    """As among others; the baseline of one image has no dimension."""
+    air, images = small_air(), torch.rand(5, 12, 12)
+    for n in (1, 4):
+        parts = torch.split(images, n)
+        torch.manual_seed(0)
+        squares = torch.cat([sample_elbo(air, part).baseline_squares for part in parts])
+        assert squares.shape == (5,)

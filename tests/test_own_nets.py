@@ -16,8 +16,12 @@ from torch.nn.functional import softplus
 
 from air import AIR
 from air.detect import detect
+from air.inference import infer
+from air.marginal import MarginalAIR
 from air.storage.checkpoint import CheckpointError, load_air
 from air.support.model_settings import ModelSettings
+from air.training.compiled_svi import CompiledSVI
+from air.training.svi import make_optimizer
 from air.training.teacher import Teacher
 
 
@@ -109,15 +113,39 @@ def test_other_nets_begin_with_the_same_weights() -> None:
         ("encode", nn.Linear(81, 10), r"encode: expected outputs of \[5, 5\] columns for inputs"),
         ("decode", nn.Linear(5, 80), r"decode: expected outputs of \[81\] .* got \[80\]"),
         ("predict", nn.Linear(11, 7), r"predict: expected outputs of \[1, 3, 3\] .* got \[7\]"),
-        ("decode", nn.Unflatten(1, (5, 1)), r"expected outputs \[2, columns\] .* got \[2, 5, 1\]"),
+        ("decode", nn.Unflatten(1, (5, 1)), r"decode: .* outputs \[B, columns\], got \[2, 5, 1\]"),
+        ("decode", nn.Linear(7, 81), r"decode: expected a net for inputs \[B, 5\] \(mat1 and"),
+        ("encode", nn.Linear, r"encode: expected an instance of nn\.Module, got <class"),
+        ("embed", torch.tanh, r"embed: expected an instance of nn\.Module, got <built-in"),
+        ("decoder", nn.Linear(5, 81), r"nets: expected a dict of encode, .* got \['decoder'\]"),
+        (None, nn.Linear(5, 81), r"nets: expected a dict of encode, .*, got Linear"),
     ],
 )
-def test_a_net_with_other_outputs_is_refused(name: str, net: nn.Module, message: str) -> None:
+def test_a_net_that_does_not_fit_is_refused(name: str | None, net: Any, message: str) -> None:  # noqa: ANN401
     def factory(settings: ModelSettings) -> Mapping[str, nn.Module]:
-        return {name: net}
+        return {name: net} if name else net
 
     with pytest.raises(ValueError, match=message):
         AIR.from_settings(SETTINGS, factory)
+
+
+def test_moments_of_batches_move_at_real_steps_only(images: Tensor) -> None:
+    """Not where a step is captured for compilation."""
+    air = AIR(**vars(SETTINGS), decode=nn.Sequential(nn.Linear(5, 81), nn.BatchNorm1d(81)))
+    program = MarginalAIR(air)
+    arguments = program.model, program.guide, make_optimizer(air, 1e-3, 1e-3), TraceGraph_ELBO()
+    svi = CompiledSVI(*arguments, lambda graph: graph, air)
+    with pyro.validation_enabled(False):
+        for _ in range(3):
+            svi.step(images)
+    assert air.decode[1].num_batches_tracked == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_script_adds_nothing_to_the_store(images: Tensor, tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(5, 81)).save(tmp_path / "decode.pt")
+    infer(AIR(**vars(SETTINGS), decode=torch.jit.load(tmp_path / "decode.pt")), images)
+    assert not pyro.get_param_store().keys()
 
 
 class Locked(nn.Module):

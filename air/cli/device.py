@@ -44,11 +44,13 @@ def pick_device(name: str) -> torch.device:
 def torch_settings_of_a_run() -> Iterator[None]:
     """In the block, Pyro checks nothing; after it, torch and Pyro have their former settings.
 
-    Pyro's checks would read from the device at every site of every step.
+    So have the random number generators of the CPU. Pyro's checks would read from the device at
+    every site of every step.
     """
-    threads = torch.get_num_threads()
+    threads, random_state = torch.get_num_threads(), pyro.util.get_rng_state()
     try:
         with pyro.validation_enabled(False):
             yield
     finally:
         torch.set_num_threads(threads)
+        pyro.util.set_rng_state(random_state)

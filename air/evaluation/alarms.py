@@ -12,6 +12,7 @@ from air.evaluation.elbo import sample_elbo
 from air.evaluation.metrics import Evaluation
 from air.inference import forked_rng
 from air.priors import PresencePrior
+from air.support.handlers import closed
 
 EMPTY_MARGIN = 2.0  # nats above the empty canvas; an ELBO below this margin is a collapse
 COLLAPSE_FRACTION = 0.98  # of the scenes; so many scenes with the same count are a collapse
@@ -87,7 +88,7 @@ def first_not_finite(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | N
     for name, parameter in air.named_parameters():
         if not parameter.isfinite().all():
             return f"the weight {name}"
-    with forked_rng(0, air.h_init.device):
+    with closed(air), forked_rng(0, air.h_init.device):
         terms = sample_elbo(air, air.to_images(images[:MAX_CHECKED_IMAGES]), z_pres_prior_p)
     for name in ("kl_pres", "kl_where", "kl_what", "kl_background", "log_likelihood"):
         if not getattr(terms, name).isfinite().all():

@@ -65,7 +65,8 @@ def sample_elbo(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None =
     squares = torch.zeros_like(likelihood)
     background = torch.zeros_like(likelihood) if air.background is None else cost("z_background")
     if air.use_baselines:
-        baseline = torch.stack([node["infer"]["baseline"]["baseline_value"] for node in presence])
+        values = [node["infer"]["baseline"]["baseline_value"] for node in presence]
+        baseline = torch.stack([value.reshape(-1) for value in values])
         # The baseline of z_pres_t predicts the terms that depend on z_pres_t: the likelihood, and
         # the costs of step t and of all later steps.
         dependent = likelihood - (pres + where + what).flip(0).cumsum(0).flip(0)

@@ -15,6 +15,7 @@ from air.evaluation.elbo import ElboTerms, importance_weighted_bound, sample_elb
 from air.inference import forked_rng, infer
 from air.priors import PresencePrior, at_least_probs
 from air.support.checks import check_whole
+from air.support.handlers import closed
 from air.support.images import to_tensor
 
 MAX_OBJECTS = 1000  # in one scene; a larger count is an error in the data
@@ -110,7 +111,7 @@ def evaluate(
     check_whole("iwae_scenes", iwae_scenes, 1)
     scenes = check_scenes(air, scenes)
     parts, bound, bound_se = [], None, None
-    with forked_rng(seed, air.h_init.device):
+    with closed(air), forked_rng(seed, air.h_init.device):
         for images in torch.split(scenes.images, batch_size):
             inference = infer(air, images, refine)
             terms = sample_elbo(air, images, z_pres_prior_p)

@@ -11,6 +11,7 @@ and channels of the images), ``data_sha256`` (of the scenes), and the entries of
 
 import io
 import math
+import re
 import textwrap
 import warnings
 import zipfile
@@ -33,6 +34,7 @@ NO_SETTINGS = (
     "checkpoint.pt, which has them, or in Python make the AIR with its sizes, AIR(...), and use "
     "its load_state_dict"
 )
+AN_AIR = r"((?:.*\.)?)rnn\.weight_ih"  # the name of a weight that every AIR has, and its prefix
 
 
 class CheckpointError(UnusableFileError):
@@ -82,6 +84,8 @@ def _load(path: Path | str) -> dict[str, Any]:
             f"{path} cannot be read as weights: the file is damaged, truncated or of another type, "
             "or contains more than tensors and plain values"
         ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # as Lightning saves
+        state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise CheckpointError(f"{path} contains a {type(state).__name__} instead of weights")
     return state
@@ -154,15 +158,21 @@ def read_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by the names that they have without torch's wrappers.
+    """Weights by their names in an AIR, without the prefix of what it was a part of.
 
-    These are `torch.compile`, also of a part, `DistributedDataParallel` and `AveragedModel`.
+    This may be a module of one's own, or a wrapper such as `torch.compile`,
+    `DistributedDataParallel` or `AveragedModel`. A prefix within, of a part, stays.
     """
-    named = {name.replace("_orig_mod.", ""): weight for name, weight in weights.items()}
-    averaged = {name: weight for name, weight in named.items() if name != "n_averaged"}
-    if averaged and all(name.startswith("module.") for name in averaged):
-        return {name.removeprefix("module."): weight for name, weight in averaged.items()}
-    return named
+    prefixes = [match[1] for name in weights if (match := re.fullmatch(AN_AIR, name))]
+    if len(prefixes) != 1:  # none, or several
+        return dict(weights)
+    length = len(prefixes[0])
+    return {name[length:]: w for name, w in weights.items() if name.startswith(prefixes[0])}
+
+
+def _without_wrappers(name: str) -> str:
+    """A weight's name without those of the wrappers of a part."""
+    return re.sub(r"(?<![^.])(_orig_mod|module)\.", "", name)
 
 
 def load_air(
@@ -184,7 +194,8 @@ def load_air(
     try:
         # Inference needs no baselines.
         settings = from_config(ModelSettings, {**config, "use_baselines": False})
-        air = AIR.from_settings(settings, nets)
+        with torch.random.fork_rng([]):  # for the initial weights
+            air = AIR.from_settings(settings, nets)
         load_weights_strict(air, weights, path)
     except CheckpointError as error:
         raise error if config else CheckpointError(f"{error}. {NO_SETTINGS}") from error
@@ -219,6 +230,8 @@ def load_weights_strict(module: nn.Module, weights: Mapping[str, Tensor], path: 
     Raises:
         CheckpointError: If names or shapes differ from the module's, or constants of its prior.
     """
+    own_names = {_without_wrappers(name): name for name in module.state_dict()}
+    weights = {own_names.get(_without_wrappers(name), name): w for name, w in weights.items()}
     constants = {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)}
     problem = ""
     try:

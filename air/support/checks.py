@@ -94,20 +94,31 @@ def copied(name: str, net: Module, reason: str) -> Module:
         raise ValueError(f"{name}: cannot be copied, but {reason} ({text})") from error
 
 
-def output_sizes(net: nn.Module, in_size: int) -> list[int]:
+def output_sizes(name: str, net: nn.Module, in_size: int) -> list[int]:
     """The number of columns of each output of a net, for inputs [B, in_size].
 
     Raises:
-        ValueError: If an output is not [B, columns].
+        ValueError: If it is no module, does not take them, or an output is not [B, columns].
     """
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"{name}: expected an instance of nn.Module, got {net!r:.80}")
+    try:
+        return _output_sizes(net, in_size)
+    except Exception as error:  # of many types, by what the net does
+        text = " ".join(str(error).split())
+        raise ValueError(f"{name}: expected a net for inputs [B, {in_size}] ({text})") from error
+
+
+def _output_sizes(net: nn.Module, in_size: int) -> list[int]:
     parameters = (p for p in net.parameters() if not is_lazy(p) and p.is_floating_point())
     zeros = next(parameters, torch.zeros(0)).new_zeros(2, in_size)
     with closed(net):  # the net itself, since not every net can be copied
         output = net(zeros)
     outputs = [output] if isinstance(output, Tensor) else list(output)
     for output in outputs:
-        if output.dim() != 2 or len(output) != 2:
-            raise ValueError(f"expected outputs [2, columns] of a net, got {list(output.shape)}")
+        if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != 2:
+            got = list(output.shape) if isinstance(output, Tensor) else repr(output)
+            raise ValueError(f"expected outputs [B, columns], got {got} for B = 2")
     return [output.size(1) for output in outputs]
 
 
@@ -117,12 +128,10 @@ def embedding_size(embed: nn.Module, in_size: int) -> int:
     Raises:
         ValueError: If the net does not take them, or has another output than one of [B, columns].
     """
-    try:
-        (size,) = output_sizes(embed, in_size)
-    except (RuntimeError, ValueError) as error:
-        expected = f"expected a net from [B, {in_size}] to [B, columns]"
-        raise ValueError(f"embed: {expected} ({' '.join(str(error).split())})") from error
-    return size
+    sizes = output_sizes("embed", embed, in_size)
+    if len(sizes) != 1:
+        raise ValueError(f"embed: expected one output, [B, columns], got {len(sizes)}")
+    return sizes[0]
 
 
 def check_net(name: str, net: nn.Module, in_size: int, out_sizes: list[int]) -> None:
@@ -131,7 +140,7 @@ def check_net(name: str, net: nn.Module, in_size: int, out_sizes: list[int]) -> 
     Raises:
         ValueError: If they are others than `out_sizes`.
     """
-    if (sizes := output_sizes(net, in_size)) != out_sizes:
+    if (sizes := output_sizes(name, net, in_size)) != out_sizes:
         raise ValueError(
             f"{name}: expected outputs of {out_sizes} columns for inputs of {in_size}, got {sizes}"
         )

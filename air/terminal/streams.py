@@ -1,6 +1,7 @@
 """Standard output and standard error whose failures do not end a run."""
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -12,13 +13,15 @@ def steady_streams(*, stdout_may_fail: bool = False) -> Iterator[None]:
     """Ignores failures of ``sys.stdout`` and ``sys.stderr`` in the block.
 
     A closed terminal, a pipe without a reader and a full disk under a log are no reason to lose a
-    run, nor is a character that an encoding lacks: it is printed as a question mark.
+    run, nor is a character that an encoding lacks: it is printed as a question mark. Warnings of
+    the log go to ``sys.stderr``, unless the program that surrounds this one has a log of its own.
 
     Args:
         stdout_may_fail: Whether a failure of standard output raises OSError, for a program whose
             product is its standard output. The program must flush it before the block ends.
     """
-    former = sys.stdout, sys.stderr
+    former, log = (sys.stdout, sys.stderr), logging.getLogger()
+    handlers, errors = [*log.handlers], [getattr(each, "errors", None) for each in former]
     with open(os.devnull, "w") as devnull:
         for stream in former:
             if hasattr(stream, "reconfigure"):
@@ -27,13 +30,19 @@ def steady_streams(*, stdout_may_fail: bool = False) -> Iterator[None]:
         out, err = (_SteadyStream(stream or devnull) for stream in former)
         sys.stdout = former[0] if stdout_may_fail else cast(TextIO, out)
         sys.stderr = cast(TextIO, err)
+        logging.basicConfig(format="%(levelname)s: %(message)s")
         try:
             yield
         finally:
             sys.stdout, sys.stderr = former
-            for stream in filter(None, former):
+            log.handlers[:] = handlers
+            for stream, rule in zip(former, errors, strict=True):
+                if stream is None:
+                    continue
                 try:
                     stream.flush()
+                    if hasattr(stream, "reconfigure"):
+                        stream.reconfigure(errors=rule)
                 except OSError:  # the interpreter would fail to flush it too, with exit code 120
                     os.dup2(devnull.fileno(), stream.fileno())
 

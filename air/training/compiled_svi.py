@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from pyro.infer import TraceGraph_ELBO
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from air.training.svi import SVI, Arguments, Keywords, StepResult
@@ -52,6 +52,8 @@ class CompiledSVI(SVI):
     Args:
         model, guide, optim, loss: As for `SVI`.
         compiler: Turns the captured graph into a function that runs in its place.
+        module: The module whose buffers, such as the statistics of batch normalisation, stay as
+            they are when a step is captured.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class CompiledSVI(SVI):
         optim: torch.optim.Optimizer,
         loss: Any,  # noqa: ANN401
         compiler: Compiler = inductor,
+        module: nn.Module | None = None,
     ) -> None:
         super().__init__(model, guide, optim, loss)
-        self.compiler = compiler
+        self.compiler, self.module = compiler, module
         self._compiled: dict[Any, Captured | None] = {}
 
     def _before_sum(self, data: Tensor, args: Arguments, kwargs: Keywords) -> StepResult | Tensor:
@@ -99,6 +102,7 @@ class CompiledSVI(SVI):
             gradients = [parameter.grad for parameter in self._parameters]
             return gradients, found if isinstance(found, Tensor) else tuple(found)
 
+        former = [(each, each.clone()) for each in self.module.buffers()] if self.module else []
         devices = [data.device] if data.is_cuda else []
         if data.is_cuda and kwargs.get("batch_size"):
             # A CUDA graph reads the data set where it is, instead of copying it at each step.
@@ -115,6 +119,9 @@ class CompiledSVI(SVI):
                 "steps run uncompiled: %s: %s", type(error).__name__, reason
             )
             return None
+        finally:
+            for buffer, values in former:
+                buffer.copy_(values)
         return compiled
 
 

@@ -86,7 +86,7 @@ class Trainer:
 
         def make_svi(model: Any, guide: Any, compile: bool | None = settings.compile) -> SVI:  # noqa: ANN401
             arguments = model, guide, self.optimizer, TraceGraph_ELBO()
-            svi = CompiledSVI(*arguments, compiler) if compile else SVI(*arguments)
+            svi = CompiledSVI(*arguments, compiler, air) if compile else SVI(*arguments)
             svi.stats = self.stats
             return svi
 

@@ -18,6 +18,7 @@ from air.storage.checkpoint import (
     read_state,
     save_weights,
 )
+from air.support.model_settings import ModelSettings
 
 
 def test_no_pickle_is_ever_executed(tmp_path: Path, air: AIR) -> None:
@@ -127,8 +128,11 @@ def test_weights_alone_are_loaded_with_default_settings(tmp_path: Path) -> None:
         lambda air: torch.compile(air, backend="eager"),
         lambda air: torch.optim.swa_utils.AveragedModel(air),
         lambda air: setattr(air, "decode", torch.compile(air.decode, backend="eager")) or air,
+        lambda air: setattr(air, "encode", torch.nn.DataParallel(air.encode)) or air,
+        lambda air: torch.nn.DataParallel(torch.nn.DataParallel(air)),
+        lambda air: torch.nn.ModuleDict({"other": torch.nn.Linear(2, 2), "air": air}),
     ],
-    ids=["compiled", "averaged", "a compiled part"],
+    ids=["compiled", "averaged", "a compiled part", "a parallel part", "parallel", "a part"],
 )
 def test_weights_of_wrapped_models_are_loaded(
     wrap: Callable[[AIR], torch.nn.Module], tmp_path: Path
@@ -138,6 +142,23 @@ def test_weights_of_wrapped_models_are_loaded(
     loaded = load_air(tmp_path / "weights.pt")
     assert torch.equal(loaded.z_what_init, air.z_what_init)
     assert torch.equal(loaded.predict.mlp.seq[0].weight, air.predict.mlp.seq[0].weight)
+
+
+def test_weights_of_a_compiled_net_of_ones_own_are_loaded_with_it(tmp_path: Path) -> None:
+    def nets(settings: ModelSettings) -> dict[str, torch.nn.Module]:
+        decode = torch.nn.Linear(settings.z_what_size, settings.window_size**2)
+        return {"decode": torch.compile(decode, backend="eager")}
+
+    air = AIR.from_settings(ModelSettings(), nets)
+    save_weights(air, tmp_path / "weights.pt")
+    state = torch.get_rng_state()
+    loaded = load_air(tmp_path / "weights.pt", nets=nets)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(loaded.decode.weight, air.decode.weight)
+    torch.save({"state_dict": {f"model.{k}": v for k, v in air.state_dict().items()}, "epoch": 3},
+               tmp_path / "lightning.ckpt")  # fmt: skip
+    loaded = load_air(tmp_path / "lightning.ckpt", nets=nets)
+    assert torch.equal(loaded.decode.weight, air.decode.weight)
 
 
 def test_images_of_another_size_are_named(air: AIR) -> None:

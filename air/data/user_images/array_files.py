@@ -38,9 +38,9 @@ def read_arrays(path: Path, names: Collection[str]) -> dict[str, Array]:
         DataError: If a file is damaged or of another kind, or has no x, or an array is too large.
     """
     if path.is_dir() and (path / "x.npy").exists():
-        files = {name: path / f"{name}.npy" for name in names}
+        files = {file.stem: file for file in path.glob("*.npy")}
         return {
-            name: _read_file(file, ("x",))["x"] for name, file in files.items() if file.exists()
+            name: _read_file(files[key], ("x",))["x"] for name, key in _choose(files, names).items()
         }
     return _read_file(path, names)
 
@@ -69,8 +69,11 @@ def _read_file(path: Path, names: Collection[str]) -> dict[str, Array]:
 
 
 def _choose(held: Collection[str], names: Collection[str]) -> dict[str, str]:
-    """The names under which a file holds the arrays to read, by the names to read."""
-    found = {name: name for name in names if name in held}
+    """The names under which a file holds the arrays to read, by the names to read.
+
+    These may be written in other letters, such as Counts.
+    """
+    found = {key.lower(): key for key in sorted(held, key=str.islower) if key.lower() in names}
     if "x" in found:
         return found
     if len(held) != 1 or found:

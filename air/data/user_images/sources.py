@@ -50,7 +50,7 @@ from air.data.user_images.preparation import (
     to_bytes,
     to_channels_first,
 )
-from air.data.user_images.true_counts import PictureCounts
+from air.data.user_images.true_counts import CountError, PictureCounts, first_few
 
 EXPECTED = (
     "expected a picture (PNG, JPEG, TIFF, BMP, WebP, GIF or PPM), a folder of pictures, a .npz, "
@@ -58,10 +58,12 @@ EXPECTED = (
 )
 HELD_OUT_FOLDER = "test"
 SYSTEM_FOLDERS = {  # with thumbnails and deleted files; others begin with a dot
-    "$recycle.bin", "system volume information", "@eadir", "@recycle", "#recycle", "#snapshot",
-    "lost+found", "__macosx",
+    "$recycle.bin", "recycler", "recycled", "system volume information", "@eadir", "@recycle",
+    "@recently-snapshot", "@sharebin", "@tmp", "@transcode", "#recycle", "#snapshot", "~snapshot",
+    "lost+found", "found.000", "__macosx", "network trash folder", "temporary items",
+    "thevolumesettingsfolder",
 }  # fmt: skip
-MAX_NAMED = 3  # damaged pictures in an error
+MAX_FAULTS = 100  # pictures that cannot be used, after which no more are read
 HOLD_OUT_EVERY = 10
 
 
@@ -190,13 +192,17 @@ def find_files(path: Path | str) -> list[Path]:
             problem = "is neither a file nor a folder" if path.exists() else "does not exist"
             raise DataError(f"{path} {problem}: {EXPECTED}")
         found = list(_files_in(path, set()))
-        files = [file for file in found if is_picture(file)]
+        files = [file for file in found if file.is_file() and is_picture(file)]
     except OSError as error:
         raise DataError(f"{error.filename or path}: {error.strerror}") from error
     if not files:
         raise DataError(f"{path} contains no pictures: {EXPECTED}")
     others = {*found} - {*files}
-    kinds = Counter(each.suffix.lower() for each in others if each.name.lower() != COUNTS_FILE)
+    kinds = Counter(
+        each.suffix.lower() if each.is_file() else "link to nothing"
+        for each in others
+        if each.name.lower() != COUNTS_FILE or each.parent != path
+    )
     if kinds:
         named = ", ".join(f"{kind or 'no suffix'} ({n})" for kind, n in sorted(kinds.items()))
         _warn_once(f"{path}: {kinds.total()} files are no pictures and are left out: {named}")
@@ -222,7 +228,7 @@ def _files_in(folder: Path, entered: set[str]) -> Iterator[Path]:
     for path in sorted(visible, key=Path.is_symlink):  # real folders before links to them
         if path.is_dir():
             yield from _files_in(path, entered)
-        elif path.is_file():
+        elif path.is_file() or path.is_symlink():
             yield path
 
 
@@ -236,16 +242,24 @@ def _read_pictures(path: Path, settings: ImageSettings, hold_out_all: bool) -> d
     images: list[PreparedImage] = []
     counts: list[int | None] = []
     held_out: list[bool] = []
-    try:
-        for file in tqdm(files, "reading pictures", disable=None, leave=False, unit="picture"):
+    faults: list[str] = []
+    for file in tqdm(files, "reading pictures", disable=None, leave=False, unit="picture"):
+        try:
             for name, pixels in read_picture(file, settings.alpha_over):
                 images.append(prepare_image(name, pixels, settings))
-                counts.append(known.of(name, file))
                 held_out.append(_is_held_out(path, file))
-                _check_same_size(path, images[0], images[-1])
-                check_size(str(path), len(images) * images[0].pixels.nbytes)
-    except PictureError as error:
-        raise _damaged(files) from error
+                counts.append(known.of(name, file))
+        except (PictureError, CountError) as error:
+            faults.append(str(error))
+        if len(faults) == MAX_FAULTS:
+            break
+        if images:
+            check_size(str(path), len(images) * images[0].pixels.nbytes)
+    other = next((x for x in images if x.pixels.shape[-1] != images[0].pixels.shape[-1]), None)
+    if other is not None:
+        faults.append(_of_different_sizes(path, images[0], other))
+    if faults:
+        raise DataError(first_few(faults, f"of {len(files)} pictures cannot be used"))
     x = np.stack(_in_same_channels([image.pixels for image in images]))
     arrays = {"x": x} if None in counts else {"x": x, "counts": np.array(counts)}
     if not any(held_out):
@@ -269,20 +283,15 @@ def _damaged(files: Sequence[Path]) -> DataError:
                 pass
         except PictureError as error:
             errors.append(str(error))
-    more = f"; and {len(errors) - MAX_NAMED} more" if len(errors) > MAX_NAMED else ""
-    text = "; ".join(errors[:MAX_NAMED]) + more
-    if len(errors) > 1:
-        text = f"{len(errors)} of {len(files)} pictures cannot be read: {text}"
-    return DataError(text)
+    return DataError(first_few(errors, f"of {len(files)} pictures cannot be used"))
 
 
-def _check_same_size(path: Path, first: PreparedImage, other: PreparedImage) -> None:
+def _of_different_sizes(path: Path, first: PreparedImage, other: PreparedImage) -> str:
     side, found = first.pixels.shape[-1], other.pixels.shape[-1]
-    if side != found:
-        raise DataError(
-            f"{path}: pictures of different sizes, {side} x {side} ({first.name}) and {found} x "
-            f"{found} ({other.name}): --x-size H resizes all to H x H, and with --crop crops them"
-        )
+    return (
+        f"{path}: pictures of different sizes, {side} x {side} ({first.name}) and {found} x "
+        f"{found} ({other.name}): --x-size H resizes all to H x H, and with --crop crops them"
+    )
 
 
 def _in_same_channels(images: list[Array]) -> list[Array]:

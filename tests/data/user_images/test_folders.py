@@ -37,7 +37,7 @@ def found(folder: Path) -> set[str]:
     [
         "@eaDir/a.png/SYNOPHOTO_THUMB_M.png", "$RECYCLE.BIN/S-1/$R1.png", "__MACOSX/._a.png",
         "System Volume Information/a.png", "#recycle/a.png", "lost+found/a.png", ".cache/a.png",
-        "inner/@eaDir/a.png",
+        "inner/@eaDir/a.png", "RECYCLER/a.png", "@Recently-Snapshot/a.png", "found.000/a.png",
     ],
 )  # fmt: skip
 def test_folders_of_systems_are_left_out(name: str, tmp_path: Path) -> None:
@@ -50,11 +50,13 @@ def test_the_content_of_a_file_says_whether_it_is_a_picture(
 ) -> None:
     pictures = {name: picture("JPEG") for name in ("a.jfif", "b.JPE", "c.jpeg", "d", "e.photo")}
     others = {"f.heic": b"heic", "g.HEIC": b"heic", "notes": b"text", "counts.csv": b""}
-    folder = write(tmp_path, pictures | others)
+    folder = write(tmp_path, pictures | others | {"inner/counts.csv": b""})
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
     with caplog.at_level(logging.WARNING):
         assert found(folder) == found(folder) == {*pictures}
     (said,) = (record.getMessage() for record in caplog.records)  # once
-    assert "3 files are no pictures and are left out: no suffix (1), .heic (2)" in said
+    kinds = "no suffix (1), .csv (1), .heic (2), link to nothing (1)"
+    assert f"5 files are no pictures and are left out: {kinds}" in said
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
@@ -104,9 +106,30 @@ def test_all_damaged_pictures_are_named_at_once(tmp_path: Path) -> None:
         with pytest.raises(DataError) as raised:
             read(folder)
         said = str(raised.value)
-        assert said.startswith("5 of 11 pictures cannot be read: ")
+        assert said.startswith("5 of 11 pictures cannot be used: ")
         assert all(name in said for name in ("a.png", "b.png", "c.jpg", "and 2 more"))
         assert "\n" not in said
+
+
+def test_all_that_is_wrong_with_counts_is_said_at_once(tmp_path: Path) -> None:
+    pictures = {f"{k}.png": picture() for k in range(6)} | {"damaged.png": b""}
+    lines = "\n".join(["0.png,1", "1.png,", "2.png,many", "3.png;4"])
+    folder = write(tmp_path, pictures | {"counts.csv": lines.encode()})
+    with pytest.raises(DataError, match=r"line 2: .*; .*line 3: .*; .*line 4"):
+        load_data(folder)
+    (folder / "counts.csv").write_text("0.png,1\n 1.png ,2\n")
+    with pytest.raises(DataError, match=r"^5 of 7 pictures .* no count of 2\.png.*and 2 more"):
+        load_data(folder)
+
+
+def test_names_with_blanks_and_backslashes_have_counts(tmp_path: Path) -> None:
+    names = [" a.png", "b .png", "c\\d.png", "e.png"]
+    lines = "\n".join(f"{name},{k}" for k, name in enumerate(names))
+    folder = write(tmp_path, dict.fromkeys(names, picture()) | {"counts.csv": lines.encode()})
+    train, held_out, _ = load_data(folder)
+    assert train.counts is not None
+    assert held_out.counts is not None
+    assert [*train.counts, *held_out.counts] == [0, 1, 2, 3]
 
 
 def test_a_tilde_is_the_home_folder_in_both_forms_of_a_flag() -> None:
