@@ -63,9 +63,9 @@ LINES = [
     "--data pictures --no-survey -n 2 -b 8 --x-size 40 --no-crop --no-invert --alpha-over white "
     "--count-pattern (\\d+)-objects --threads 1",
     "--data mine.npz -n 2 -b 8 --x-size 40 --crop --channels 3 --invert",
-    f"--recipe dsprites {SMALL} --background noisy --background-levels 9 90 "
-    "--object-levels 200 255 --min-gap 0 --guide glimpse --background-model pca "
-    "--likelihood bernoulli --count-prior 1 1 1 0.1 --anneal-prior none --learn-count-prior-from 1",
+    f"--recipe dsprites {SMALL} --background noisy --min-gap 0 --guide glimpse "
+    "--background-model pca --likelihood bernoulli --count-prior 1 1 1 0.1 --anneal-prior none "
+    "--learn-count-prior-from 1",
     f"{SMALL} --sides 9 18 --masking --baselines --no-z-pres-prior-raw --no-verbose --no-evaluate",
     f"{SMALL} --estimator score --num-steps=1 --no-baseline",  # as in Pyro's own test suite
 ]

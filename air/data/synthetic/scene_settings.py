@@ -73,6 +73,7 @@ class SceneSettings:
         low=0,
         high=255,
         length=(2, 2),
+        only_in="multi_mnist.py",
     )
     object_levels: tuple[int, ...] = setting(
         (255, 255),
@@ -80,6 +81,7 @@ class SceneSettings:
         low=0,
         high=255,
         length=(2, 2),
+        only_in="multi_mnist.py",
     )
     min_gap: float | None = setting(
         None,
