@@ -166,7 +166,7 @@ def test_resizing_is_pillows_of_a_picture_in_the_middle(height: int, width: int,
     image = RNG.integers(0, 256, (height, width), np.uint8)
     (done,), placement = prepared(image[None, None], ImageSettings(x_size=side, crop=False))
     new = [max(1, round(n * side / max(height, width))) for n in (width, height)]
-    small = Image.fromarray(image).resize((new[0], new[1]), Image.Resampling.BILINEAR)
+    small = Image.fromarray(image).resize((new[0], new[1]), Image.Resampling.LANCZOS)
     left, top = (side - new[0]) // 2, (side - new[1]) // 2
     edge = [*image[0], *image[-1], *image[:, 0], *image[:, -1]]
     expected = Image.new("L", (side, side), int(np.median(edge)))
