@@ -259,7 +259,8 @@ def _read_pictures(path: Path, settings: ImageSettings, hold_out_all: bool) -> d
     if other is not None:
         faults.append(_of_different_sizes(path, images[0], other))
     if faults:
-        raise DataError(first_few(faults, f"of {len(files)} pictures cannot be used"))
+        or_more = "or more " * (len(faults) >= MAX_FAULTS)
+        raise DataError(first_few(faults, f"{or_more}of {len(files)} pictures cannot be used"))
     x = np.stack(_in_same_channels([image.pixels for image in images]))
     arrays = {"x": x} if None in counts else {"x": x, "counts": np.array(counts)}
     if not any(held_out):
