@@ -109,7 +109,7 @@ def test_a_user_defined_net_embeds_glimpses_and_the_baseline_whole_images() -> N
     air = small_air(guide_input="glimpse", embed=torch.nn.Linear(pixels, 4))
     air.guide(torch.rand(3, 12, 12))
     assert air.bl_rnn.weight_ih.shape[1] > 12**2
-    with pytest.raises(ValueError, match=rf"embed: expected a net from \[B, {pixels}\]"):
+    with pytest.raises(ValueError, match=rf"embed: expected a net for inputs \[B, {pixels}\]"):
         small_air(guide_input="glimpse", embed=torch.nn.Linear(144, 4))
 
 
