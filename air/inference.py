@@ -51,6 +51,8 @@ def infer(air: AIR, images: Tensor | NDArray[Any], refine: bool = False) -> Infe
     """Infers counts, windows and reconstructions for images, [B, (C,) H, H], on any device.
 
     The result is that of the means of q(z_where) and q(z_what), with nets in evaluation mode.
+    Threads take turns, also with training by `air.training`; beside a step of Pyro's own SVI in
+    another thread, call it in a process of its own.
 
     Args:
         air: The model.
