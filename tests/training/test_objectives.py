@@ -204,9 +204,9 @@ def test_the_bound_of_the_evaluation_sums_over_the_count() -> None:
     torch.manual_seed(0)
     each = [sample_paths(air, images, PRIOR).log_weights for _ in range(3)]
     torch.testing.assert_close(ours, torch.cat(each, 1).exp().sum((1, 2)).div(3).log())
-    drawn = torch.stack([sample_elbo(air, images, PRIOR).elbo for _ in range(300)])
-    summed = importance_weighted_bound(air, images, 300, PRIOR)
-    of_drawn = drawn.logsumexp(0) - math.log(300)
+    drawn = torch.stack([sample_elbo(air, images, PRIOR).elbo for _ in range(60)])
+    summed = importance_weighted_bound(air, images, 60, PRIOR)
+    of_drawn = drawn.logsumexp(0) - math.log(60)
     assert summed.mean() > of_drawn.mean()
     assert summed.mean() - of_drawn.mean() < 5  # both tend to log p(x)
 
