@@ -20,7 +20,8 @@ ELBO <= L_1 <= L_2 <= ... <= log p(x). Sources: Kool et al. 2019, "Buy 4 REINFOR
 baseline for free" (rloo); Mohamed et al. 2020, arXiv:1906.10652 (mvd); Mnih and Rezende 2016,
 arXiv:1602.06725 (vimco); Bornschein and Bengio 2015, arXiv:1406.2751, and Le et al. 2019,
 arXiv:1805.10469 (rws). The paper's estimator, the score function with a learnt baseline, is `AIR`
-itself with Pyro's TraceGraph_ELBO.
+itself with Pyro's TraceGraph_ELBO. While training, the value is shown in place of the ELBO;
+evaluations have the ELBO itself.
 
 Left out are REBAR, RELAX and ARM, since the exact sum costs less than what they would improve upon,
 and tail-adaptive weights, for which every latent must be reparameterised. Pyro's enumeration of
