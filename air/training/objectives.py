@@ -10,9 +10,9 @@ z_what are reparameterised, but for reweighted wake-sleep. The gradient of q(n) 
 | elbo, marginal | sum_n q(n) f_n | exact; unbiased |
 | elbo, rloo | f_n, n drawn from q | score function, less the mean of other draws; unbiased |
 | elbo, mvd | f_n, n drawn from q | f(go on) - f(stop) at every step; unbiased |
-| iwae, marginal | L_K = log 1/K sum_kn w_kn | towards the posterior of n, for q(n) cancels in L_K |
+| iwae, marginal | L_K = log 1/K sum_kn w_kn | that of the ELBO, for q(n) cancels in L_K |
 | iwae, vimco | log 1/K sum_k exp f_kn | score function, less the bound without k; unbiased |
-| rws, marginal | L_K | as iwae, and q(z) too is fitted to the posterior; biased for finite K |
+| rws, marginal | L_K | q(n) and q(z) are fitted to the weighted paths; biased for finite K |
 
 L_K is the importance-weighted bound (Burda et al. 2016, arXiv:1509.00519) with the count summed
 out: exp f_kn is an unbiased estimate of p(x), and the sum of w_kn over n is its expectation. So
@@ -81,8 +81,9 @@ def mvd(paths: Paths) -> tuple[Tensor, Tensor]:
 
 def iwae(paths: Paths) -> tuple[Tensor, Tensor]:
     """The importance-weighted bound, with the count summed out."""
-    bound, posterior = _bound_and_posterior(paths)
-    return bound, bound + (posterior * paths.log_q).sum((1, 2))
+    bound, _ = _bound_and_posterior(paths)
+    constant = {"log_p": paths.log_p.detach(), "log_q_z": paths.log_q_z.detach()}
+    return bound, bound + marginal(paths._replace(**constant))[0]
 
 
 def vimco(paths: Paths) -> tuple[Tensor, Tensor]:
