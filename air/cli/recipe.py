@@ -31,7 +31,6 @@ WINDOW_SIDES = 10, 28  # least and greatest side of the attention window in pixe
 # Nats that a typical object explains: with glimpses more, since their cover keeps them from using a
 # second window for what the decoder leaves of an object.
 WORTHS = {"image": 200.0, "glimpse": 500.0}
-LEAST_WORTH = 40.0  # nats that nineteen of twenty objects explain
 LIKELIHOOD_SDS = 0.05, 0.6
 RELIABLE = 0.4  # agreement of two thresholds from which spots are believed
 SPOT_STEPS, WHOLE_SPOT_STEPS = 200, 100  # with glimpses, and for each object with whole images
@@ -157,8 +156,10 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
     sd = math.sqrt(max(1.0, shifts.mean())) if len(scales) else 1.0
     found["pos_prior_sd"] = round(sd, 2), "by the spread of the places"
     if len(seen.worths):
-        sd = _likelihood_sd(seen, WORTHS["glimpse" if glimpses else "image"])
-        worth = float(np.median(seen.worths)) / (2 * sd**2)
+        typical = float(np.median(seen.worths))
+        sd = math.sqrt(typical / (2 * WORTHS["glimpse" if glimpses else "image"]))
+        sd = round(min(max(sd, seen.noise, LIKELIHOOD_SDS[0]), LIKELIHOOD_SDS[1]), 3)
+        worth = typical / (2 * sd**2)
         found["likelihood_sd"] = sd, f"a typical object then explains {worth:.0f} nats"
     if not seen.is_black:
         found["background_model"] = "pca", f"the background is not black ({seen.level:.0f} of 255)"
@@ -187,13 +188,6 @@ def _num_steps(scenes: SceneSplits, model_steps: int) -> tuple[int, str]:
     number = min(max(bearable, STEP_MULTIPLE), TrainingSettings.num_steps)
     minutes = math.ceil(number * seconds / 60)
     return number, f"some {minutes} minutes on one core of a CPU, {seconds:.2f} s a step"
-
-
-def _likelihood_sd(seen: Survey, typical_worth: float) -> float:
-    """The standard deviation of a pixel at which objects are worth enough."""
-    typical, least = np.percentile(seen.worths, (50, 5))
-    sd = math.sqrt(min(typical / (2 * typical_worth), max(least, typical / 8) / (2 * LEAST_WORTH)))
-    return round(min(max(sd, seen.noise, LIKELIHOOD_SDS[0]), LIKELIHOOD_SDS[1]), 3)
 
 
 def describe(seen: Survey, found: Found) -> list[str]:
