@@ -49,8 +49,9 @@ def draw_run(run: RunFolder, gif: bool = False) -> None:
     """Draws all figures of a run; a figure that cannot be written leaves its old file as it was.
 
     `inputs`, `inferred`, `reconstructions` and `prior_samples` show up to 64 scenes, `errors` the
-    scenes counted wrongly, `objects` the window and the object of each step, `scenes` eight scenes
-    with their reconstructions, and `curves` the metrics. With a model of the background,
+    scenes counted wrongly, `objects` the window and the object of each step, `scan` where the
+    windows of each step lie, `scenes` eight scenes with their reconstructions, and `curves` the
+    metrics. With a model of the background,
     `backgrounds` shows the inferred backgrounds. The curves have matplotlib's default style,
     whatever the user's matplotlibrc says: its fonts or its LaTeX may be missing.
 

@@ -339,12 +339,12 @@ def as_rank(rank: int, world_size: int = 2) -> Iterator[None]:
 
 
 PANES = {  # of the live page, without a model of the background
-    "elbo", "kl", "accuracy", "inferred", "reconstructions", "objects", "prior_samples", "counts",
-    "confusion", "errors", "grad_norm", "rates", "speed", "settings",
+    "elbo", "kl", "accuracy", "inferred", "reconstructions", "objects", "scan", "prior_samples",
+    "counts", "confusion", "errors", "grad_norm", "rates", "speed", "settings",
 }  # fmt: skip
 
 
 NAMES = {  # of the figures of a run
-    "inputs", "inferred", "reconstructions", "objects", "prior_samples", "errors", "scenes",
+    "inputs", "inferred", "reconstructions", "objects", "scan", "prior_samples", "errors", "scenes",
     "curves",
 }  # fmt: skip

@@ -26,6 +26,7 @@ PICTURES = {  # names and titles
     "inferred": "Held-out scenes with the inferred boxes and counts",
     "reconstructions": "Reconstructions of the same scenes",
     "objects": "The window of each step, the probability that the step is used, and its object",
+    "scan": "Where the windows of each step lie, and the number of scenes that use the step",
     "prior_samples": "Samples from the prior; all counts equally likely unless the prior is learnt",
     "errors": "Scenes counted wrongly in the last evaluation and by the present model",
     "backgrounds": "Backgrounds of the same scenes",

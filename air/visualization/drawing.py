@@ -136,7 +136,31 @@ def sheets(
     if scenes.backgrounds is not None:
         pictures["backgrounds"] = enlarge(scenes.backgrounds, zoom)
     drawn = {name: tile(picture, columns, rows) for name, picture in pictures.items()}
+    # As wide as the other sheets.
+    drawn["scan"] = scan_map(snapshot.scenes, max(zoom * columns // scenes.boxes.shape[1], 1))
     return {**drawn, "objects": object_sheet(snapshot, zoom, object_rows)}
+
+
+def scan_map(scenes: InferredScenes, zoom: int) -> Pictures:
+    """Draws where each step looks: the share of scenes whose window covers a pixel, per step.
+
+    The brightest pixel is the most covered one of the step, and the number is that of the scenes
+    which use the step. Figure 4 of the paper shows such maps.
+    """
+    side = scenes.images.shape[-1]
+    centres, maps = np.arange(side) + 0.5, []
+    for t in range(scenes.boxes.shape[1]):
+        boxes = scenes.boxes[scenes.counts > t, t].astype(float)
+        edges = np.sort(boxes.reshape(-1, 2, 2), axis=1)[..., None]  # [n, start or end, x or y, 1]
+        columns, rows = ((edges[:, 0] <= centres) & (centres < edges[:, 1])).swapaxes(0, 1) * 1.0
+        covered = np.einsum("ny,nx->yx", rows, columns)
+        shade = covered / max(covered.max(), 1.0)
+        picture = (shade[..., None] * _step_colour(t)).astype(np.uint8)
+        picture = picture.repeat(zoom, axis=0).repeat(zoom, axis=1)
+        _annotate(picture, {}, zoom, f"{len(boxes)}")
+        maps.append(picture)
+    titles = [f"step {t}" for t in range(1, len(maps) + 1)]
+    return caption(tile(np.stack(maps), len(maps)), titles, max(zoom * side // 7, 8))
 
 
 def object_sheet(snapshot: Snapshot, zoom: int, rows: int | None = None) -> Pictures:

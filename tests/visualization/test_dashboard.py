@@ -343,9 +343,10 @@ def test_a_browser_shows_every_pane_and_its_changes(
         assert len(shown(".window")) == len(PANES)
         assert len(shown(".js-plotly-plot")) == 8
         widths = [picture.get_property("naturalWidth") for picture in shown(".window img")]
-        assert widths == [828] * 5  # decoded, and not stretched except by rounding
+        # Decoded, and not stretched except by rounding; fourth is the map of the steps.
+        assert widths == [828, 828, 828, 758, 828, 828]
         sizes = [picture.size["width"] for picture in shown(".window img")]
-        assert all(abs(size - 828) < 9 for size in sizes), sizes
+        assert np.allclose(sizes, widths, atol=9), sizes
         assert not shown(".window td b")  # text stays text
         board.record({"step": 25, "elbo": 444.0})
         board.draw(make_snapshot(25))

@@ -128,6 +128,25 @@ def test_sheets_show_their_scenes() -> None:
     np.testing.assert_array_equal(rows, tile(cells, 8))
 
 
+def test_the_map_of_a_step_is_the_share_of_windows_over_each_pixel() -> None:
+    scenes = make_scenes(9)
+    side, steps = 50, scenes.boxes.shape[1]
+    drawn = drawing.scan_map(scenes, 1)[-side:]  # below the titles
+    for t in range(steps):
+        expected = np.zeros((side, side))
+        for y, x in np.ndindex(side, side):
+            expected[y, x] = sum(
+                x0 <= x + 0.5 < x1 and y0 <= y + 0.5 < y1
+                for count, boxes in zip(scenes.counts, scenes.boxes, strict=True)
+                for x0, y0, x1, y1 in boxes[t : t + 1]
+                if count > t
+            )
+        shade = expected / max(expected.max(), 1)
+        shown = drawn[:, t * (side + 4) :][:, :side] / np.array(STEP_COLOURS[t])
+        below = slice(14, None)  # the number of scenes
+        np.testing.assert_allclose(shown.max(-1)[below], shade[below], atol=0.02)
+
+
 @pytest.mark.parametrize("steps", [1, 5])
 def test_objects_stand_beside_what_their_step_attends_to(steps: int) -> None:
     snapshot = make_snapshot(steps=steps)
