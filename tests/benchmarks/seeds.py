@@ -1,4 +1,4 @@
-"""Trains by every objective and estimator on many seeds and writes one table that counts every run.
+"""Trains by objectives and estimators on many seeds; writes a table and a figure of every run.
 
     python tests/benchmarks/seeds.py --out seeds --seeds 10 --jobs 2
 
@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
 from air.cli.flags import build_parser
@@ -171,8 +173,26 @@ def row(estimator: str, results: Sequence[Result], seeds: int) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def draw(folders: dict[str, list[Path]], path: Path) -> None:
+    """Draws the count accuracy of every run over its steps, one colour for each estimator."""
+    figure = Figure((7.1, 3.2), dpi=200, layout="constrained")
+    axes = figure.add_subplot()
+    for number, (estimator, runs) in enumerate(folders.items()):
+        for seed, run in enumerate(runs):
+            points = [
+                (e["step"], 100 * e["accuracy_mode"]) for e in read_lines(run) if "eval_elbo" in e
+            ]
+            axes.plot(
+                *zip(*points, strict=True), f"C{number}", lw=0.9, label="" if seed else estimator
+            )
+    axes.set(xlabel="step", ylabel="count accuracy, %", ylim=(80, 100))
+    axes.grid(color="0.93")
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
 def main() -> int:
-    """Runs what is left and writes table.md."""
+    """Runs what is left and writes table.md and figure.png."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the table")
     parser.add_argument("--seeds", type=int, default=10, help="seeds 0, 1, ... of each estimator")
@@ -186,10 +206,11 @@ def main() -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         codes = list(pool.map(lambda run: train(run[0], arguments_of(run, args.flags)), runs))
     failed = [str(folder) for (folder, _, _), code in zip(runs, codes, strict=True) if code]
-    rows = []
-    for estimator in args.estimators:
-        folders = [folder for folder, e, _ in runs if e == estimator and is_done(folder)]
-        rows.append(row(estimator, [read_result(folder) for folder in folders], args.seeds))
+    done = {
+        e: [run for run, name, _ in runs if name == e and is_done(run)] for e in args.estimators
+    }
+    rows = [row(e, [read_result(run) for run in done[e]], args.seeds) for e in done]
+    draw(done, args.out / "figure.png")
     header = "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|"
     table = "\n".join([header, *rows, PUBLISHED])
     (args.out / "table.md").write_text(table)
