@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from air.cli.config import COMPILE_MIN_STEPS
 from air.data.scenes import Array, SceneSplits
 from air.data.survey import Survey, survey
 from air.data.user_images.preparation import ImageSettings, prepare
@@ -38,9 +39,12 @@ SMALL = 0.2  # side of an object, relative to its image, below which glimpses fi
 # Objects up to which the whole image is seen, if they are large and there are so many images: a
 # guide that sees glimpses learns the same at every place, the other one learns each place.
 FEW, MANY_IMAGES = 3, 20_000
-# Training takes at most some 15 minutes on one core. A step takes this many seconds for each pixel
-# of a batch of 64 scenes, for each channel and each object, and one for the background.
-MAX_SECONDS, SECONDS_PER_VALUE = 900, 6e-6
+# Values that all steps of training compute together, at most: one for each pixel of a scene, each
+# channel, and each object or background.
+MAX_VALUES = 1.5e8
+# Seconds of a step with sums, at least and for each value, on one core of an AMD EPYC. A compiled
+# step takes half as long.
+SECONDS, SECONDS_PER_VALUE = 0.15, 1.25e-5
 STEP_MULTIPLE = 500
 MAX_STEPS = 24  # of the model; a step of training takes as long as it has steps
 
@@ -183,9 +187,10 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
 def _num_steps(scenes: SceneSplits, model_steps: int) -> tuple[int, str]:
     """The number of training steps that are bearable, and the time that they take."""
     values = scenes.x_size**2 * scenes.channels * (model_steps + 1)
-    seconds = SECONDS_PER_VALUE * values
-    bearable = int(MAX_SECONDS / seconds) // STEP_MULTIPLE * STEP_MULTIPLE
+    bearable = int(MAX_VALUES / values) // STEP_MULTIPLE * STEP_MULTIPLE
     number = min(max(bearable, STEP_MULTIPLE), TrainingSettings.num_steps)
+    seconds = SECONDS + SECONDS_PER_VALUE * values
+    seconds *= 0.5 if number >= COMPILE_MIN_STEPS else 1
     minutes = math.ceil(number * seconds / 60)
     return number, f"some {minutes} minutes on one core of a CPU, {seconds:.2f} s a step"
 
