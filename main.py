@@ -29,7 +29,14 @@ from air.cli.device import pick_device, torch_settings_of_a_run
 from air.cli.errors import explained_errors
 from air.cli.flags import build_parser, settings_named_by_flag
 from air.cli.progress import ProgressBar
-from air.cli.recipe import Found, describe, find_image_settings, find_settings, is_surveyed
+from air.cli.recipe import (
+    Found,
+    describe,
+    find_image_settings,
+    find_settings,
+    is_surveyed,
+    unlike_training,
+)
 from air.cli.recorder import Recorder, SilentRecorder, final_evaluations, restore_trainer
 from air.data.scenes import DataError, SceneSplits
 from air.data.survey import data_hints, survey
@@ -37,6 +44,7 @@ from air.data.user_images.sources import load_data
 from air.evaluation import HeldOut
 from air.storage.checkpoint import check_image_size, load_weights_strict, read_weights
 from air.storage.files import quoted
+from air.storage.pretrained import explain
 from air.storage.run_folder import RunFolder, versions
 from air.support.images import to_tensor
 from air.support.model_settings import NetFactory
@@ -83,7 +91,7 @@ def main(
                 return 0
             config = resolve_config(cli_args, saved.config, found)
             config = config.with_image_size(scenes.x_size, scenes.channels)
-            show_hints(config, scenes)
+            show_hints(config, scenes, saved)
             trainer = build_trainer(config, scenes, device, nets, compiler)
             restore(trainer, saved, scenes.sha256)
             recorder = open_recorder(config, trainer, scenes.sha256, saved.run, exit_stack)
@@ -115,6 +123,8 @@ def read_saved(cli_args: Mapping[str, Any], exit_stack: ExitStack) -> Saved:
         return Saved(run.checkpoint, state["config"], state["model"], run, state)
     if "load" in cli_args:
         path = Path(cli_args["load"])
+        if (line := explain(path)) and is_main():
+            print(line)
         weights, config = read_weights(path)
         check_config(config, path)
         return Saved(path, config, weights)
@@ -165,13 +175,18 @@ def survey_scenes(cli_args: Mapping[str, Any], of_source: Found, scenes: SceneSp
     return found
 
 
-def show_hints(config: Config, scenes: SceneSplits) -> None:
+def show_hints(config: Config, scenes: SceneSplits, saved: Saved) -> None:
     """Warns of settings and scenes that are probably not what the user means."""
+    loaded = {} if saved.run else saved.config
     on_black = config.model.background_model == "none"
     hints = [
         *config_hints(config),
         *data_hints(scenes, config.model.num_steps, on_black),
     ]
+    if config.program.data:
+        hints += unlike_training(scenes.test.x, loaded)
+    elif loaded.get("data"):
+        hints.append(f"the model was trained on {loaded['data']}; --data is missing")
     for hint in hints if is_main() else ():
         logging.getLogger("air").warning(hint)
 

@@ -41,8 +41,8 @@ Then training: air/training/trainer.py, air/training/svi.py, main.py. Beyond the
     air/detect.py               the command line of inference
 
 One floor down: `support` (plumbing below the model), `data`, `evaluation`, `storage` (checkpoints,
-run folders), `training`, `visualization`, `cli` (flags, errors), `terminal` (signals, streams) and
-`tutorial`. Imports run downwards only.
+run folders), `training`, `visualization`, `cli` (flags, errors), `terminal` (signals, streams),
+`tutorial`, and `pretrained` (models and their cards). Imports run downwards only.
 
 `main.py`, `modules.py`, `multi_mnist.py` and `viz.py`, which lie beside this folder, are modules of
 it too: `from air.modules import Encoder` works where another `modules.py` comes first on the path.

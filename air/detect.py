@@ -1,6 +1,6 @@
 """Finds the objects in images with a trained AIR.
 
-    python -m air.detect --load runs/RUN/checkpoint.pt pictures/ > found.jsonl
+    python -m air.detect --load digits pictures/ > found.jsonl
     python -m air.detect --load runs/RUN/checkpoint.pt a.png b.npz --csv a.csv --figure a.png
     python -m air.detect --load runs/RUN/checkpoint.pt large.jpg --tile 100 > found.jsonl
 
@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from air.air import AIR
 from air.cli.device import pick_device
 from air.cli.flags import Parser
+from air.cli.recipe import unlike_training
 from air.data.scenes import Array, DataError
 from air.data.survey import brightness_hints
 from air.data.user_images.picture_files import is_picture
@@ -48,6 +49,7 @@ from air.inference import infer
 from air.priors import at_least_probs
 from air.storage.checkpoint import load_air, read_weights
 from air.storage.files import check_output_file, write_atomically
+from air.storage.pretrained import explain, names
 from air.support.checks import check_whole
 from air.support.fields import from_config
 from air.support.images import to_tensor
@@ -336,6 +338,8 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
     for flag, output in outputs.items():
         if output:
             check_output_file(flag, output)
+    if line := explain(args.load):
+        print(line, file=sys.stderr)
     air = load_air(args.load, pick_device(args.device), nets)
     if args.crops:
         if args.crops.exists():
@@ -347,7 +351,8 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
         unreadable.append(error)
         tqdm.write(f"{prog}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
 
-    settings = image_settings(args, air)
+    _, config = read_weights(args.load)
+    settings = image_settings(args, air, config)
     read = partial(read_whole if args.tile else read_images, settings=settings)
     images = read_sources(args.images, read, report)
     find = partial(detect, air, refine=args.refine, codes=args.codes or args.kinds is not None)
@@ -357,9 +362,12 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
     batches = iter(lambda: list(islice(images, 1 if args.tile else BATCH)), [])
     for number, batch in enumerate(batches):
         stack = np.stack([image.pixels for image in batch])
-        on_black = air.background is None
-        for hint in brightness_hints(stack, on_black) if number == 0 and stack.any() else ():
-            logging.getLogger("air").warning(hint)
+        if number == 0 and stack.any():
+            found_hints = brightness_hints(stack, air.background is None)
+            # A picture to be cut into tiles shows more than a training image did.
+            found_hints += [] if args.tile else unlike_training(stack, config)
+            for hint in found_hints:
+                logging.getLogger("air").warning(hint)
         if args.tile:
             whole = ~stack[0] if settings.invert else stack[0]  # a tile is inverted later
             found = [detect_in_tiles(find, whole, args.tile, settings, batch[0].name)]
@@ -397,9 +405,8 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
     return 2 if unreadable else 0
 
 
-def image_settings(args: argparse.Namespace, air: AIR) -> ImageSettings:
+def image_settings(args: argparse.Namespace, air: AIR, config: Mapping[str, Any]) -> ImageSettings:
     """How to prepare images: as for the training of the model, unless flags say otherwise."""
-    _, config = read_weights(args.load)
     given = {key: getattr(args, key) for key in ("crop", "invert", "alpha_over")}
     asked = {key: value for key, value in given.items() if value is not None}
     sizes = {"x_size": air.x_size, "channels": air.channels, "count_pattern": None}
@@ -413,7 +420,10 @@ def build_parser() -> Parser:
         "images", nargs="+", type=Path, metavar="IMAGES",
         help="a picture, a folder of pictures, or a .npz, .npy, .h5 or .pt file",
     )  # fmt: skip
-    parser.add_argument("--load", type=Path, required=True, metavar="FILE", help="a checkpoint.pt")
+    parser.add_argument(
+        "--load", type=Path, required=True, metavar="FILE",
+        help=f"a checkpoint.pt, or the name of a pretrained model: {', '.join(names())}",
+    )  # fmt: skip
     parser.add_argument(
         "--tile",
         type=int,

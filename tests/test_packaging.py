@@ -77,8 +77,9 @@ def elsewhere(installed: Path, folder: Path, code: str) -> str:
     return done.stdout
 
 
-def test_every_module_is_installed(installed: Path) -> None:
-    ours = {path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "air").rglob("*.py")]}
+def test_every_module_and_pretrained_model_is_installed(installed: Path) -> None:
+    found = *ROOT.glob("*.py"), *(ROOT / "air").rglob("*.py"), *ROOT.glob("air/pretrained/*.*")
+    ours = {path.relative_to(ROOT) for path in found}
     assert {path for path in ours if not (installed / path).is_file()} == set()
 
 

@@ -56,10 +56,25 @@ def test_the_readme_is_short() -> None:
     assert len(README.encode()) <= 10_000
 
 
-@pytest.mark.parametrize("marker", ["<!-- train -->", "<!-- test -->"])
+@pytest.mark.parametrize("marker", ["<!-- look -->", "<!-- train -->", "<!-- test -->"])
 def test_the_first_commands_are_valid_shell(marker: str) -> None:
     assert re.search(rf"^{marker}\n```sh$", README, re.M)
     subprocess.run(["bash", "-n"], input=block(marker, "sh").encode(), check=True)
+
+
+def test_the_first_command_finds_objects(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (line,) = re.findall(r"^python -m air\.detect (.*)$", block("<!-- look -->", "sh"), re.M)
+    line = line.replace("found.png", str(tmp_path / "found.png"))
+    with contextlib.chdir(ROOT):
+        assert air.detect.main(line.split()) == 0
+    printed = capsys.readouterr()
+    found = [json.loads(each)["count"] for each in printed.out.splitlines()]
+    assert len(found) == 8
+    assert max(found) > 5
+    assert "WARNING" not in printed.err
+    assert (tmp_path / "found.png").exists()
 
 
 def test_every_command_of_main_parses() -> None:

@@ -64,6 +64,8 @@ def resolve_config(
 ) -> Config:
     """Precedence: command line > resumed run > loaded model > survey > defaults.
 
+    A loaded model brings its own settings and, without --data, the scenes of its training.
+
     Args:
         cli_args: The flags on the command line.
         saved: The configuration of the run that --resume names, or the configuration that came
@@ -79,6 +81,12 @@ def resolve_config(
     if model:  # settings that an earlier program did not know have their defaults
         of_model = [spec for spec in _ALL if spec.about["with_model"]]
         below = below | {spec.key: model.get(spec.key, spec.plain_default) for spec in of_model}
+        # The scenes of its training too, unless it was trained on users' images. Another recipe
+        # makes other scenes.
+        recipe = cli_args.get("recipe", model.get("recipe"))
+        if not (model.get("data") or cli_args.get("data")) and recipe == model.get("recipe"):
+            scenes = {*_OF_SCENES, "mnist_dir"} & model.keys()
+            below = below | {key: model[key] for key in scenes}
     overridden = {
         key for given in cli_args.keys() & FLAGS for key in FLAGS[given].about["overrides"]
     }

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from air.data.synthetic.scene_settings import FolderSettings, SceneSettings
 from air.data.user_images.preparation import ImageSettings
+from air.storage.pretrained import names
 from air.support.fields import Setting, SettingError, check_settings, setting, settings_of
 from air.support.model_settings import ModelSettings
 from air.training.ranks import rank, world_size
@@ -88,7 +89,8 @@ class ProgramSettings:
     )
     load: str | None = setting(
         None,
-        "begin with the weights in a checkpoint or a file of weights",
+        "begin with the weights in a checkpoint or a file of weights, or with a pretrained model "
+        f"({', '.join(names())}); without --data, also with the scenes of its training",
         metavar="FILE",
         common=True,
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from air.cli.config import COMPILE_MIN_STEPS
 from air.data.scenes import Array, SceneSplits
-from air.data.survey import Survey, survey
+from air.data.survey import Survey, brightness_hints, survey
 from air.data.user_images.preparation import ImageSettings, prepare
 from air.data.user_images.sources import sample_images
 from air.support.fields import from_config
@@ -46,6 +46,9 @@ MAX_VALUES = 1.5e8
 # step takes half as long.
 SECONDS, SECONDS_PER_VALUE = 0.15, 1.25e-5
 STEP_MULTIPLE = 500
+# From these `unlike_training` warns: a share of images with too many spots, and the logarithm of a
+# ratio of sizes, at least and in standard deviations of the sizes.
+TOO_MANY, OTHER_SIZE, OTHER_SIZE_SDS = 0.05, 0.25, 1.5
 MAX_STEPS = 24  # of the model; a step of training takes as long as it has steps
 
 Found = dict[str, tuple[Any, str]]  # key of a setting: its value, and the reason
@@ -205,3 +208,40 @@ def describe(seen: Survey, found: Found) -> list[str]:
     for key, (value, reason) in found.items():
         lines.append(f"  {key} = {value}: {reason}")
     return lines
+
+
+def unlike_training(images: Array, config: Mapping[str, Any]) -> list[str]:
+    """How images differ from those that a model was trained on, one line each with a remedy.
+
+    Args:
+        images: Prepared for the model, uint8 [N, (C,) H, H].
+        config: The configuration of its run. Only what a survey found there says how the images of
+            training were; the flags of a user may say anything.
+    """
+    if not len(images) or not config:
+        return []
+    seen, hints, surveyed = survey(images), [], config.get("found", ())
+    is_black = seen.is_black or config.get("background_model") != "none"
+    if not is_black and not brightness_hints(images):
+        hints.append("the background is uneven, and this model was trained on black")
+    if seen.finder.agreement < RELIABLE or not len(seen.sides):
+        return hints
+    if "model_steps" in surveyed:
+        most = config["model_steps"] - 1
+        share = (seen.counts > most).mean()
+        if share > TOO_MANY:
+            hints.append(
+                f"{share:.0%} of the images show more than {most} spots, and this model was "
+                f"trained on up to {most} objects"
+            )
+    if "scale_prior_mean" in surveyed:
+        scale, sd = config["scale_prior_mean"], config["scale_prior_sd"]
+        ratio = seen.side(50) * MARGIN * scale
+        if abs(math.log(ratio)) > max(OTHER_SIZE, OTHER_SIZE_SDS * sd / scale):
+            size = round(seen.side(50) * images.shape[-1])
+            remedy = "pad the images" if ratio > 1 else "cut out parts, as --tile and --crop do"
+            hints.append(
+                f"a typical object is {size} of {images.shape[-1]} pixels long, and was "
+                f"{size / ratio:.0f} in training; {remedy}, or train on them"
+            )
+    return hints

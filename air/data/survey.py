@@ -135,10 +135,10 @@ def brightness_hints(images: Array, on_black: bool = True) -> list[str]:
     if background > HALF:
         return [
             f"the background is light ({background:.0f} of 255), but AIR paints light "
-            "objects on black; for dark objects on a light background, add --invert, or "
+            "objects on black; for dark objects on a light background, add --invert, or train with "
             "--background-model pca"
         ]
     return [
         f"the background is not black ({background:.0f} of 255); AIR may explain it by an "
-        "object; --background-model pca models it"
+        "object; a model trained with --background-model pca does not"
     ]

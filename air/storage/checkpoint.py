@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from air.air import AIR
 from air.priors import counts_from_presence
 from air.storage.files import UnusableFileError, check_unpacked_size, write_atomically
+from air.storage.pretrained import find_weights, names
 from air.support.fields import from_config
 from air.support.model_settings import ModelSettings, NetFactory
 
@@ -66,9 +67,13 @@ def read_state(path: Path | str) -> dict[str, Any]:
 
 
 def _load(path: Path | str) -> dict[str, Any]:
-    path = Path(path)
+    path = find_weights(path)
     if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder; name a file, such as {path}/checkpoint.pt")
+        models = f"; the pretrained models are {', '.join(names())}"
+        is_name = len(path.parts) == 1  # perhaps
+        raise CheckpointError(f"there is no file {path}{models if is_name else ''}")
     try:
         check_unpacked_size(path)
         if zipfile.is_zipfile(path):
@@ -141,7 +146,8 @@ def save_weights(module: nn.Module, path: Path | str) -> None:
 def read_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights in a checkpoint and its run's configuration, or weights alone and {}.
 
-    In the configuration, count_prior is the prior at the saved step, annealed or learnt.
+    The path may be the name of a pretrained model. In the configuration, count_prior is the prior
+    at the saved step, annealed or learnt.
 
     Raises:
         CheckpointError: If the file cannot be used.
@@ -181,7 +187,7 @@ def load_air(
     """The model in a run's checkpoint, or in a file of weights of nets of default sizes.
 
     Args:
-        path: The file.
+        path: The file, or the name of a pretrained model; see `air.storage.pretrained`.
         device: The device of the model.
         nets: Makes the user-defined nets that the model was trained with; see `AIR`.
 
@@ -227,11 +233,16 @@ def check_image_size(air: AIR, config: Mapping[str, Any], path: Path | str) -> N
 def load_weights_strict(module: nn.Module, weights: Mapping[str, Tensor], path: Path | str) -> None:
     """Loads weights strictly; one line names those that do not fit.
 
+    Weights without a baseline (``bl_``) leave that of the module as it is.
+
     Raises:
         CheckpointError: If names or shapes differ from the module's, or constants of its prior.
     """
     own_names = {_without_wrappers(name): name for name in module.state_dict()}
     weights = {own_names.get(_without_wrappers(name), name): w for name, w in weights.items()}
+    if not any(name.startswith("bl_") for name in weights):
+        own = module.state_dict()
+        weights = {k: own[k] for k in own if k.startswith("bl_")} | weights
     constants = {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)}
     problem = ""
     try:

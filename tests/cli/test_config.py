@@ -116,8 +116,16 @@ def test_a_loaded_model_brings_its_settings_and_its_prior_at_the_saved_step(
     resolved = flat({"batch_size": 32, "z_pres_prior": 0.1}, saved)
     assert resolved["likelihood_sd"] == 0.2
     assert (resolved["batch_size"], resolved["z_pres_prior"]) == (32, 0.1)
-    for key in ("seed", "num_steps", "counts"):  # they are not the model's
+    for key in ("seed", "num_steps"):  # they are not the model's
         assert resolved[key] == DEFAULTS[key]
+    for given, counts in (
+        ({}, [0, 1]),
+        ({"counts": [2]}, [2]),
+        ({"recipe": "dsprites"}, DEFAULTS["counts"]),
+    ):
+        assert flat(given, saved | {"counts": [0, 1]})["counts"] == counts
+    of_pictures = saved | {"data": "pictures", "counts": [0, 1]}
+    assert flat({}, of_pictures)["counts"] == DEFAULTS["counts"]
     saved |= {"anneal_prior": "exp", "z_pres_prior": 0.9, "z_pres_prior_raw": True}
     saved["count_prior"] = [4, 3, 2, 1]
     resolved = flat({}, saved)

@@ -44,7 +44,7 @@ def test_usual_data_need_no_hint() -> None:
     [
         (scenes(ink=1), "the largest value in the images is 1 of 255, nearly black; scale them"),
         (scenes(ink=16), "the largest value in the images is 16 of 255"),  # 12 bits as 16
-        (scenes(ink=0, ground=255), "the background is light .*, add --invert, or --background-m"),
+        (scenes(ink=0, ground=255), "the background is light .*, add --invert, or train with --b"),
         (scenes(ground=60), r"the background is not black \(60 of 255\).* --background-m"),
         (scenes(2, side=201), "images of 201 x 201 pixels need much memory and time; reduce"),
     ],

@@ -46,7 +46,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path, air: AIR) -> None
         with pytest.raises(CheckpointError, match=r"checkpoint\.pt cannot be read as weights"):
             read_state(path)
     for missing in (tmp_path, tmp_path / "missing.pt"):
-        with pytest.raises(CheckpointError, match="there is no file"):
+        with pytest.raises(CheckpointError, match=r"there is no file|is a folder"):
             load_weights(air, missing)
 
 
