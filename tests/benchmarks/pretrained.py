@@ -76,13 +76,12 @@ MODELS = {
     ),
     "sprites": Model(
         "0 to 4 coloured shapes of one colour each on smooth dark backgrounds, 9 to 18 of 64 "
-        "pixels long, which may hide each other",
-        "textured or light backgrounds, larger shapes",
+        "pixels long",
+        "shapes that hide another one, larger shapes, textured or light backgrounds",
         "--recipe dsprites --counts 0 1 2 3 4 --background gradient --x-size 64 --sides 9 18 "
         + FEWER,
-        ("--recipe dsprites --counts 0 1 2 3 4 --x-size 64 --sides 9 18",
-         "--recipe dsprites --counts 0 1 2 3 4 --x-size 64 --sides 20 28 --background gradient",
-         "--recipe dsprites --counts 0 1 2 3 4 --x-size 64 --sides 9 18 --background textured"),
+        ("--min-gap 0", "--background black", "--sides 20 28 --counts 0 1 2",
+         "--background textured"),
     ),
 }  # fmt: skip
 SEED_OF_SCENES = "--data-seed 6"  # another one than the default, on which recipes were chosen
