@@ -220,9 +220,10 @@ def unlike_training(images: Array, config: Mapping[str, Any]) -> list[str]:
     """
     if not len(images) or not config:
         return []
-    seen, hints, surveyed = survey(images), [], config.get("found", ())
-    is_black = seen.is_black or config.get("background_model") != "none"
-    if not is_black and not brightness_hints(images):
+    seen, surveyed = survey(images), config.get("found", ())
+    hints: list[str] = []
+    on_black = bool(surveyed) and config["background_model"] == "none"
+    if on_black and not seen.is_black and not brightness_hints(images):
         hints.append("the background is uneven, and this model was trained on black")
     if seen.finder.agreement < RELIABLE or not len(seen.sides):
         return hints

@@ -71,9 +71,10 @@ def _load(path: Path | str) -> dict[str, Any]:
     if not path.is_file():
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder; name a file, such as {path}/checkpoint.pt")
-        models = f"; the pretrained models are {', '.join(names())}"
-        is_name = len(path.parts) == 1  # perhaps
-        raise CheckpointError(f"there is no file {path}{models if is_name else ''}")
+        problem = f"there is no file {path}"
+        if len(path.parts) == 1:  # it may be meant as a name
+            problem += f"; the pretrained models are {', '.join(names())}"
+        raise CheckpointError(problem)
     try:
         check_unpacked_size(path)
         if zipfile.is_zipfile(path):
