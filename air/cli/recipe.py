@@ -1,5 +1,7 @@
 """The settings that follow from a survey of the training images, without labels.
 
+`unlike_training` compares other images with what was found then.
+
 An object is worth the log likelihood that it explains. It must be worth more than it costs (some
 ten nats for its count, more for its place and code), and what a decoder leaves of an object must be
 worth less, or a second window is used for it.
