@@ -34,12 +34,14 @@ from air.cli.recipe import (
     describe,
     find_image_settings,
     find_settings,
+    find_solids_settings,
     is_surveyed,
     unlike_training,
 )
 from air.cli.recorder import Recorder, SilentRecorder, final_evaluations, restore_trainer
 from air.data.scenes import DataError, SceneSplits
 from air.data.survey import data_hints, survey
+from air.data.synthetic.scene_settings import SOLIDS
 from air.data.user_images.sources import load_data
 from air.evaluation import HeldOut
 from air.storage.checkpoint import check_image_size, load_weights_strict, read_weights
@@ -156,10 +158,12 @@ def load_scenes(config: Config) -> SceneSplits:
 
 
 def survey_source(cli_args: Mapping[str, Any]) -> Found:
-    """How to prepare the images of --data, by a survey of some of them."""
-    if not (is_surveyed(cli_args) and cli_args.get("data")):
+    """What follows from the source of the images: how to prepare those of --data."""
+    if not is_surveyed(cli_args):
         return {}
-    return find_image_settings(Path(cli_args["data"]), cli_args)
+    if "data" in cli_args:
+        return find_image_settings(Path(cli_args["data"]), cli_args)
+    return find_solids_settings(cli_args) if cli_args.get("recipe") in SOLIDS else {}
 
 
 def survey_scenes(cli_args: Mapping[str, Any], of_source: Found, scenes: SceneSplits) -> Found:
@@ -168,8 +172,10 @@ def survey_scenes(cli_args: Mapping[str, Any], of_source: Found, scenes: SceneSp
         if cli_args.get("suggest"):
             raise ValueError("--suggest: expected a new run, whose settings follow from its images")
         return {}
-    seen = survey(scenes.train.x)
-    found = of_source | find_settings(seen, scenes, cli_args)
+    seen, found = None, of_source
+    if "renderer" not in of_source:
+        seen = survey(scenes.train.x)
+        found = of_source | find_settings(seen, scenes, cli_args)
     for line in describe(seen, found) if is_main() else ():
         print(line)
     return found
@@ -178,7 +184,7 @@ def survey_scenes(cli_args: Mapping[str, Any], of_source: Found, scenes: SceneSp
 def show_hints(config: Config, scenes: SceneSplits, saved: Saved) -> None:
     """Warns of settings and scenes that are probably not what the user means."""
     loaded = {} if saved.run else saved.config
-    on_black = config.model.background_model == "none"
+    on_black = config.model.background_model == config.model.renderer == "none"
     hints = [
         *config_hints(config),
         *data_hints(scenes, config.model.num_steps, on_black),
@@ -207,7 +213,7 @@ def build_trainer(
     test = scenes.test
     images = to_tensor(scenes.train.x)
     held_out = HeldOut.from_numpy(
-        test.x, counts=test.counts, boxes=test.boxes, overlaps=test.overlaps
+        test.x, test.counts, test.boxes, test.overlaps, test.labels, test.poses
     )
     with settings_named_by_flag(TrainingSettings):
         return Trainer(air, images, held_out, config.training, compiler=compiler)

@@ -9,6 +9,8 @@ A scene has a few objects at random places. The recipes:
   pixels apart along x and along y. borea17's AIR notebook uses such scenes
   (borea17.github.io, paper_summaries/air); it reports a count accuracy of 99 %.
 - "dsprites" has coloured shapes; a later shape hides what is behind it.
+- "solids" has a cube, a sphere or a cylinder on the ground, seen in perspective; "table-top" has up
+  to three, which hide one another.
 - "pyro-nearest" and "pyro-bicubic" rebuild the data set of Pyro's AIR example, which resizes digits
   by nearest neighbour with an old Pillow and bicubically with a new one.
 """
@@ -35,7 +37,8 @@ from air.data.synthetic.digits import (
     resize_digit,
     rotate_digit,
 )
-from air.data.synthetic.scene_settings import FolderSettings, SceneSettings
+from air.data.synthetic.scene_settings import SOLIDS, FolderSettings, SceneSettings
+from air.data.synthetic.solids import draw_scenes
 from air.data.synthetic.sprites import SHAPES, draw_sprite, tint
 from air.data.user_images.picture_files import write_pictures
 from air.data.user_images.sources import HELD_OUT_FOLDER, load_data
@@ -52,7 +55,7 @@ Box = tuple[int, int, int, int]  # (x0, y0, x1, y1) in pixels, x1 and y1 exclusi
 
 def _load_digits(settings: SceneSettings, folder: Path) -> list[Array]:
     """Images and labels for training scenes, images and labels for held-out scenes."""
-    if settings.recipe == "dsprites":
+    if settings.recipe == "dsprites" or settings.recipe in SOLIDS:
         return [np.zeros(0, np.uint8)] * 4
     if settings.digits == "embedded":
         return load_embedded()
@@ -186,6 +189,9 @@ def _least_gap(boxes: Sequence[Box]) -> float:
 
 def _draw(settings: SceneSettings, test: bool, images: Array, labels: Array) -> Scenes:
     """Draws the scenes of one split."""
+    if settings.recipe in SOLIDS:
+        number = settings.num_test_scenes if test else settings.num_scenes
+        return draw_scenes(number, settings.counts, settings.x_size, [settings.seed, test])
     generator = _SceneGenerator(settings, test, images, labels)
     size = settings.num_test_scenes if test else settings.num_scenes
     slots = max(settings.counts)

@@ -8,6 +8,7 @@ paper's. Shapes are those of ``air/__init__.py``. ``air/tutorial`` explains all 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, signature
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import pyro
@@ -17,8 +18,8 @@ from pyro.ops.provenance import detach_provenance
 from torch import Tensor, nn
 
 from air.background import Background
-from air.likelihoods import make_likelihood
-from air.looks import Place, make_look
+from air.likelihoods import PixelLikelihood, make_likelihood
+from air.looks import Look, Place, make_look
 from air.modules import MLP, Decoder, Encoder, ImageLSTMCell, Predict, Projection, make_embed
 from air.priors import (
     DEFAULT_COUNT_RATIO,
@@ -38,6 +39,7 @@ from air.support.subsampling import subsample_indices
 Latents = tuple[list[Tensor], list[Tensor]]  # z_where, T times [B, 3]; z_pres, T times [B, 1]
 
 Z_PRES_SIZE, Z_WHERE_SIZE = 1, 3
+CLASSES = {"none": "air.air:AIR", "solids": "air.solids.model:SolidsAIR"}  # by renderer
 OWN_NETS = "encode", "decode", "predict", "embed"
 
 
@@ -95,6 +97,10 @@ class AIR(nn.Module):
 
     z_where_loc_prior: Tensor
     z_where_scale_prior: Tensor
+    renderer = "none"  # the setting of that name, for which this is the class
+    likelihood: PixelLikelihood
+    decode: nn.Module
+    look: Look
     # For help(AIR), notebooks and editors: the arguments of `ModelSettings` by name.
     __signature__ = signature(ModelSettings).replace(
         parameters=[
@@ -118,6 +124,8 @@ class AIR(nn.Module):
     ) -> None:
         super().__init__()
         s = ModelSettings(*args, **kwargs)
+        if s.renderer != self.renderer:
+            raise ValueError(f"renderer: expected {self.renderer}, got {s.renderer}")
         self.num_steps, self.z_what_size = s.num_steps, s.z_what_size
         self.x_size, self.window_size, self.channels = s.x_size, s.window_size, s.channels
         self.use_masking, self.use_baselines = s.use_masking, s.use_baselines
@@ -134,15 +142,9 @@ class AIR(nn.Module):
         where_scale = s.scale_prior_sd, s.pos_prior_sd, s.pos_prior_sd
         self.register_buffer("z_where_loc_prior", torch.tensor([*map(float, where_loc)]))
         self.register_buffer("z_where_scale_prior", torch.tensor([*map(float, where_scale)]))
-        bounded = s.decoder_output_use_sigmoid
-        self.likelihood = make_likelihood(s.likelihood, s.likelihood_sd, bounded, covers)
-        self.decode: nn.Module = Decoder(
-            window_pixels, s.decoder_net, s.z_what_size, s.decoder_output_bias, bounded, nl,
-            opacity_pixels,
-        )  # fmt: skip
+        self.make_painter(s)
         self.background = Background(s) if covers else None
         # The inference network.
-        self.look = make_look(s)
         embed_layers = s.embed_channels or (), s.embed_net or (), nl
         channels, side = self.look.channels, self.look.side
         self.embed = make_embed(channels, side, *embed_layers) if embed is None else embed
@@ -178,6 +180,23 @@ class AIR(nn.Module):
         if use_cuda:
             self.cuda()
 
+    def make_painter(self, s: ModelSettings) -> None:
+        """Sets what paints objects and finds them: `decode`, `likelihood` and `look`.
+
+        A subclass with another decoder overrides this, `paint` and `window`; see `air.solids`.
+
+        Raises:
+            ValueError: If the settings do not suit these.
+        """
+        covers, bounded = s.background_model != "none", s.decoder_output_use_sigmoid
+        window_pixels, opacity_pixels = s.channels * s.window_size**2, covers * s.window_size**2
+        self.likelihood = make_likelihood(s.likelihood, s.likelihood_sd, bounded, covers)
+        self.decode = Decoder(
+            window_pixels, s.decoder_net, s.z_what_size, s.decoder_output_bias, bounded,
+            getattr(nn, s.non_linearity), opacity_pixels,
+        )  # fmt: skip
+        self.look = make_look(s)
+
     def __getstate__(self) -> Any:  # noqa: ANN401
         """The state for `pickle`, without the weak references that Pyro leaves on parameters."""
         for parameter in self.parameters():
@@ -187,6 +206,8 @@ class AIR(nn.Module):
     @classmethod
     def from_settings(cls, settings: ModelSettings, nets: NetFactory | None = None) -> "AIR":
         """An AIR with these settings, and with the nets that `nets` makes for them."""
+        if settings.renderer != cls.renderer:
+            cls = resolve_name(CLASSES[settings.renderer])
         own_nets: Any = nets(settings) if nets else {}
         if not isinstance(own_nets, Mapping) or not own_nets.keys() <= {*OWN_NETS}:
             got = list(own_nets) if isinstance(own_nets, Mapping) else repr(own_nets)
@@ -238,8 +259,8 @@ class AIR(nn.Module):
         """p(x, z) = p(z) p(x | z). See `guide` for the arguments."""
         with self.images_of(data, batch_size, z_pres_prior_p, num_images) as images:
             _, canvas = self.prior(len(images), z_pres_prior_p)
-            pixels = self.likelihood.distribution(canvas.flatten(1))
-            pyro.sample("obs", pixels.to_event(1), obs=images.flatten(1))
+            pixels = self.likelihood.distribution(canvas)
+            pyro.sample("obs", pixels, obs=images.flatten(1))
 
     def prior(self, n: int, z_pres_prior_p: PresencePrior | None = None) -> tuple[Latents, Tensor]:
         """p(z): draws n scenes, and paints them.
@@ -268,6 +289,20 @@ class AIR(nn.Module):
         painted = self.paint(all_where, all_what)
         canvas = self.likelihood.compose(painted, torch.cat(all_pres, 1).t(), background)
         return (all_where, all_pres), canvas
+
+    def window(self, z_where: Tensor) -> Tensor:
+        """(s, x, y) of the attention window for latents z_where, [..., 3] each."""
+        return z_where
+
+    def describe(self, z_where: Tensor, z_what: Tensor) -> dict[str, Any]:
+        """What latents say of an object beyond its window, for JSON; nothing, if nets paint it.
+
+        Args:
+            z_where: Of one object, [3].
+            z_what: [Z].
+        """
+        del z_where, z_what
+        return {}
 
     def presence(self, z_pres_prior_p: PresencePrior | None) -> Sequence[float | Tensor]:
         """The prior probability of a further object at each step."""
@@ -331,7 +366,7 @@ class AIR(nn.Module):
                 if self.look.looks_again:
                     previous = start._replace(z_pres=previous.z_pres)
                 if t == 0 or self.look.looks_again:
-                    windows = [s.z_where for s in states[1:]]
+                    windows = [self.window(s.z_where) for s in states[1:]]
                     inputs = self._look(self.look.remainder(images, background, canvas), windows)
                 states.append(self._guide_step(t, previous, inputs, cost_scale))
             return [s.z_where for s in states[1:]], [s.z_pres for s in states[1:]]
@@ -366,7 +401,8 @@ class AIR(nn.Module):
         z_pres = pyro.sample(f"z_pres_{t}", self._masked(pres, prev.z_pres), infer=baseline)
         where = dist.Normal(self.look.mean_where(inputs.place[0], loc), inputs.place[1] * scale)
         z_where = pyro.sample(f"z_where_{t}", self._masked(where, z_pres))
-        window = image_to_window(z_where, self.window_size, self.x_size, inputs.remainder)
+        place = self.window(z_where)
+        window = image_to_window(place, self.window_size, self.x_size, inputs.remainder)
         code = dist.Normal(*self.encode(window))
         z_what = pyro.sample(f"z_what_{t}", self._masked(code, z_pres))
         return GuideState(z_pres, z_where, z_what, rnn, bl_rnn)

@@ -83,6 +83,7 @@ class DetectedObject:
     # `detect_in_tiles`.
     cut: bool = False
     z_what: list[float] | None = None  # its code, if asked for
+    solid: dict[str, Any] | None = None  # its kind and pose, from a model with a renderer
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,9 @@ class Detection:
         """The detection as JSON has it, without codes that were not asked for."""
         record = asdict(self)
         for each in record["objects"]:
-            if each["z_what"] is None:
-                del each["z_what"]
+            for optional in ("z_what", "solid"):
+                if each[optional] is None:
+                    del each[optional]
         return record
 
     def without_codes(self) -> "Detection":
@@ -146,6 +148,7 @@ def detect(
                     window=windows[i][t],
                     cut=min(box) <= 0 or max(box) >= air.x_size,
                     z_what=z_what[i][t] if codes else None,
+                    solid=air.describe(inference.z_where[i, t], inference.z_what[i, t]) or None,
                 )
                 for t in range(count)
             ]
@@ -363,7 +366,7 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
     for number, batch in enumerate(batches):
         stack = np.stack([image.pixels for image in batch])
         if number == 0 and stack.any():
-            found_hints = brightness_hints(stack, air.background is None)
+            found_hints = brightness_hints(stack, air.background is None and air.renderer == "none")
             # A picture to be cut into tiles shows more than a training image did.
             found_hints += [] if args.tile else unlike_training(stack, config)
             for hint in found_hints:

@@ -75,21 +75,25 @@ def infer(air: AIR, images: Tensor | NDArray[Any], refine: bool = False) -> Infe
         images = air.to_images(images)
         scene = infer_scene(air, images)
         if refine:
+            if air.renderer != "none":
+                raise ValueError("refine: expected windows that a decoder paints, not a renderer")
             scene = refine_scene(air, images, scene)
         painted = paint_objects(air, scene)
         present = scene.in_use.T.to(painted.dtype)
         canvas = air.likelihood.compose(painted, present, scene.background)
-        objects = torch.stack([air.likelihood.add(scene.background, each) for each in painted], 1)
-    changes = (objects - scene.background[:, None]).abs()
+        alone = [air.likelihood.add(scene.background, each) for each in painted]
+        objects = torch.stack([air.likelihood.show(each) for each in alone], 1)
+        background = air.likelihood.show(scene.background)
+    changes = (objects - background[:, None]).abs()
     return Inference(
         count_probs=scene.log_q.exp(),
         counts=scene.counts,
         z_where=scene.where,
         z_what=scene.what,
-        boxes=window_boxes(scene.where, air.x_size),
+        boxes=window_boxes(air.window(scene.where), air.x_size),
         objects=objects,
-        reconstructions=canvas,
-        backgrounds=scene.background,
+        reconstructions=air.likelihood.show(canvas),
+        backgrounds=background,
         changes=changes.amax(2) if air.channels > 1 else changes,
     )
 
@@ -138,8 +142,8 @@ def sample_prior(
     presence = presence_from_counts(weights)
     with closed(air), forked_rng(seed, air.h_init.device):
         (z_where, z_pres), canvas = air.prior(num_scenes, presence.__getitem__)
-    boxes = window_boxes(torch.stack(z_where, 1), air.x_size)
-    return canvas, boxes, torch.cat(z_pres, 1).sum(1).long()
+    boxes = window_boxes(air.window(torch.stack(z_where, 1)), air.x_size)
+    return air.likelihood.show(canvas), boxes, torch.cat(z_pres, 1).sum(1).long()
 
 
 def latents_to_tensor(z: Latents) -> Tensor:

@@ -42,11 +42,15 @@ class PixelLikelihood(nn.Module, ABC):
 
     @abstractmethod
     def distribution(self, canvas: Tensor) -> dist.TorchDistribution:
-        """The distribution of each pixel."""
+        """The distribution of images, flat, [B, C * H * H]."""
 
     @abstractmethod
     def log_prob(self, images: Tensor, canvas: Tensor) -> Tensor:
         """The log probability of each image, [B]; faster than the sum over `distribution`."""
+
+    def show(self, canvas: Tensor) -> Tensor:
+        """The image that a canvas stands for, [B, (C,) H, H]."""
+        return canvas
 
     def add(self, canvas: Tensor, painted: Tensor) -> Tensor:
         """Adds one painted object, [B, (C,) H, H] or [B, C + 1, H, H], to the canvas."""
@@ -121,7 +125,8 @@ class NormalLikelihood(PixelLikelihood):
         return canvas + painted
 
     def distribution(self, canvas: Tensor) -> dist.TorchDistribution:
-        return dist.Normal(canvas, canvas.new_full((), self.sd))  # without a copy from the host
+        sd = canvas.new_full((), self.sd)  # without a copy from the host
+        return dist.Normal(canvas.flatten(1), sd).to_event(1)
 
     def log_prob(self, images: Tensor, canvas: Tensor) -> Tensor:
         # ``dist.Normal`` would take the logarithm of the same sd for every pixel.
@@ -146,7 +151,7 @@ class BernoulliLikelihood(PixelLikelihood):
         return canvas + painted * (1 - canvas)
 
     def distribution(self, canvas: Tensor) -> dist.TorchDistribution:
-        return dist.Bernoulli(self._on(canvas))
+        return dist.Bernoulli(self._on(canvas).flatten(1)).to_event(1)
 
     def log_prob(self, images: Tensor, canvas: Tensor) -> Tensor:
         on = self._on(canvas)  # images are 0 or 1, so one logarithm per pixel is enough

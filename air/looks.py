@@ -79,7 +79,7 @@ class Look(nn.Module):
 
         Args:
             remainder: As returned by `remainder`.
-            windows: z_where of the steps before, [B, 3] each.
+            windows: Places of the windows of the steps before, [B, 3] each; see `AIR.window`.
             prior: Mean and standard deviation of the prior of z_where, [3] each.
         """
         del windows

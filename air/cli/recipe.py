@@ -18,8 +18,10 @@ import numpy as np
 from air.cli.config import COMPILE_MIN_STEPS
 from air.data.scenes import Array, SceneSplits
 from air.data.survey import Survey, brightness_hints, survey
+from air.data.synthetic.scene_settings import SceneSettings
 from air.data.user_images.preparation import ImageSettings, prepare
 from air.data.user_images.sources import sample_images
+from air.solids.model import Z_WHAT_SIZE
 from air.support.fields import from_config
 from air.training.from_spots import LEAST_SIDE, MARGIN
 from air.training.training_settings import TrainingSettings
@@ -51,6 +53,7 @@ STEP_MULTIPLE = 500
 # From these `unlike_training` warns: a share of images with too many spots, and the logarithm of a
 # ratio of sizes, at least and in standard deviations of the sizes.
 TOO_MANY, OTHER_SIZE, OTHER_SIZE_SDS = 0.05, 0.25, 1.5
+SOLIDS_STEPS = {1: 3000, 2: 2500}  # of training, for one solid and for more in a scene
 MAX_STEPS = 24  # of the model; a step of training takes as long as it has steps
 
 Found = dict[str, tuple[Any, str]]  # key of a setting: its value, and the reason
@@ -60,6 +63,32 @@ def is_surveyed(given: Mapping[str, Any]) -> bool:
     """Whether settings follow from the images: those of a model that is there already do not."""
     is_new = not given.keys() & {"resume", "load"} and given.get("num_steps") != 0
     return is_new and given.get("survey", True)
+
+
+def find_solids_settings(given: Mapping[str, Any]) -> Found:
+    """Settings for scenes of solids, which a renderer draws.
+
+    Args:
+        given: Settings by flags, which are kept.
+    """
+    most = max(from_config(SceneSettings, given).counts)
+    of_count = [1.0] * (most + 1) if most > 1 else [1e-6, 1.0]
+    found: Found = {
+        "renderer": ("solids", "a ray caster draws cubes, spheres and cylinders"),
+        "model_steps": (most, "the greatest number of solids"),
+        "count_prior": (of_count, "of the scenes"),
+        "guide": ("glimpse", "no decoder learns where a solid is"),
+        "embed_net": ([200], "for glimpses"),
+        "clip_grad_norm": (100.0, "for glimpses"),
+        "encoder_latent_size": (Z_WHAT_SIZE, "scores of three kinds, and two angles"),
+        "window_size": (20, "pixels, more than a solid has"),
+        "scale_prior_mean": (1.0, "the typical size of a solid"),
+        "scale_prior_sd": (0.15, "by the spread of the sizes"),
+        "likelihood_sd": (0.15, "a typical solid then explains some 400 nats"),
+        "lr_schedule": ("cosine", "the learning rate falls to the end"),
+        "num_steps": (SOLIDS_STEPS[min(most, 2)], "some ten minutes on one core of a CPU"),
+    }
+    return {key: value for key, value in found.items() if key not in given}
 
 
 def find_image_settings(path: Path, given: Mapping[str, Any]) -> Found:
@@ -200,16 +229,16 @@ def _num_steps(scenes: SceneSplits, model_steps: int) -> tuple[int, str]:
     return number, f"some {minutes} minutes on one core of a CPU, {seconds:.2f} s a step"
 
 
-def describe(seen: Survey, found: Found) -> list[str]:
+def describe(seen: Survey | None, found: Found) -> list[str]:
     """Lines for the user: what was seen, and what was set and why."""
-    numbers = ", ".join(f"{n}: {k}" for n, k in sorted(Counter(seen.counts.tolist()).items()))
-    lines = [
-        f"Survey of {seen.images} training images, without labels. Spots that a threshold sees "
-        f"(number of spots: number of images): {numbers}"
-    ]
-    for key, (value, reason) in found.items():
-        lines.append(f"  {key} = {value}: {reason}")
-    return lines
+    lines = ["Settings for scenes of solids:"]
+    if seen is not None:
+        numbers = ", ".join(f"{n}: {k}" for n, k in sorted(Counter(seen.counts.tolist()).items()))
+        lines = [
+            f"Survey of {seen.images} training images, without labels. Spots that a threshold sees "
+            f"(number of spots: number of images): {numbers}"
+        ]
+    return lines + [f"  {key} = {value}: {reason}" for key, (value, reason) in found.items()]
 
 
 def unlike_training(images: Array, config: Mapping[str, Any]) -> list[str]:
@@ -220,7 +249,7 @@ def unlike_training(images: Array, config: Mapping[str, Any]) -> list[str]:
         config: The configuration of its run. Only what a survey found there says how the images of
             training were; the flags of a user may say anything.
     """
-    if not len(images) or not config:
+    if not len(images) or config.get("renderer", "none") != "none" or not config:
         return []
     seen, surveyed = survey(images), config.get("found", ())
     hints: list[str] = []

@@ -33,6 +33,7 @@ LABELS = {
     "overlaps": ArraySpec("int64", ("N",)),
     "labels": ArraySpec("int64", ("N", "M")),
     "boxes": ArraySpec("float32", ("N", "M", 4)),
+    "poses": ArraySpec("float32", ("N", "M", 4)),
 }
 IMAGES = ("x", "test_x")
 ARRAY_NAMES = [prefix + name for prefix in ("", "test_") for name in ("x", *LABELS)]
@@ -46,6 +47,7 @@ class Scenes(NamedTuple):
     overlaps: Array | None = None  # int64 [N], pixels where an object meets an earlier one
     labels: Array | None = None  # int64 [N, M], -1 beyond the count
     boxes: Array | None = None  # float32 [N, M, (x0, y0, x1, y1)] tight, x1 and y1 exclusive; NaN
+    poses: Array | None = None  # float32 [N, M, (size, x, y, angle)] of solids; NaN
 
 
 class SceneSplits(NamedTuple):
@@ -91,6 +93,8 @@ def write_scenes(path: Path | str, train: Scenes, test: Scenes) -> None:
     def write(file: Path) -> None:
         with ZipFile(file, "w", ZIP_DEFLATED, compresslevel=1) as archive:
             for name, array in arrays.items():
+                if array is None:
+                    continue
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                     np.save(member, array, allow_pickle=False)
 

@@ -12,8 +12,10 @@ from air.air import AIR
 from air.evaluation.boxes import BoxScores, score_boxes, tight_boxes
 from air.evaluation.counting import CountScores, score_counts
 from air.evaluation.elbo import ElboTerms, importance_weighted_bound, sample_elbo
+from air.evaluation.solids import SolidsScores, score_solids
 from air.inference import forked_rng, infer
 from air.priors import PresencePrior, at_least_probs
+from air.solids.model import Solids, SolidsAIR
 from air.support.checks import check_whole
 from air.support.handlers import closed
 from air.support.images import to_tensor
@@ -28,6 +30,8 @@ class HeldOut(NamedTuple):
     counts: Tensor | None = None  # true counts, [N]
     boxes: Tensor | None = None  # tight boxes of the objects in pixels, [N, M, 4]
     overlaps: Tensor | None = None  # number of pixels that objects share, [N]
+    labels: Tensor | None = None  # kinds of the objects, [N, M]
+    poses: Tensor | None = None  # poses of solids, [N, M, 4]; see `air.data.scenes.Scenes`
 
     @classmethod
     def from_numpy(
@@ -36,6 +40,8 @@ class HeldOut(NamedTuple):
         counts: NDArray[Any] | None = None,
         boxes: NDArray[Any] | None = None,
         overlaps: NDArray[Any] | None = None,
+        labels: NDArray[Any] | None = None,
+        poses: NDArray[Any] | None = None,
     ) -> "HeldOut":
         """Wraps NumPy arrays without copying them.
 
@@ -48,7 +54,7 @@ class HeldOut(NamedTuple):
             used = np.arange(boxes.shape[1]) < counts[:, None]
             if (counts > boxes.shape[1]).any() or not np.isfinite(boxes[used]).all():
                 raise ValueError("boxes: expected a finite box for every counted object")
-        arrays = (images, counts, boxes, overlaps)
+        arrays = (images, counts, boxes, overlaps, labels, poses)
         return cls._make(array if array is None else torch.from_numpy(array) for array in arrays)
 
     def first(self, num_scenes: int) -> "HeldOut":
@@ -77,6 +83,7 @@ class Evaluation(NamedTuple):
     baseline_error: float | None = None  # root mean square error of the baseline, if there is one
     bound: float | None = None  # importance-weighted bound of log p(x), if it was asked for
     bound_se: float | None = None
+    solids: SolidsScores | None = None  # of a model with a renderer; None as for counts
 
 
 def evaluate(
@@ -115,7 +122,8 @@ def evaluate(
         for images in torch.split(scenes.images, batch_size):
             inference = infer(air, images, refine)
             terms = sample_elbo(air, images, z_pres_prior_p)
-            measured = inference.count_probs, tight_boxes(inference.changes), *terms
+            latents = inference.z_where, inference.z_what
+            measured = inference.count_probs, tight_boxes(inference.changes), *latents, *terms
             parts.append([part.cpu() for part in measured])
         if iwae_samples:
             bounds = [
@@ -123,7 +131,7 @@ def evaluate(
                 for images in torch.split(scenes.images[:iwae_scenes], batch_size)
             ]
             bound, bound_se = mean_and_se(torch.cat(bounds))
-    count_probs, boxes, *joined = map(torch.cat, zip(*parts, strict=True))
+    count_probs, boxes, where, what, *joined = map(torch.cat, zip(*parts, strict=True))
     sampled = ElboTerms(*joined)
     elbo, elbo_se = mean_and_se(sampled.elbo)
     baseline_error = None
@@ -143,6 +151,7 @@ def evaluate(
         baseline_error,
         bound,
         bound_se,
+        _score_solids(air, scenes, where, what, count_probs.argmax(1)),
     )
 
 
@@ -178,6 +187,18 @@ def _compare_with_truth(
         return counting, None
     mode, reached = count_probs.argmax(1), at_least_probs(count_probs)
     return counting, score_boxes(boxes, reached, mode, true_boxes, true)
+
+
+def _score_solids(
+    air: AIR, scenes: HeldOut, where: Tensor, what: Tensor, counts: Tensor
+) -> SolidsScores | None:
+    """Scores solids, if the model infers them and the true ones are known."""
+    known = [p.cpu() for p in (scenes.labels, scenes.poses, scenes.counts) if p is not None]
+    if not isinstance(air, SolidsAIR) or len(known) < 3:
+        return None
+    device = air.h_init.device
+    solids = air.solids(where.to(device), what.to(device))
+    return score_solids(Solids._make(part.cpu() for part in solids), counts, *known)
 
 
 def mean_and_se(values: Tensor) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from air.support.fields import check_settings, model_setting, setting
 BackgroundModel = Literal["none", "pca"]
 Likelihood = Literal["normal", "bernoulli"]
 GuideInput = Literal["image", "difference", "glimpse"]
+RendererName = Literal["none", "solids"]
 
 
 def is_activation(name: str) -> bool:
@@ -140,6 +141,11 @@ class ModelSettings:
         32, "greatest number of principal components of backgrounds (pca)", low=1, flag=""
     )
     channels: int = setting(1, "channels of the images, C", low=1, flag="")
+    renderer: RendererName = model_setting(
+        "none",
+        "what draws objects: a decoder that is learnt (none), or the ray caster of `air.solids`",
+        flag="",
+    )
 
     def __post_init__(self) -> None:
         for name in ("embed_channels", "embed_net"):  # for no layers, Pyro's example has []

@@ -51,7 +51,7 @@ class Evaluated:
     def record(self) -> dict[str, Any]:
         """The line for metrics.jsonl; a measure that the scenes do not allow is None."""
         measures = self.result._asdict()
-        counts, boxes = measures.pop("counts"), measures.pop("boxes")
+        counts, boxes, solids = (measures.pop(name) for name in ("counts", "boxes", "solids"))
         matched = boxes._asdict() if boxes else dict.fromkeys(BoxScores._fields)
         return {
             "step": self.step,
@@ -62,6 +62,7 @@ class Evaluated:
             **measures,
             **(counts._asdict() if counts else dict.fromkeys(CountScores._fields)),
             **{f"box_{name}": each for name, each in matched.items()},
+            **(solids._asdict() if solids else {}),
             "alarm": self.alarm,
         }
 
@@ -89,6 +90,8 @@ class Evaluated:
         known = [f"{band} {found:.1%}" for band, found in bands if found is not None]
         if known:
             lines.append(f"  count accuracy by distance of centres: {', '.join(known)}")
+        if result.solids is not None:
+            lines.append(f"  {result.solids}")
         return "\n".join(lines)
 
 

@@ -115,17 +115,17 @@ def take_snapshot(
 def _windows(air: AIR, images: Tensor, inference: Inference) -> Tensor:
     """The windows of images [M, (C,) H, H] that the steps encode, [M, T, (C,) W, W].
 
-    With a model of the background, they show differences, of which 0 is grey.
+    With a background that is not black, they show differences, of which 0 is grey.
     """
     painted = air.paint(inference.z_where.unbind(1), inference.z_what.unbind(1))
     background = inference.backgrounds
     canvases = accumulate(painted.unbind()[:-1], air.likelihood.add, initial=background)
     seen = torch.stack([air.look.remainder(images, background, c) for c in canvases], 1)
-    if air.background is not None:
+    if air.background is not None or air.renderer != "none":
         seen = (1 + seen) / 2
     flat = seen.flatten(0, 1)
     where = inference.z_where.flatten(0, 1)
-    windows = image_to_window(where, air.window_size, air.x_size, flat)
+    windows = image_to_window(air.window(where), air.window_size, air.x_size, flat)
     return windows.reshape(*seen.shape[:-2], air.window_size, air.window_size)
 
 

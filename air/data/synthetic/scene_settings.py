@@ -6,9 +6,18 @@ from typing import Any, Literal
 from air.data.synthetic.backgrounds import BackgroundKind
 from air.support.fields import SettingError, check_settings, setting, settings_of
 
+_NOT_OF_SOLIDS = (
+    "digits", "scale_mean", "scale_sd", "sides", "rotation", "binary", "background",
+    "background_levels", "object_levels", "min_gap",
+)  # fmt: skip
 APART_SIDE, APART_DISTANCE = 24, 12  # pixels, of recipe apart
 
-Recipe = Literal["air", "apart", "dsprites", "pyro-nearest", "pyro-bicubic"]
+Recipe = Literal["air", "apart", "dsprites", "solids", "table-top", "pyro-nearest", "pyro-bicubic"]
+# Recipes with solids, and what they have in the place of the defaults.
+SOLIDS: dict[str, dict[str, Any]] = {
+    name: {"counts": counts, "x_size": 32, "num_scenes": 10_000, "num_test_scenes": 2_000}
+    for name, counts in (("solids", (1,)), ("table-top", (0, 1, 2, 3)))
+}
 
 
 @dataclass(frozen=True)
@@ -23,8 +32,8 @@ class SceneSettings:
     )
     recipe: Recipe = setting(
         "air",
-        "type of scenes: digits, digits far apart, coloured shapes, or the data set of Pyro's "
-        "example",
+        "type of scenes: digits, digits far apart, coloured shapes, one solid in 3-D or several "
+        "on a table-top, or the data set of Pyro's example",
     )
     counts: tuple[int, ...] = setting(
         (0, 1, 2), "possible numbers of objects, equally likely", low=0, high=50, length=(1, None)
@@ -103,12 +112,16 @@ class SceneSettings:
                 fixed = f"expected {value}, which {self.recipe} fixes, got {given!r}"
                 raise SettingError(name, fixed)
             object.__setattr__(self, name, value)
+        for name, value in SOLIDS.get(self.recipe, {}).items():
+            if getattr(self, name) == getattr(SceneSettings, name):
+                object.__setattr__(self, name, value)
         self._check_bounds()
         for name, without_effect, reason in (  # such a setting must keep its default
             ("background", self.binary, "binary scenes"),
             ("object_levels", self.binary, "binary scenes"),
             ("background_levels", self.background == "black", "a black background"),
             ("digits", self.recipe == "dsprites", "recipe dsprites"),
+            *((name, self.recipe in SOLIDS, "solids") for name in _NOT_OF_SOLIDS),
         ):
             given, default = getattr(self, name), getattr(SceneSettings, name)
             if without_effect and given != default:
