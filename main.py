@@ -33,15 +33,14 @@ from air.cli.recipe import (
     Found,
     describe,
     find_image_settings,
+    find_recipe_settings,
     find_settings,
-    find_solids_settings,
     is_surveyed,
     unlike_training,
 )
 from air.cli.recorder import Recorder, SilentRecorder, final_evaluations, restore_trainer
 from air.data.scenes import DataError, SceneSplits
 from air.data.survey import data_hints, survey
-from air.data.synthetic.scene_settings import SOLIDS
 from air.data.user_images.sources import load_data
 from air.evaluation import HeldOut
 from air.storage.checkpoint import check_image_size, load_weights_strict, read_weights
@@ -163,7 +162,7 @@ def survey_source(cli_args: Mapping[str, Any]) -> Found:
         return {}
     if "data" in cli_args:
         return find_image_settings(Path(cli_args["data"]), cli_args)
-    return find_solids_settings(cli_args) if cli_args.get("recipe") in SOLIDS else {}
+    return find_recipe_settings(cli_args)
 
 
 def survey_scenes(cli_args: Mapping[str, Any], of_source: Found, scenes: SceneSplits) -> Found:
@@ -173,7 +172,7 @@ def survey_scenes(cli_args: Mapping[str, Any], of_source: Found, scenes: SceneSp
             raise ValueError("--suggest: expected a new run, whose settings follow from its images")
         return {}
     seen, found = None, of_source
-    if "renderer" not in of_source:
+    if "data" in cli_args or not of_source:  # otherwise a recipe brings its settings
         seen = survey(scenes.train.x)
         found = of_source | find_settings(seen, scenes, cli_args)
     for line in describe(seen, found) if is_main() else ():

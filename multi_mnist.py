@@ -11,6 +11,8 @@ A scene has a few objects at random places. The recipes:
 - "dsprites" has coloured shapes; a later shape hides what is behind it.
 - "solids" has a cube, a sphere or a cylinder on the ground, seen in perspective; "table-top" has up
   to three, which hide one another.
+- "omniglot" has up to four handwritten characters, in held-out scenes of other alphabets than in
+  training; "strokes" has one large character, for a model whose objects are strokes.
 - "pyro-nearest" and "pyro-bicubic" rebuild the data set of Pyro's AIR example, which resizes digits
   by nearest neighbour with an old Pillow and bicubically with a new one.
 """
@@ -37,6 +39,7 @@ from air.data.synthetic.digits import (
     resize_digit,
     rotate_digit,
 )
+from air.data.synthetic.omniglot import download_omniglot, load_omniglot
 from air.data.synthetic.scene_settings import SOLIDS, FolderSettings, SceneSettings
 from air.data.synthetic.solids import draw_scenes
 from air.data.synthetic.sprites import SHAPES, draw_sprite, tint
@@ -59,6 +62,8 @@ def _load_digits(settings: SceneSettings, folder: Path) -> list[Array]:
         return [np.zeros(0, np.uint8)] * 4
     if settings.digits == "embedded":
         return load_embedded()
+    if settings.digits == "omniglot":
+        return load_omniglot(folder)
     digits = load_mnist(folder)
     if settings.is_pyros and sha256(digits) != MNIST_SHA256:
         raise DataError(f"{folder}: expected MNIST for recipe {settings.recipe}, got other digits")
@@ -244,10 +249,11 @@ def load_scenes(
     """
     folder = Path(cache_dir or os.environ.get("AIR_CACHE") or "~/.cache/air").expanduser()
     if settings.digits == "embedded" and mnist_dir:
-        raise ValueError("mnist_dir: expected only with digits mnist, got digits embedded")
-    if settings.digits == "mnist" and mnist_dir is None:
-        download_mnist(folder / "mnist")
-    digits = _load_digits(settings, Path(mnist_dir or folder / "mnist").expanduser())
+        raise ValueError("mnist_dir: expected only with digits mnist or omniglot, got embedded")
+    if settings.digits != "embedded" and mnist_dir is None:
+        download = download_mnist if settings.digits == "mnist" else download_omniglot
+        download(folder / settings.digits)
+    digits = _load_digits(settings, Path(mnist_dir or folder / settings.digits).expanduser())
     key = f"3 {settings} {sha256(digits)}"  # raise 3 if the same settings give other scenes
     path = folder / f"scenes-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     if not path.exists():

@@ -21,6 +21,7 @@ from air.training.training_settings import TrainingSettings
 COMPILE_MIN_STEPS = 5000  # some 2,500 steps save the time that compiling takes (tests/benchmarks)
 FlatConfig = dict[str, Any]  # values by key, as JSON has them, in config.json and checkpoints
 _IMAGE_SIZE = {"x_size", "channels"}  # known when the images are loaded
+_NEED_DECODER = "added_scenes", "spot_steps", "refine"
 T = TypeVar("T")
 
 _ALL = [spec for cls in SETTINGS for spec in settings_of(cls)]
@@ -101,6 +102,10 @@ def resolve_config(
         flat |= _image_settings(cli_args, run, model, below)
     if flat["compile"] is None:
         flat["compile"] = flat["num_steps"] >= COMPILE_MIN_STEPS
+    for key in _NEED_DECODER if flat["renderer"] != "none" else ():
+        if flat[key]:
+            flag = FLAGS[key].flags[-1]
+            raise ValueError(f"{flag}: expected without objects that are drawn by a renderer")
     if "resume" in cli_args:
         _check_resumed(cli_args, run)
     _check_flags(flat, cli_args, run)

@@ -18,7 +18,7 @@ import numpy as np
 from air.cli.config import COMPILE_MIN_STEPS
 from air.data.scenes import Array, SceneSplits
 from air.data.survey import Survey, brightness_hints, survey
-from air.data.synthetic.scene_settings import SceneSettings
+from air.data.synthetic.scene_settings import SOLIDS, SceneSettings
 from air.data.user_images.preparation import ImageSettings, prepare
 from air.data.user_images.sources import sample_images
 from air.solids.model import Z_WHAT_SIZE
@@ -53,10 +53,22 @@ STEP_MULTIPLE = 500
 # From these `unlike_training` warns: a share of images with too many spots, and the logarithm of a
 # ratio of sizes, at least and in standard deviations of the sizes.
 TOO_MANY, OTHER_SIZE, OTHER_SIZE_SDS = 0.05, 0.25, 1.5
-SOLIDS_STEPS = {1: 3000, 2: 2500}  # of training, for one solid and for more in a scene
 MAX_STEPS = 24  # of the model; a step of training takes as long as it has steps
 
 Found = dict[str, tuple[Any, str]]  # key of a setting: its value, and the reason
+STROKES: Found = {
+    "model_steps": (6, "as many strokes as most characters have, or more"),
+    "guide": ("glimpse", "strokes are small"),
+    "embed_net": ([200], "for glimpses"),
+    "clip_grad_norm": (100.0, "for glimpses"),
+    "window_size": (14, "pixels, for parts of a character"),
+    "encoder_latent_size": (10, "a stroke is simple"),
+    "scale_prior_mean": (2.5, "a stroke is less than half as long as the character"),
+    "scale_prior_sd": (0.5, "strokes are short and long"),
+    "likelihood_sd": (0.25, "the price of a stroke is some twenty pixels of ink"),
+    "lr_schedule": ("cosine", "the learning rate falls to the end"),
+    "num_steps": (3000, "some ten minutes on one core of a CPU"),
+}
 
 
 def is_surveyed(given: Mapping[str, Any]) -> bool:
@@ -65,15 +77,24 @@ def is_surveyed(given: Mapping[str, Any]) -> bool:
     return is_new and given.get("survey", True)
 
 
-def find_solids_settings(given: Mapping[str, Any]) -> Found:
-    """Settings for scenes of solids, which a renderer draws.
+def find_recipe_settings(given: Mapping[str, Any]) -> Found:
+    """Settings that a survey could not find, for scenes whose objects are solids or strokes.
 
     Args:
         given: Settings by flags, which are kept.
     """
-    most = max(from_config(SceneSettings, given).counts)
+    scenes = from_config(SceneSettings, given)
+    found: Found = {}
+    if scenes.recipe in SOLIDS:
+        found = _solids_settings(max(scenes.counts))
+    elif scenes.recipe == "strokes":
+        found = STROKES
+    return {key: value for key, value in found.items() if key not in given}
+
+
+def _solids_settings(most: int) -> Found:
     of_count = [1.0] * (most + 1) if most > 1 else [1e-6, 1.0]
-    found: Found = {
+    return {
         "renderer": ("solids", "a ray caster draws cubes, spheres and cylinders"),
         "model_steps": (most, "the greatest number of solids"),
         "count_prior": (of_count, "of the scenes"),
@@ -84,11 +105,10 @@ def find_solids_settings(given: Mapping[str, Any]) -> Found:
         "window_size": (20, "pixels, more than a solid has"),
         "scale_prior_mean": (1.0, "the typical size of a solid"),
         "scale_prior_sd": (0.15, "by the spread of the sizes"),
-        "likelihood_sd": (0.15, "a typical solid then explains some 400 nats"),
+        "likelihood_sd": (0.2, "a solid then explains some 160 to 320 nats"),
         "lr_schedule": ("cosine", "the learning rate falls to the end"),
-        "num_steps": (SOLIDS_STEPS[min(most, 2)], "some ten minutes on one core of a CPU"),
+        "num_steps": (1500, f"some {5 * max(most, 1)} minutes on one core of a CPU"),
     }
-    return {key: value for key, value in found.items() if key not in given}
 
 
 def find_image_settings(path: Path, given: Mapping[str, Any]) -> Found:
@@ -231,7 +251,7 @@ def _num_steps(scenes: SceneSplits, model_steps: int) -> tuple[int, str]:
 
 def describe(seen: Survey | None, found: Found) -> list[str]:
     """Lines for the user: what was seen, and what was set and why."""
-    lines = ["Settings for scenes of solids:"]
+    lines = ["Settings of the recipe:"]
     if seen is not None:
         numbers = ", ".join(f"{n}: {k}" for n, k in sorted(Counter(seen.counts.tolist()).items()))
         lines = [

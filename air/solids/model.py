@@ -78,6 +78,9 @@ class SolidsLikelihood(NormalLikelihood):
             canvas = canvas.view(len(canvas), -1, *painted.shape[1:])
         return torch.cat((canvas, painted[:, None]), 1)
 
+    def cut_out(self, images: Tensor, painted: Tensor, present: Tensor) -> Tensor:
+        raise ValueError("added scenes and spots: expected windows that a decoder paints")
+
     def show(self, canvas: Tensor) -> Tensor:
         return self._moments(canvas)[0]
 

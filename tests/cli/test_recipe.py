@@ -10,7 +10,15 @@ from helpers import run, squares
 from PIL import Image
 
 from air.cli import recipe
-from air.cli.recipe import MAX_STEPS, Found, describe, find_image_settings, find_settings
+from air.cli.config import resolve_config
+from air.cli.recipe import (
+    MAX_STEPS,
+    Found,
+    describe,
+    find_image_settings,
+    find_recipe_settings,
+    find_settings,
+)
 from air.data.scenes import Array, Scenes, SceneSplits
 from air.data.survey import survey
 from air.data.user_images.picture_files import write_pictures
@@ -158,3 +166,31 @@ def test_pictures_train_by_what_follows_from_them(
     again = run("--resume run -n 3", tmp_path, environment)
     assert again.returncode == 0, again.stderr
     assert "Survey" not in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps", "renderer"), [("solids", 1, "solids"), ("table-top", 3, "solids")]
+)
+def test_a_recipe_of_solids_brings_its_settings(recipe: str, steps: int, renderer: str) -> None:
+    found = find_recipe_settings({"recipe": recipe, "likelihood_sd": 0.5})
+    assert found["model_steps"][0] == steps
+    assert found["renderer"][0] == renderer
+    assert "likelihood_sd" not in found  # a flag wins
+    config = resolve_config({"recipe": recipe}, found=found)
+    assert config.model.renderer == renderer
+    assert config.scenes is not None
+    assert max(config.scenes.counts) == steps
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("added_scenes", 1.0), ("spot_steps", 5), ("refine", True)]
+)
+def test_what_needs_a_decoder_is_refused_with_a_renderer(key: str, value: object) -> None:
+    given = {"recipe": "solids", key: value}
+    with pytest.raises(ValueError, match=f"--{key.replace('_', '-')}: .* by a renderer"):
+        resolve_config(given, found=find_recipe_settings(given))
+
+
+def test_other_recipes_are_surveyed_but_for_strokes() -> None:
+    assert find_recipe_settings({}) == find_recipe_settings({"recipe": "omniglot"}) == {}
+    assert find_recipe_settings({"recipe": "strokes"})["model_steps"][0] == 6

