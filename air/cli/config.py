@@ -102,9 +102,10 @@ def resolve_config(
         flat |= _image_settings(cli_args, run, model, below)
     if flat["compile"] is None:
         flat["compile"] = flat["num_steps"] >= COMPILE_MIN_STEPS
-    for key in _NEED_DECODER if flat["renderer"] != "none" else ():
-        if flat[key]:
-            flag = FLAGS[key].flags[-1]
+    # Settings without a flag, such as `renderer`, are there only if they were found or saved.
+    for key in _NEED_DECODER if flat.get("renderer", "none") != "none" else ():
+        if flat.get(key):
+            flag = "--" + key.replace("_", "-")
             raise ValueError(f"{flag}: expected without objects that are drawn by a renderer")
     if "resume" in cli_args:
         _check_resumed(cli_args, run)

@@ -34,6 +34,7 @@ from air.support.model_settings import ModelSettings
 # it is uniform under the prior (a projected Normal). A von Mises would need samples by rejection,
 # which have no exact gradient. Where a solid looks the same after 1 / n of a turn, the direction is
 # n times the angle.
+CHANNELS = 12  # of a painted solid; see `SolidsLikelihood`
 TURNED = tuple(kind for kind in KINDS if SYMMETRY[kind])
 Z_WHAT_SIZE = len(KINDS) + 2 * len(TURNED)
 SHARPNESS = 4.0
@@ -73,10 +74,7 @@ class SolidsLikelihood(NormalLikelihood):
 
     def add(self, canvas: Tensor, painted: Tensor) -> Tensor:
         """Adds one solid, [B, 12, H, H]."""
-        if canvas.dim() == 4:
-            canvas = canvas[:, :0] if canvas.shape[1] == 3 else canvas
-            canvas = canvas.view(len(canvas), -1, *painted.shape[1:])
-        return torch.cat((canvas, painted[:, None]), 1)
+        return torch.cat((self._stack(canvas), painted[:, None]), 1)
 
     def cut_out(self, images: Tensor, painted: Tensor, present: Tensor) -> Tensor:
         raise ValueError("added scenes and spots: expected windows that a decoder paints")
@@ -92,14 +90,19 @@ class SolidsLikelihood(NormalLikelihood):
         mean, variance = self._moments(canvas)
         return super().log_prob(images, mean) - variance.flatten(1).sum(1) / (2 * self.sd**2)
 
+    def _stack(self, canvas: Tensor) -> Tensor:
+        """A canvas as a stack, [B, n, 12, H, H]; of an image, n = 0, and of a single solid, 1."""
+        if canvas.dim() == 5:
+            return canvas
+        solids = canvas[:, :0] if canvas.shape[1] == 3 else canvas
+        return solids.view(len(canvas), -1, CHANNELS, *canvas.shape[2:])
+
     def _moments(self, canvas: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance over the kinds of each pixel, [B, 3, H, H] each."""
-        mean = self.renderer.ground.expand(len(canvas), -1, -1, -1)
-        if canvas.dim() == 4:
-            return mean, torch.zeros_like(mean)
-        square, order = mean.square(), canvas[:, :, -1].amax((2, 3)).argsort(1, descending=True)
-        sorted_canvas = canvas[torch.arange(len(canvas), device=canvas.device)[:, None], order]
-        for solid in sorted_canvas.unbind(1):
+        stack, mean = self._stack(canvas), self.renderer.ground.expand(len(canvas), -1, -1, -1)
+        square, order = mean.square(), stack[:, :, -1].amax((2, 3)).argsort(1, descending=True)
+        rows = torch.arange(len(stack), device=stack.device)[:, None]
+        for solid in stack[rows, order].unbind(1):  # the farthest one first
             f, ff, fa, a, aa, _ = torch.split(solid, [3, 3, 3, 1, 1, 1], 1)
             square = ff + 2 * (f - fa) * mean + (1 - 2 * a + aa) * square
             mean = f + (1 - a) * mean
@@ -170,6 +173,7 @@ class SolidsAIR(AIR):
 
     renderer = "solids"
     decode: Renderer
+    symmetry: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         if kwargs.get("decode") is not None:
@@ -190,15 +194,16 @@ class SolidsAIR(AIR):
         self.decode = Renderer(s.x_size)
         self.likelihood = SolidsLikelihood(s.likelihood_sd, self.decode)
         self.look = SolidsGlimpse(s, self.decode)
+        symmetry = [float(SYMMETRY[kind] or 1) for kind in TURNED]
+        self.register_buffer("symmetry", torch.tensor(symmetry), persistent=False)
 
     def solids(self, z_where: Tensor, z_what: Tensor) -> Solids:
         """What latents, [..., 3] and [..., Z], say of solids."""
         scores, vectors = z_what[..., : len(KINDS)], z_what[..., len(KINDS) :]
         place = to_ground(z_where[..., 1:])
         directions = torch.atan2(vectors[..., 1::2], vectors[..., ::2])
-        symmetry = directions.new_tensor([SYMMETRY[kind] or 1 for kind in TURNED])
         # Relative to the camera's ray, since this is how a window shows a solid.
-        angles = self.decode.azimuth(place)[..., None] + directions / symmetry
+        angles = self.decode.azimuth(place)[..., None] + directions / self.symmetry
         log_probs = (SHARPNESS * scores).log_softmax(-1)
         return Solids(log_probs, z_where[..., 0].clamp(min=MIN_SIZE), place, angles)
 

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -64,14 +65,17 @@ def test_a_damaged_archive_is_refused(
         read_characters(path)
 
 
-@pytest.mark.parametrize(("recipe", "counts"), [("omniglot", {0, 1, 2, 3, 4}), ("strokes", {1})])
+@pytest.mark.parametrize("recipe", ["omniglot", "strokes"])
 def test_recipes_show_other_characters_in_held_out_scenes(
-    recipe: str, counts: set[int], folder: Path, tmp_path: Path
+    recipe: Any, folder: Path, tmp_path: Path
 ) -> None:
     settings = SceneSettings(recipe=recipe, num_scenes=60, num_test_scenes=60)
     splits = load_scenes(settings, cache_dir=tmp_path / "cache", mnist_dir=folder)
     for scenes, labels in ((splits.train, {0, 1}), (splits.test, {0})):
-        assert scenes.counts is not None
         assert scenes.labels is not None
-        assert set(scenes.counts.tolist()) == counts
+        if recipe == "omniglot":
+            assert scenes.counts is not None
+            assert set(scenes.counts.tolist()) == {0, 1, 2, 3, 4}
+        else:  # a stroke is an object, and nobody has counted them
+            assert scenes.counts is None
         assert set(scenes.labels[scenes.labels >= 0].tolist()) == labels
