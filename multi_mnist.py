@@ -40,7 +40,12 @@ from air.data.synthetic.digits import (
     rotate_digit,
 )
 from air.data.synthetic.omniglot import download_omniglot, load_omniglot
-from air.data.synthetic.scene_settings import SOLIDS, FolderSettings, SceneSettings
+from air.data.synthetic.scene_settings import (
+    SOLIDS,
+    FolderSettings,
+    SceneSettings,
+    with_own_defaults,
+)
 from air.data.synthetic.solids import draw_scenes
 from air.data.synthetic.sprites import SHAPES, draw_sprite, tint
 from air.data.user_images.picture_files import write_pictures
@@ -277,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             if out.exists():
                 raise DataError(f"--out: expected a new file or folder, got {out}, which exists")
-            settings = from_config(SceneSettings, args)
+            settings = from_config(SceneSettings, with_own_defaults(args))
             splits = load_scenes(settings, **vars(from_config(FolderSettings, args)))
             if out.suffix == ".npz":
                 write_scenes(out, splits.train, splits.test)

@@ -35,6 +35,7 @@ Then training: air/training/trainer.py, air/training/svi.py, main.py. Beyond the
     air/background.py           what is behind the objects
     air/scene.py                what a pass of the guide returns
     air/refinement.py           better scenes than those of one pass
+    air/solids                  a renderer in the place of the decoder: solids in 3-D
     air/training/phases.py      which objective until which step
     air/training/objectives.py  importance-weighted bounds, wake-sleep, other estimators
     air/training/teacher.py     sums of scenes teach the guide to count

@@ -18,7 +18,7 @@ import numpy as np
 from air.cli.config import COMPILE_MIN_STEPS
 from air.data.scenes import Array, SceneSplits
 from air.data.survey import Survey, brightness_hints, survey
-from air.data.synthetic.scene_settings import SOLIDS, SceneSettings
+from air.data.synthetic.scene_settings import SOLIDS, SceneSettings, with_own_defaults
 from air.data.user_images.preparation import ImageSettings, prepare
 from air.data.user_images.sources import sample_images
 from air.solids.model import Z_WHAT_SIZE
@@ -83,7 +83,7 @@ def find_recipe_settings(given: Mapping[str, Any]) -> Found:
     Args:
         given: Settings by flags, which are kept.
     """
-    scenes = from_config(SceneSettings, given)
+    scenes = from_config(SceneSettings, with_own_defaults(given))
     found: Found = {}
     if scenes.recipe in SOLIDS:
         found = _solids_settings(max(scenes.counts))

@@ -34,10 +34,10 @@ from air.support.model_settings import ModelSettings
 # it is uniform under the prior (a projected Normal). A von Mises would need samples by rejection,
 # which have no exact gradient. Where a solid looks the same after 1 / n of a turn, the direction is
 # n times the angle.
-CHANNELS = 12  # of a painted solid; see `SolidsLikelihood`
 TURNED = tuple(kind for kind in KINDS if SYMMETRY[kind])
 Z_WHAT_SIZE = len(KINDS) + 2 * len(TURNED)
 SHARPNESS = 4.0
+CHANNELS = 12  # of a painted solid; see `SolidsLikelihood`
 # Solids stand on a square, and under the prior anywhere on it with the same probability.
 GROUND_SIDE = 1.8
 MIN_SIZE = 0.1

@@ -13,6 +13,7 @@ prior, with one start or the best of several.
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
 from air.evaluation.solids import SolidsScores, score_solids
 from air.inference import infer
 from air.multi_mnist import SceneSettings, load_scenes
@@ -131,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run of main.py --recipe solids")
     parser.add_argument("--figure", type=Path, help="PNG file to write")
-    parser.add_argument("--images", type=int, default=200, help="held-out images to fit")
+    parser.add_argument("--images", type=int, default=64, help="held-out images to fit")
     args = parser.parse_args()
     _, config = read_weights(args.run / "checkpoint.pt")
     air = load_air(args.run / "checkpoint.pt")

@@ -1,5 +1,6 @@
 """The settings of the scenes that `multi_mnist` makes, and of the folders that it uses."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ Recipe = Literal[
     "pyro-nearest", "pyro-bicubic",
 ]  # fmt: skip
 SOLIDS = "solids", "table-top"  # the recipes of solids
-# What some recipes have in the place of the defaults.
+# What command lines have for some recipes in the place of the defaults.
 _FEWER = {"num_scenes": 10_000, "num_test_scenes": 2_000}
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "solids": {"counts": (1,), "x_size": 32, **_FEWER},
@@ -25,6 +26,11 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "omniglot": {"digits": "omniglot", "counts": (0, 1, 2, 3, 4), "x_size": 64, "sides": (16, 22)},
     "strokes": {"digits": "omniglot", "counts": (1,), "x_size": 32, "sides": (26, 30)},
 }
+
+
+def with_own_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a command line, with what its recipe has in the place of the defaults."""
+    return {**OWN_DEFAULTS.get(given.get("recipe", ""), {}), **given}
 
 
 @dataclass(frozen=True)
@@ -122,9 +128,6 @@ class SceneSettings:
                 fixed = f"expected {value}, which {self.recipe} fixes, got {given!r}"
                 raise SettingError(name, fixed)
             object.__setattr__(self, name, value)
-        for name, value in OWN_DEFAULTS.get(self.recipe, {}).items():
-            if getattr(self, name) == getattr(SceneSettings, name):
-                object.__setattr__(self, name, value)
         self._check_bounds()
         for name, without_effect, reason in (  # such a setting must keep its default
             ("background", self.binary, "binary scenes"),

@@ -2,7 +2,6 @@
 
 import io
 from pathlib import Path
-from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from air.data.scenes import DataError
 from air.data.synthetic.omniglot import OMNIGLOT_FILES, load_omniglot, read_characters
+from air.data.synthetic.scene_settings import Recipe, with_own_defaults
 from air.multi_mnist import SceneSettings, load_scenes
 
 
@@ -67,9 +67,10 @@ def test_a_damaged_archive_is_refused(
 
 @pytest.mark.parametrize("recipe", ["omniglot", "strokes"])
 def test_recipes_show_other_characters_in_held_out_scenes(
-    recipe: Any, folder: Path, tmp_path: Path
+    recipe: Recipe, folder: Path, tmp_path: Path
 ) -> None:
-    settings = SceneSettings(recipe=recipe, num_scenes=60, num_test_scenes=60)
+    given = {"recipe": recipe, "num_scenes": 60, "num_test_scenes": 60}
+    settings = SceneSettings(**with_own_defaults(given))
     splits = load_scenes(settings, cache_dir=tmp_path / "cache", mnist_dir=folder)
     for scenes, labels in ((splits.train, {0, 1}), (splits.test, {0})):
         assert scenes.labels is not None
