@@ -67,7 +67,7 @@ STROKES: Found = {
     "scale_prior_sd": (0.5, "strokes are short and long"),
     "likelihood_sd": (0.25, "the price of a stroke is some twenty pixels of ink"),
     "lr_schedule": ("cosine", "the learning rate falls to the end"),
-    "num_steps": (3000, "some ten minutes on one core of a CPU"),
+    "num_steps": (1500, "some seven minutes on one core of a CPU"),
 }
 
 

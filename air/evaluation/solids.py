@@ -1,5 +1,6 @@
 """How well solids are inferred: their kind, their place on the ground, and their angle."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ class SolidsScores(NamedTuple):
 
     def __str__(self) -> str:
         """The scores as text."""
+        if math.isnan(self.kind_accuracy):
+            return "no solid was found"
         return (
             f"kind {self.kind_accuracy:.1%} right; median errors: place {self.place_error:.3f}, "
             f"size {self.size_error:.3f}, angle {self.angle_error:.1f} degrees"

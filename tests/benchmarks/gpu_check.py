@@ -11,6 +11,7 @@ no check failed. The details of a failure are on stderr.
     step     loss, gradients and weights of a step equal those on a CPU, uncompiled and compiled
     speed    milliseconds and peak memory of a step of 64 scenes, uncompiled and compiled
     resume   a run that was stopped and resumed ends with the evaluation of an uninterrupted run
+    solids   a run with a renderer as the decoder, and its evaluation
     ranks    a run of two processes, each on its own GPU
 """
 
@@ -149,6 +150,15 @@ def resume(options: Options) -> str:
     return f"{result}, the same evaluation"
 
 
+def solids(options: Options) -> str:
+    steps = 3 if options.quick else 300
+    sizes = "--num-scenes 200 --num-test-scenes 50" if options.quick else ""
+    line = f"--recipe solids {sizes} --device {options.device} -n {steps} --output-dir solids"
+    run_program(options, line)
+    found = last_evaluation(options.folder / "solids")
+    return f"{steps} steps, ELBO {found['eval_elbo']}, kind {found['kind_accuracy']}"
+
+
 def ranks(options: Options) -> str:
     if torch.cuda.device_count() < 2:
         raise Skipped("needs 2 GPUs")
@@ -158,7 +168,7 @@ def ranks(options: Options) -> str:
 
 
 Check = Callable[[Options], str]  # returns the measurement; raises what went wrong
-CHECKS: tuple[Check, ...] = (machine, tests, step, speed, resume, ranks)
+CHECKS: tuple[Check, ...] = (machine, tests, step, speed, resume, solids, ranks)
 
 
 def main(argv: Sequence[str] | None = None, checks: Sequence[Check] = CHECKS) -> int:
