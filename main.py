@@ -41,6 +41,7 @@ from air.cli.recipe import (
 from air.cli.recorder import Recorder, SilentRecorder, final_evaluations, restore_trainer
 from air.data.scenes import DataError, SceneSplits
 from air.data.survey import data_hints, survey
+from air.data.synthetic.scene_settings import SOLIDS
 from air.data.user_images.sources import load_data
 from air.evaluation import HeldOut
 from air.storage.checkpoint import check_image_size, load_weights_strict, read_weights
@@ -48,7 +49,7 @@ from air.storage.files import quoted
 from air.storage.pretrained import explain
 from air.storage.run_folder import RunFolder, versions
 from air.support.images import to_tensor
-from air.support.model_settings import NetFactory
+from air.support.model_settings import ModelSettings, NetFactory
 from air.terminal.signals import Signals, interrupt_on_signals
 from air.terminal.streams import steady_streams
 from air.training import Trainer, TrainingSettings
@@ -158,6 +159,8 @@ def load_scenes(config: Config) -> SceneSplits:
 
 def survey_source(cli_args: Mapping[str, Any]) -> Found:
     """What follows from the source of the images: how to prepare those of --data."""
+    if cli_args.get("recipe") in SOLIDS and not cli_args.get("survey", True):
+        raise ValueError("--no-survey: expected without solids, which no default suits")
     if not is_surveyed(cli_args):
         return {}
     if "data" in cli_args:
@@ -208,11 +211,12 @@ def build_trainer(
     pyro.set_rng_seed(config.training.seed)
     is_score = config.training.estimator == "score"  # the only estimator that has baselines
     settings = replace(config.model, use_baselines=config.model.use_baselines and is_score)
-    air = AIR.from_settings(settings, nets).to(device)
+    with settings_named_by_flag(ModelSettings):
+        air = AIR.from_settings(settings, nets).to(device)
     test = scenes.test
     images = to_tensor(scenes.train.x)
     held_out = HeldOut.from_numpy(
-        test.x, test.counts, test.boxes, test.overlaps, test.labels, test.poses
+        test.x, test.counts, test.boxes, test.overlaps, test.labels, test.solid_poses
     )
     with settings_named_by_flag(TrainingSettings):
         return Trainer(air, images, held_out, config.training, compiler=compiler)

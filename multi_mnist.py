@@ -9,8 +9,8 @@ A scene has a few objects at random places. The recipes:
   pixels apart along x and along y. borea17's AIR notebook uses such scenes
   (borea17.github.io, paper_summaries/air); it reports a count accuracy of 99 %.
 - "dsprites" has coloured shapes; a later shape hides what is behind it.
-- "solids" has a cube, a sphere or a cylinder on the ground, seen in perspective; "table-top" has up
-  to three, which hide one another.
+- "solids" has a cube, a sphere or a cylinder on the ground, seen in perspective; "table-top" has
+  none to three, which may hide one another.
 - "omniglot" has up to four handwritten characters, in held-out scenes of other alphabets than in
   training; "strokes" has one large character, for a model whose objects are strokes.
 - "pyro-nearest" and "pyro-bicubic" rebuild the data set of Pyro's AIR example, which resizes digits
@@ -231,7 +231,7 @@ def _draw(settings: SceneSettings, test: bool, images: Array, labels: Array) -> 
         scene_boxes[n, :count] = np.reshape(boxes, (count, 4))
     if generator.channels == 1:
         x = x[:, 0]
-    if settings.recipe == "strokes":  # of which nobody has counted the objects
+    if settings.recipe == "strokes":  # whose strokes have not been counted
         return Scenes(x, labels=scene_labels)
     return Scenes(x, counts, overlaps, scene_labels, scene_boxes)
 

@@ -344,6 +344,8 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
     if line := explain(args.load):
         print(line, file=sys.stderr)
     air = load_air(args.load, pick_device(args.device), nets)
+    if args.tile and air.renderer != "none":
+        raise ValueError("--tile: expected a model without a renderer, whose camera sees it all")
     if args.crops:
         if args.crops.exists():
             raise ValueError(f"--crops: expected a new folder, and {args.crops} exists")

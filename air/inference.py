@@ -43,7 +43,7 @@ class Inference(NamedTuple):
     boxes: Tensor  # (x0, y0, x1, y1) of the windows in pixels, [B, T, 4]
     objects: Tensor  # each object painted alone on the background, [B, T, (C,) H, H]
     reconstructions: Tensor  # the first `counts` objects on the background, [B, (C,) H, H]
-    backgrounds: Tensor  # [B, (C,) H, H]; black without a model of the background
+    backgrounds: Tensor  # [B, (C,) H, H]; black without a model of the background or a renderer
     changes: Tensor  # how far an object changes each pixel, in its strongest channel, [B, T, H, H]
 
 

@@ -88,8 +88,12 @@ def resolve_config(
         if not (model.get("data") or cli_args.get("data")) and recipe == model.get("recipe"):
             scenes = {*_OF_SCENES, "mnist_dir"} & model.keys()
             below = below | {key: model[key] for key in scenes}
+    # A prior of the count, as found, may have the given number of steps already.
+    fits = len(below.get("count_prior") or ()) == cli_args.get("model_steps", 0) + 1
     overridden = {
-        key for given in cli_args.keys() & FLAGS for key in FLAGS[given].about["overrides"]
+        key
+        for given in (cli_args.keys() & FLAGS) - ({"model_steps"} if fits else set())
+        for key in FLAGS[given].about["overrides"]
     }
     forgotten = {spec.key for spec in _ALL if spec.about["on_resume"] == "forget"}
     flat = {

@@ -9,7 +9,7 @@ worth less, or a second window is used for it.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ STEP_MULTIPLE = 500
 # From these `unlike_training` warns: a share of images with too many spots, and the logarithm of a
 # ratio of sizes, at least and in standard deviations of the sizes.
 TOO_MANY, OTHER_SIZE, OTHER_SIZE_SDS = 0.05, 0.25, 1.5
+RARE = 1e-6  # prior weight of a count that a recipe of solids never has
 MAX_STEPS = 24  # of the model; a step of training takes as long as it has steps
 
 Found = dict[str, tuple[Any, str]]  # key of a setting: its value, and the reason
@@ -86,14 +87,17 @@ def find_recipe_settings(given: Mapping[str, Any]) -> Found:
     scenes = from_config(SceneSettings, with_own_defaults(given))
     found: Found = {}
     if scenes.recipe in SOLIDS:
-        found = _solids_settings(max(scenes.counts))
+        found = _solids_settings(scenes.counts, given.get("model_steps"))
     elif scenes.recipe == "strokes":
         found = STROKES
+    if "z_pres_prior" in given:  # which is another prior of the count
+        found = {key: value for key, value in found.items() if key != "count_prior"}
     return {key: value for key, value in found.items() if key not in given}
 
 
-def _solids_settings(most: int) -> Found:
-    of_count = [1.0] * (most + 1) if most > 1 else [1e-6, 1.0]
+def _solids_settings(counts: Sequence[int], model_steps: int | None) -> Found:
+    most = max(*counts, 1)
+    of_count = [1.0 if n in counts else RARE for n in range((model_steps or most) + 1)]
     return {
         "renderer": ("solids", "a ray caster draws cubes, spheres and cylinders"),
         "model_steps": (most, "the greatest number of solids"),
@@ -107,7 +111,7 @@ def _solids_settings(most: int) -> Found:
         "scale_prior_sd": (0.15, "by the spread of the sizes"),
         "likelihood_sd": (0.2, "a solid then explains some 160 to 320 nats"),
         "lr_schedule": ("cosine", "the learning rate falls to the end"),
-        "num_steps": (1500, f"some {5 * max(most, 1)} minutes on one core of a CPU"),
+        "num_steps": (1500, f"some {4 * most} minutes on one core of a CPU"),
     }
 
 

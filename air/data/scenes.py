@@ -33,7 +33,7 @@ LABELS = {
     "overlaps": ArraySpec("int64", ("N",)),
     "labels": ArraySpec("int64", ("N", "M")),
     "boxes": ArraySpec("float32", ("N", "M", 4)),
-    "poses": ArraySpec("float32", ("N", "M", 4)),
+    "solid_poses": ArraySpec("float32", ("N", "M", 4)),
 }
 IMAGES = ("x", "test_x")
 ARRAY_NAMES = [prefix + name for prefix in ("", "test_") for name in ("x", *LABELS)]
@@ -47,7 +47,7 @@ class Scenes(NamedTuple):
     overlaps: Array | None = None  # int64 [N], pixels where an object meets an earlier one
     labels: Array | None = None  # int64 [N, M], -1 beyond the count
     boxes: Array | None = None  # float32 [N, M, (x0, y0, x1, y1)] tight, x1 and y1 exclusive; NaN
-    poses: Array | None = None  # float32 [N, M, (size, x, y, angle)] of solids; NaN
+    solid_poses: Array | None = None  # float32 [N, M, (size, x, y, angle)]; NaN
 
 
 class SceneSplits(NamedTuple):

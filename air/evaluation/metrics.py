@@ -16,6 +16,7 @@ from air.evaluation.solids import SolidsScores, score_solids
 from air.inference import forked_rng, infer
 from air.priors import PresencePrior, at_least_probs
 from air.solids.model import Solids, SolidsAIR
+from air.solids.world import KINDS
 from air.support.checks import check_whole
 from air.support.handlers import closed
 from air.support.images import to_tensor
@@ -196,9 +197,14 @@ def _score_solids(
     known = [p.cpu() for p in (scenes.labels, scenes.poses, scenes.counts) if p is not None]
     if not isinstance(air, SolidsAIR) or len(known) < 3:
         return None
+    labels, poses, true = known
+    used = torch.arange(labels.shape[1]) < true[:, None]
+    kinds = labels[used]
+    if ((kinds < 0) | (kinds >= len(KINDS))).any() or not poses[used].isfinite().all():
+        return None  # they are labels of something else
     device = air.h_init.device
     solids = air.solids(where.to(device), what.to(device))
-    return score_solids(Solids._make(part.cpu() for part in solids), counts, *known)
+    return score_solids(Solids._make(part.cpu() for part in solids), counts, labels, poses, true)
 
 
 def mean_and_se(values: Tensor) -> tuple[float, float]:

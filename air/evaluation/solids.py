@@ -26,7 +26,7 @@ class SolidsScores(NamedTuple):
     def __str__(self) -> str:
         """The scores as text."""
         if math.isnan(self.kind_accuracy):
-            return "no solid was found"
+            return "no solids to compare"
         return (
             f"kind {self.kind_accuracy:.1%} right; median errors: place {self.place_error:.3f}, "
             f"size {self.size_error:.3f}, angle {self.angle_error:.1f} degrees"
@@ -47,6 +47,7 @@ def score_solids(
     """
     from scipy.optimize import linear_sum_assignment  # takes a second to import
 
+    poses = poses.to(solids.place)
     right, places, sizes, angles = [], [], [], []
     kinds = solids.log_probs.argmax(-1)
     for n, (found, true) in enumerate(zip(counts.tolist(), true_counts.tolist(), strict=True)):

@@ -27,6 +27,7 @@ from air.solids.renderer import Renderer
 from air.solids.world import KINDS, SYMMETRY
 from air.spatial_transformer import centre_of, where_at
 from air.support import checks
+from air.support.fields import SettingError
 from air.support.model_settings import ModelSettings
 
 # z_what has a score for each kind, and a vector for each kind that can be turned. The softmax of
@@ -42,8 +43,8 @@ CHANNELS = 12  # of a painted solid; see `SolidsLikelihood`
 GROUND_SIDE = 1.8
 MIN_SIZE = 0.1
 WINDOW = 1.15  # side of the window, in sides of the square around a solid
-# Standard deviation of (x, y) around what a glimpse shows, and the greatest share of the square's
-# half side at which that is.
+# Standard deviation of (x, y) around what a glimpse shows, and how far from the middle that may be,
+# in half sides of the square.
 SHIFT_SD, BORDER = 0.2, 0.99
 
 
@@ -190,7 +191,7 @@ class SolidsAIR(AIR):
         }
         for name, value in wanted.items():
             if (got := getattr(s, name)) != value:
-                raise ValueError(f"{name}: expected {value} for solids, got {got}")
+                raise SettingError(name, f"expected {value} for solids, got {got}")
         self.decode = Renderer(s.x_size)
         self.likelihood = SolidsLikelihood(s.likelihood_sd, self.decode)
         self.look = SolidsGlimpse(s, self.decode)

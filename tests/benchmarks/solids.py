@@ -140,9 +140,9 @@ def main() -> None:
     scenes = load_scenes(from_config(SceneSettings, config))
     torch.manual_seed(0)
     train, test = (
-        [torch.from_numpy(part) for part in (s.x, s.labels[:, 0], s.poses[:, 0])]
+        [torch.from_numpy(part) for part in (s.x, s.labels[:, 0], s.solid_poses[:, 0])]
         for s in scenes[:2]
-        if s.labels is not None and s.poses is not None
+        if s.labels is not None and s.solid_poses is not None
     )
     images, labels, poses = test[0] / 255, test[1][:, None], test[2][:, None]
     rows: dict[str, tuple[list[SolidsScores], float]] = {}

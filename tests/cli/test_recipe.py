@@ -13,6 +13,7 @@ from air.cli import recipe
 from air.cli.config import resolve_config
 from air.cli.recipe import (
     MAX_STEPS,
+    RARE,
     Found,
     describe,
     find_image_settings,
@@ -176,6 +177,7 @@ def test_a_recipe_of_solids_brings_its_settings(recipe: str, steps: int, rendere
     assert found["model_steps"][0] == steps
     assert found["renderer"][0] == renderer
     assert "likelihood_sd" not in found  # a flag wins
+    assert "count_prior" not in find_recipe_settings({"recipe": recipe, "z_pres_prior": 0.5})
     config = resolve_config({"recipe": recipe}, found=found)
     assert config.model.renderer == renderer
     assert config.scenes is not None
@@ -185,6 +187,11 @@ def test_a_recipe_of_solids_brings_its_settings(recipe: str, steps: int, rendere
     scenes = resolve_config(given).scenes
     assert scenes is not None
     assert (scenes.counts, scenes.x_size) == ((0, 1, 2), 32)
+    given = {"recipe": recipe, "counts": (2,), "model_steps": 3}
+    found = find_recipe_settings(given)
+    prior = [RARE, RARE, 1.0, RARE]
+    assert found["count_prior"][0] == prior
+    assert resolve_config(given, found=found).training.count_prior == prior
 
 
 @pytest.mark.parametrize(

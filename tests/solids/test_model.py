@@ -209,7 +209,15 @@ def test_learns_kinds_and_places_and_tells_them(
     assert sum(right) > 15
     assert all(("angle" in s) == (s["kind"] != "sphere") for s in solids)
     air = detect.load_air(run / "checkpoint.pt")
-    held_out = HeldOut.from_numpy(scenes.x, scenes.counts, labels=scenes.labels, poses=scenes.poses)
+    held_out = HeldOut.from_numpy(
+        scenes.x, scenes.counts, labels=scenes.labels, poses=scenes.solid_poses
+    )
     scored = evaluate(air, held_out).solids
     assert scored is not None
     assert scored.kind_accuracy == pytest.approx(sum(right) / 20)
+    assert scenes.labels is not None
+    foreign = held_out._replace(labels=torch.from_numpy(scenes.labels) + 7)  # digits, perhaps
+    assert evaluate(air, foreign).solids is None
+    with pytest.raises(SystemExit) as ended:
+        detect.main([*words, "--tile", "32"])
+    assert ended.value.code == 2

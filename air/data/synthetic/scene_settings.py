@@ -18,18 +18,18 @@ Recipe = Literal[
     "pyro-nearest", "pyro-bicubic",
 ]  # fmt: skip
 SOLIDS = "solids", "table-top"  # the recipes of solids
-# What command lines have for some recipes in the place of the defaults.
+# Defaults of the command line for some recipes.
 _FEWER = {"num_scenes": 10_000, "num_test_scenes": 2_000}
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "solids": {"counts": (1,), "x_size": 32, **_FEWER},
     "table-top": {"counts": (0, 1, 2, 3), "x_size": 32, **_FEWER},
-    "omniglot": {"digits": "omniglot", "counts": (0, 1, 2, 3, 4), "x_size": 64, "sides": (16, 22)},
-    "strokes": {"digits": "omniglot", "counts": (1,), "x_size": 32, "sides": (26, 30)},
+    "omniglot": {"counts": (0, 1, 2, 3, 4), "x_size": 64, "sides": (16, 22)},
+    "strokes": {"counts": (1,), "x_size": 32, "sides": (26, 30)},
 }
 
 
 def with_own_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a command line, with what its recipe has in the place of the defaults."""
+    """The settings of a command line, with the defaults of its recipe."""
     return {**OWN_DEFAULTS.get(given.get("recipe", ""), {}), **given}
 
 
@@ -37,7 +37,8 @@ def with_own_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
 class SceneSettings:
     """Which scenes to make. A pyro recipe uses MNIST's digits and fixes all other settings.
 
-    Recipe apart fixes the sides, and with them the scale.
+    Recipe apart fixes the sides, and with them the scale; omniglot and strokes fix the digits. On
+    the command line some recipes have defaults of their own, see `OWN_DEFAULTS`.
     """
 
     digits: Literal["embedded", "mnist", "omniglot"] = setting(
@@ -151,7 +152,7 @@ class SceneSettings:
         if self.sides and self.sides[1] > self.x_size:
             least = f"expected at least the maximum side, {self.sides[1]}, got {self.x_size}"
             raise SettingError("x_size", least)
-        if not self.sides and 28 / self.scale_mean > self.x_size:
+        if self.recipe not in SOLIDS and not self.sides and 28 / self.scale_mean > self.x_size:
             raise SettingError("scale_mean", f"expected 28 / x_size or more, got {self.scale_mean}")
 
     def _fixed(self) -> dict[str, Any]:
@@ -159,6 +160,8 @@ class SceneSettings:
         if self.is_pyros:
             defaults = {spec.name: spec.default for spec in settings_of(SceneSettings)}
             return {**defaults, "digits": "mnist", "recipe": self.recipe}
+        if self.recipe in ("omniglot", "strokes"):
+            return {"digits": "omniglot"}
         if self.recipe == "apart":
             sides = (APART_SIDE, APART_SIDE)
             return {"sides": sides, "scale_mean": 28 / APART_SIDE, "scale_sd": 0.0}

@@ -1,7 +1,7 @@
 """Scenes of solids on the ground, drawn in NumPy with hard edges and 4 x 4 rays a pixel.
 
-The ray casting here shares the world with `air.solids.renderer`, and no formula: it tests each face
-of a solid. So the model never sees pictures that its own renderer made.
+The ray casting here shares `air.solids.world` with the renderer, and no formula for a solid: it
+tests each face. So the model never sees pictures that its own renderer made.
 """
 
 from collections.abc import Sequence
@@ -90,13 +90,13 @@ def cast(kind: str, size: float, place: Array, angle: float, rays: Array) -> tup
     if kind == "sphere":
         hit(at, missed <= half, (points - centre) / half, np.array(COLOURS[1]))
         return depth.reshape(shape[:-1]), colour.reshape(shape)
-    white, green = np.array(COLOURS[2]), np.array(COLOURS[3])
+    yellow, green = np.array(COLOURS[2]), np.array(COLOURS[3])
     valid = (missed <= half) & (points[:, 2] >= 0) & (points[:, 2] <= height)
     normals = points / half * [1, 1, 0]
-    hit(at, valid, normals, np.where(points[:, :1] > 0, white, green))
+    hit(at, valid, normals, np.where(points[:, :1] > 0, yellow, green))
     at, points = plane(2, height)
     valid = np.linalg.norm(points[:, :2], axis=1) <= half
-    hit(at, valid, constant(0, 0, 1), np.where(points[:, :1] > 0, white, green))
+    hit(at, valid, constant(0, 0, 1), np.where(points[:, :1] > 0, yellow, green))
     return depth.reshape(shape[:-1]), colour.reshape(shape)
 
 
