@@ -111,7 +111,7 @@ def _solids_settings(counts: Sequence[int], model_steps: int | None) -> Found:
         "scale_prior_sd": (0.15, "by the spread of the sizes"),
         "likelihood_sd": (0.2, "a solid then explains some 160 to 320 nats"),
         "lr_schedule": ("cosine", "the learning rate falls to the end"),
-        "num_steps": (1500, f"some {4 * most} minutes on one core of a CPU"),
+        "num_steps": (1500, f"some {3 * most} minutes on one core of a CPU"),
     }
 
 
