@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from air.cli.flags import DEFAULTS, FLAGS, SETTINGS, ProgramSettings, settings_named_by_flag
-from air.data.synthetic.scene_settings import OWN_DEFAULTS, FolderSettings, SceneSettings
+from air.data.synthetic.scene_settings import FolderSettings, SceneSettings, with_own_defaults
 from air.data.user_images.preparation import ImageSettings
 from air.storage.checkpoint import CheckpointError
 from air.storage.files import check_output_file
@@ -98,7 +98,7 @@ def resolve_config(
     forgotten = {spec.key for spec in _ALL if spec.about["on_resume"] == "forget"}
     flat = {
         **DEFAULTS,
-        **OWN_DEFAULTS.get(cli_args.get("recipe", ""), {}),
+        **with_own_defaults(cli_args),
         **{key: value for key, value in below.items() if key not in overridden},
         **{key: value for key, value in run.items() if key not in forgotten},
         **cli_args,

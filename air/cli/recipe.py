@@ -66,7 +66,7 @@ STROKES: Found = {
     "encoder_latent_size": (10, "a stroke is simple"),
     "scale_prior_mean": (2.5, "a stroke is less than half as long as the character"),
     "scale_prior_sd": (0.5, "strokes are short and long"),
-    "likelihood_sd": (0.25, "the price of a stroke is some twenty pixels of ink"),
+    "likelihood_sd": (0.25, "a pixel of ink is worth eight nats"),
     "lr_schedule": ("cosine", "the learning rate falls to the end"),
     "num_steps": (1500, "some seven minutes on one core of a CPU"),
 }

@@ -28,8 +28,8 @@ from air.solids.world import (
 RAYS = 4  # along a side of a pixel
 REACH = 0.8  # solids stand within this distance of the origin, along x and along y
 SIZES = 0.85, 1.15
-GAP = 0.62  # least distance of two solids of size one on the ground: they do not touch
-ATTEMPTS = 1000
+GAP = 0.62  # least distance of two solids of size one; only corners of cubes can meet
+ATTEMPTS = 1000  # to place the solids of one scene
 
 
 def cast(kind: str, size: float, place: Array, angle: float, rays: Array) -> tuple[Array, Array]:
@@ -118,7 +118,7 @@ class SolidsGenerator:
         self.ways: Array = ways / np.linalg.norm(ways, axis=1, keepdims=True)
 
     def draw_solids(self, count: int) -> list[tuple[int, Array]]:
-        """Kinds and poses (size, x, y, angle) of solids that do not touch."""
+        """Kinds and poses (size, x, y, angle) of solids that stand apart; see `GAP`."""
         for _ in range(ATTEMPTS):
             sizes = self.random.uniform(*SIZES, count)
             places = self.random.uniform(-REACH, REACH, (count, 2))
