@@ -72,9 +72,7 @@ PROGRAMS: list[Callable[[AIR], Any]] = [
     lambda air: air.guide,
     lambda air: air.model,
     lambda air: MarginalAIR(air).guide,
-    lambda air: pyro.poutine.condition(
-        MarginalAIR(air).model, {"presence": torch.full((6, 3), 0.5)}
-    ),
+    lambda air: MarginalAIR(air).model,
 ]
 
 

@@ -1,5 +1,7 @@
 """The exact expectation over the count, against the sum over all counts and against sampling."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -46,6 +48,14 @@ def log_joint_terms(air: AIR, images: Tensor, prior: list[float], fixed: Fixed) 
     return log_p - log_q, log_q_n
 
 
+@contextmanager
+def fixed_guide(air: AIR, noise: dict[str, Tensor]) -> Iterator[MarginalAIR]:
+    """The program whose paths have this noise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(air, "guide", Fixed(noise)(air.guide))
+        yield MarginalAIR(air)
+
+
 def draw_noise(num_steps: int, n: int) -> dict[str, Tensor]:
     noise = {f"z_where_{t}": torch.randn(n, 3).double() for t in range(num_steps)}
     noise |= {f"z_what_{t}": torch.randn(n, 5).double() for t in range(num_steps)}
@@ -72,10 +82,10 @@ def test_value_and_gradients_equal_the_sum_over_all_counts(
     images = torch.rand(6, air.channels, 12, 12, dtype=torch.float64)
     images = images[:, 0] if air.channels == 1 else images
     prior, noise = geometric_presence(0.2, num_steps), draw_noise(num_steps, 6)
-    program = MarginalAIR(air)
-    loss = TraceGraph_ELBO().loss_and_grads(
-        program.model, Fixed(noise)(program.guide), images, z_pres_prior_p=prior.__getitem__
-    )
+    with fixed_guide(air, noise) as program:
+        loss = TraceGraph_ELBO().loss_and_grads(
+            program.model, program.guide, images, z_pres_prior_p=prior.__getitem__
+        )
     ours = {name: p.grad for name, p in air.named_parameters()}
     air.zero_grad()
 
@@ -96,12 +106,12 @@ def test_value_and_gradients_equal_the_sum_over_all_counts(
 def test_the_loss_is_scaled_to_the_size_of_the_data_set() -> None:
     air = small_air().double()
     one = torch.rand(1, 12, 12, dtype=torch.float64)
-    program, noise = MarginalAIR(air), draw_noise(3, 4)
-    noise = {name: z[:1].expand_as(z) for name, z in noise.items()}
-    losses = [
-        TraceGraph_ELBO().loss(program.model, Fixed(noise)(program.guide), data, batch_size=4)
-        for data in (one.repeat(4, 1, 1), one.repeat(40, 1, 1))
-    ]
+    noise = {name: z[:1].expand_as(z) for name, z in draw_noise(3, 4).items()}
+    with fixed_guide(air, noise) as program:
+        losses = [
+            TraceGraph_ELBO().loss(program.model, program.guide, data, batch_size=4)
+            for data in (one.repeat(4, 1, 1), one.repeat(40, 1, 1))
+        ]
     assert losses[1] == pytest.approx(10 * losses[0])
 
 
@@ -115,7 +125,7 @@ def test_the_score_function_has_the_same_expected_gradient(
     """Over all counts of one image, with the same noise in z_where and z_what."""
     air = small_air(guide_input=guide_input, use_baselines=use_baselines).double()
     image, noise = torch.rand(1, 12, 12, dtype=torch.float64), draw_noise(3, 1)
-    prior, program, elbo = geometric_presence(0.2, 3), MarginalAIR(air), TraceGraph_ELBO()
+    prior, elbo = geometric_presence(0.2, 3), TraceGraph_ELBO()
     arguments: Any = {"z_pres_prior_p": prior.__getitem__}
 
     def gradients() -> dict[str, Tensor]:
@@ -123,7 +133,8 @@ def test_the_score_function_has_the_same_expected_gradient(
         air.zero_grad()
         return {name: g for name, g in found.items() if not name.startswith("bl_")}
 
-    elbo.loss_and_grads(program.model, Fixed(noise)(program.guide), image, **arguments)
+    with fixed_guide(air, noise) as program:
+        elbo.loss_and_grads(program.model, program.guide, image, **arguments)
     exact, expected = gradients(), dict.fromkeys(gradients(), torch.zeros(()))
     for count in range(4):
         _, log_q = log_joint_terms(air, image, prior, Fixed(noise, count))

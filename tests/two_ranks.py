@@ -69,11 +69,11 @@ def one_step(
     """The gradients and the rest of a step on the part of 8 images that is this rank's."""
     images, noise = data(8)
     air = small_air().to(device)
-    program: Any = MarginalAIR(air) if estimator == "marginal" else air
     own_noise = {name: shard(values).to(device) for name, values in noise.items()}
-    guide = GivenNoise(own_noise)(program.guide)
+    vars(air)["guide"] = GivenNoise(own_noise)(air.guide)
+    program: Any = MarginalAIR(air) if estimator == "marginal" else air
     optimizer = make_optimizer(air, 1e-3, 1e-2, clip_grad_norm=50.0)
-    arguments = program.model, guide, optimizer, TraceGraph_ELBO()
+    arguments = program.model, program.guide, optimizer, TraceGraph_ELBO()
     svi = CompiledSVI(*arguments, compiler) if captured else SVI(*arguments)
     part = shard(images).to(device)
     loss = svi.step_async(part, num_images=3 * len(part))  # as if drawn from three times as many

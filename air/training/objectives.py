@@ -29,26 +29,13 @@ z_pres has the expectation of `marginal`, and paints 2^T canvases instead of T +
 """
 
 import math
-from collections.abc import Callable
 
-import pyro
 import torch
 from torch import Tensor
 
-from air.air import AIR
-from air.marginal import CountTerm, Paths, sample_paths
-from air.priors import PresencePrior
+from air.marginal import Objective, Paths, detached, marginal
 
 DRAWS = 4  # counts that `rloo` draws from each path
-
-# From paths to the value for each image, and to a tensor whose gradient trains AIR, [B] each.
-Objective = Callable[[Paths], tuple[Tensor, Tensor]]
-
-
-def marginal(paths: Paths) -> tuple[Tensor, Tensor]:
-    """The ELBO, with the exact expectation over the count: `MarginalAIR` for K paths."""
-    elbo = (paths.log_q.exp() * (paths.log_weights - paths.log_q)).sum(2).mean(1)
-    return elbo, elbo
 
 
 def rloo(paths: Paths) -> tuple[Tensor, Tensor]:
@@ -100,6 +87,7 @@ def vimco(paths: Paths) -> tuple[Tensor, Tensor]:
     return bound, bound + ((bound[:, None] - without).detach() * log_q).sum(1)
 
 
+@detached
 def rws(paths: Paths) -> tuple[Tensor, Tensor]:
     """Reweighted wake-sleep, both parts awake, for paths through which no gradient flows.
 
@@ -118,63 +106,6 @@ OBJECTIVES: dict[tuple[str, str], Objective] = {
     ("iwae", "vimco"): vimco,
     ("rws", "marginal"): rws,
 }
-
-
-class PathAIR:
-    """`model` and `guide` for SVI with ``TraceGraph_ELBO()``, which train an AIR by any objective.
-
-    They take the arguments of `AIR.model` and `AIR.guide`. The sites of AIR are hidden, and the
-    loss is the objective, for the whole data set.
-
-    Args:
-        air: The model.
-        objective: A function of this file, or your own.
-        num_paths: Runs of the guide for each image, K.
-        count_term: See `air.marginal.MarginalAIR`.
-
-    Raises:
-        ValueError: If the AIR does not use masking.
-    """
-
-    def __init__(
-        self,
-        air: AIR,
-        objective: Objective,
-        num_paths: int = 1,
-        count_term: CountTerm | None = None,
-    ) -> None:
-        self.air, self.objective, self.num_paths = air, objective, num_paths
-        self.count_term = count_term
-
-    def guide(
-        self,
-        data: Tensor,
-        batch_size: int | None = None,
-        z_pres_prior_p: PresencePrior | None = None,
-        num_images: int | None = None,
-    ) -> None:
-        """Draws the batch."""
-        with self.air.images_of(data, batch_size, z_pres_prior_p, num_images, draw=True):
-            pass
-
-    def model(
-        self,
-        data: Tensor,
-        batch_size: int | None = None,
-        z_pres_prior_p: PresencePrior | None = None,
-        num_images: int | None = None,
-    ) -> None:
-        """Adds the objective of the batch, whose gradient is that of the estimator."""
-        with self.air.images_of(data, batch_size, z_pres_prior_p, num_images) as images:
-            pass
-        detach = self.objective is rws
-        paths = sample_paths(self.air, images, z_pres_prior_p, self.num_paths, detach)
-        value, surrogate = self.objective(paths)
-        size = num_images or len(data)
-        term = (surrogate + (value - surrogate).detach()).sum() * (size / len(images))
-        pyro.factor("obs", term)
-        if self.count_term is not None:
-            self.count_term(images, paths.log_q[:, 0], size)
 
 
 def _draw(log_probs: Tensor, number: int) -> Tensor:

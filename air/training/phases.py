@@ -18,7 +18,7 @@ from air.data.spots import fit_finder
 from air.marginal import CountTerm, MarginalAIR
 from air.support.images import to_bytes
 from air.training.from_spots import FromSpots
-from air.training.objectives import OBJECTIVES, PathAIR
+from air.training.objectives import OBJECTIVES
 from air.training.svi import SVI
 from air.training.teacher import Teacher
 from air.training.training_settings import TrainingSettings
@@ -76,14 +76,12 @@ def make_phases(
 
 def make_program(
     air: AIR, settings: TrainingSettings, count_term: CountTerm | None = None
-) -> AIR | MarginalAIR | PathAIR:
+) -> AIR | MarginalAIR:
     """The model and guide whose ELBO, as Pyro computes it, is the objective of the settings."""
-    objective = settings.objective, settings.estimator
     if settings.estimator == "score":
         return air
-    if objective == ("elbo", "marginal") and settings.particles == 1:
-        return MarginalAIR(air, count_term)
-    return PathAIR(air, OBJECTIVES[objective], settings.particles, count_term)
+    objective = OBJECTIVES[settings.objective, settings.estimator]
+    return MarginalAIR(air, objective, settings.particles, count_term)
 
 
 def phase_at(phases: Sequence[Phase], step: int) -> Phase:

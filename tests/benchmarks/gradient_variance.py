@@ -26,8 +26,9 @@ from air import AIR
 from air.cli.config import resolve_config
 from air.cli.device import pick_device
 from air.cli.flags import build_parser
+from air.marginal import MarginalAIR
 from air.storage.checkpoint import load_weights_strict, read_weights
-from air.training.objectives import OBJECTIVES, PathAIR
+from air.training.objectives import OBJECTIVES
 
 
 class Moments:
@@ -96,7 +97,7 @@ def main() -> None:
     for (objective, estimator), function in OBJECTIVES.items():
         number = 1 if objective == "elbo" else args.particles
         name = estimator if objective == "elbo" else f"{objective}, {estimator}, K = {number}"
-        paths = PathAIR(air, function, number)
+        paths = MarginalAIR(air, function, number)
         measured[name] = measure(air, paths, images, args.draws)
 
     print("| part | mean | " + " | ".join(measured) + " |")

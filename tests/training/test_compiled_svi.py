@@ -23,11 +23,11 @@ from air import AIR
 from air.evaluation.elbo import sample_elbo
 from air.evaluation.metrics import HeldOut
 from air.inference import infer
-from air.marginal import MarginalAIR
+from air.marginal import MarginalAIR, Objective
 from air.priors import CountPrior
 from air.support.subsampling import draw_indices
 from air.training.compiled_svi import CompiledSVI, inductor
-from air.training.objectives import Objective, PathAIR, mvd, rws, vimco
+from air.training.objectives import mvd, rws, vimco
 from air.training.svi import SVI, make_optimizer
 from air.training.teacher import Teacher
 from air.training.trainer import Trainer
@@ -102,11 +102,12 @@ def test_captured_gradients_equal_eager_ones(
     estimator: str | Objective, num_steps: int, batch_size: int | None, options: dict[str, Any]
 ) -> None:
     air = small_air(num_steps=num_steps, **options).double()
-    program: AIR | MarginalAIR | PathAIR = air
+    program: AIR | MarginalAIR = air
     if callable(estimator):
-        program = PathAIR(air, estimator, 2)
+        program = MarginalAIR(air, estimator, 2)
     elif estimator != "score":
-        program = MarginalAIR(air, Teacher(air, 10.0) if estimator == "teacher" else None)
+        teacher = Teacher(air, 10.0) if estimator == "teacher" else None
+        program = MarginalAIR(air, count_term=teacher)
     data = torch.randint(256, (10, 12, 12), dtype=torch.uint8)
     with pyro.validation_enabled(False):
         compare_with_eager(air, program, data, as_it_is, 1e-10, batch_size=batch_size)

@@ -14,14 +14,11 @@ from torch import Tensor
 
 from air import AIR
 from air.evaluation.elbo import importance_weighted_bound, sample_elbo
-from air.marginal import AllStepsActive, MarginalAIR, Paths, sample_paths
+from air.marginal import AllStepsActive, MarginalAIR, Objective, Paths, marginal, sample_paths
 from air.priors import count_log_probs, geometric_presence
 from air.training.objectives import (
     OBJECTIVES,
-    Objective,
-    PathAIR,
     iwae,
-    marginal,
     mvd,
     rloo,
     rws,
@@ -78,26 +75,9 @@ def test_a_path_has_the_densities_of_model_and_guide(options: dict[str, Any]) ->
         torch.testing.assert_close(mine, theirs)
 
 
-def test_the_marginal_objective_is_that_of_marginal_air() -> None:
-    air, images = small_air().double(), doubles(6, 12, 12)
-    losses, gradients = [], []
-    for program in (MarginalAIR(air), PathAIR(air, marginal)):
-        air.zero_grad()
-        torch.manual_seed(3)
-        arguments: Any = {"num_images": 60, "z_pres_prior_p": PRIOR}
-        losses.append(
-            TraceGraph_ELBO().loss_and_grads(program.model, program.guide, images, **arguments)
-        )
-        gradients.append({n: p.grad for n, p in air.named_parameters() if p.grad is not None})
-    assert losses[0] == pytest.approx(losses[1])
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
-
-
 def test_reweighted_wake_sleep_follows_weighted_paths_of_each_image() -> None:
     air, images, number = small_air().double(), doubles(5, 12, 12), 3
-    program = PathAIR(air, rws, number)
+    program = MarginalAIR(air, rws, number)
     torch.manual_seed(2)
     loss = TraceGraph_ELBO().loss_and_grads(
         program.model, program.guide, images, z_pres_prior_p=PRIOR
@@ -231,12 +211,24 @@ def test_pyros_renyi_elbo_weighs_the_particles_of_each_image(use_masking: bool) 
     assert -loss == pytest.approx(float((each.logsumexp(0) - math.log(2)).sum()))
 
 
+def test_renyi_elbo_weighs_the_particles_of_each_image_with_the_count_summed_out() -> None:
+    air, images = small_air().double(), doubles(6, 12, 12)
+    program = MarginalAIR(air)
+    torch.manual_seed(4)
+    loss = RenyiELBO(num_particles=2).loss(
+        program.model, program.guide, images, z_pres_prior_p=PRIOR
+    )
+    torch.manual_seed(4)
+    each = torch.stack([marginal(sample_paths(air, images, PRIOR))[0] for _ in range(2)]).detach()
+    assert -loss == pytest.approx(float((each.logsumexp(0) - math.log(2)).sum()))
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=lambda each: each.__name__)
 def test_pyros_own_svi_trains_by_every_objective(objective: Objective) -> None:
     pyro.clear_param_store()
     air, images = small_air(), torch.rand(8, 12, 12)
     before = {name: p.clone() for name, p in air.named_parameters()}
-    program = PathAIR(air, objective, 2)
+    program = MarginalAIR(air, objective, 2)
     adam = pyro.optim.Adam({"lr": 1e-3})
     svi = pyro.infer.SVI(program.model, program.guide, adam, loss=TraceGraph_ELBO())
     assert math.isfinite(svi.step(images, batch_size=4))

@@ -69,7 +69,7 @@ def test_the_gradient_is_that_of_log_q_and_the_loss_is_unchanged(
         pyro.set_rng_seed(5)
         air.zero_grad()
         term.weight = weight
-        program = MarginalAIR(air, spy)
+        program = MarginalAIR(air, count_term=spy)
         loss = TraceGraph_ELBO().loss_and_grads(program.model, program.guide, images, num_images=80)
         return loss, gradients(air)
 
@@ -80,7 +80,7 @@ def test_the_gradient_is_that_of_log_q_and_the_loss_is_unchanged(
     of_made = log_q_by_hand(air, *made)[known.sure].sum()
     pyro.set_rng_seed(5)
     air.zero_grad()
-    program = MarginalAIR(air, lambda images, log_q, size: found.update(log_q=log_q))
+    program = MarginalAIR(air, count_term=lambda images, log_q, size: found.update(log_q=log_q))
     trace: Any = poutine.trace(program.guide).get_trace(images, num_images=80)
     poutine.trace(poutine.replay(program.model, trace)).get_trace(images, num_images=80)
     counts = infer(term.air, images).counts
@@ -106,7 +106,7 @@ def test_teaching_raises_the_probability_of_the_sums() -> None:
     made = torch.rand(4, 12, 12), of_counts(where, [2] * 4)
     optimizer = make_optimizer(air, 0.01, 0.01)
     term = Teacher(air, 100)
-    program = MarginalAIR(air, term)
+    program = MarginalAIR(air, count_term=term)
     svi = SVI(program.model, program.guide, optimizer, TraceGraph_ELBO())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("air.training.teacher.make_sums", lambda *_: made)
@@ -162,7 +162,7 @@ def test_two_objects_that_are_one_count_as_one(monkeypatch: pytest.MonkeyPatch) 
 def test_the_teacher_leaves_pyros_store_to_the_model() -> None:
     air = small_air()
     term = Teacher(air, WEIGHT)
-    program = MarginalAIR(air, term)
+    program = MarginalAIR(air, count_term=term)
     term.follow(decay=0)
     TraceGraph_ELBO().loss_and_grads(program.model, program.guide, torch.rand(4, 12, 12))
     stored = dict(pyro.get_param_store().named_parameters())
@@ -174,7 +174,7 @@ def test_the_teacher_leaves_pyros_store_to_the_model() -> None:
 def test_models_with_teachers_train_side_by_side() -> None:
     for _ in range(2):
         air = small_air(use_baselines=False)
-        program = MarginalAIR(air, Teacher(air, WEIGHT))
+        program = MarginalAIR(air, count_term=Teacher(air, WEIGHT))
         svi = SVI(program.model, program.guide, make_optimizer(air, 0.01, 0.01), TraceGraph_ELBO())
         svi.step(torch.rand(4, 12, 12))
         assert not pyro.get_param_store().keys()
