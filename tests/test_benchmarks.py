@@ -24,7 +24,9 @@ from pyro.infer import TraceGraph_ELBO
 from air import AIR
 from air.data.scenes import Scenes
 from air.marginal import MarginalAIR
+from air.solids.renderer import Renderer
 from air.storage.checkpoint import save_weights
+from tests.benchmarks import finite_differences
 from tests.benchmarks.plain_torch import LOSSES
 
 pytestmark = pytest.mark.slow
@@ -230,3 +232,20 @@ def test_tasks_are_of_the_digits_from_left_to_right() -> None:
     assert task.targets["sum"].tolist() == [10, 10]
     assert task.targets["ascending"].tolist() == [0, 1]
     assert task.latents.shape == (2, 2 * 54)
+
+
+def test_finite_differences_are_the_gradients_of_the_renderer() -> None:
+    renderer = Renderer(32).double()
+    size = (1 + 0.1 * torch.randn(20).double()).requires_grad_()
+    place = (torch.rand(20, 2).double() - 0.5).requires_grad_()
+    angle = (6.3 * torch.rand(20, 2).double()).requires_grad_()
+    weights = torch.randn(20, 3, 4, renderer.patch**2).double()
+    found = []
+    with mock.patch.object(finite_differences, "STEP", 1e-5):
+        for draw in (finite_differences.draw, finite_differences.draw_black_box):
+            turns = torch.stack((angle.cos(), angle.sin()), -1)
+            total = (weights * draw(renderer, size, place, turns)[0]).sum()
+            found.append(torch.autograd.grad(total, (size, place, angle)))
+    for exact, ours in zip(*found, strict=True):
+        off = (exact - ours).abs() / exact.abs().mean()
+        assert off.median() < 1e-4  # at a kink of the picture, a difference is that of both sides
