@@ -39,6 +39,10 @@ class Renderer(nn.Module):
 
     Args:
         side: The side H of the images in pixels.
+
+    Attributes:
+        ground: The picture of the empty ground, [3, H, H]. To train on pictures with another
+            ground, change it in place; the median of many pictures shows it.
     """
 
     position: Tensor
@@ -62,7 +66,8 @@ class Renderer(nn.Module):
             ("ground", ground(rays)[None].repeat(3, 0)),
         ):
             tensor = torch.tensor(value, dtype=torch.get_default_dtype())
-            self.register_buffer(name, tensor, persistent=False)
+            # The ground alone is saved with the weights: a user may set another one.
+            self.register_buffer(name, tensor, persistent=name == "ground")
 
     def forward(self, size: Tensor, place: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         """Draws n solids, each as a cube, a sphere and a cylinder.

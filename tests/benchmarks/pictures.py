@@ -9,6 +9,7 @@
 | nuclei | `pip install --no-deps stardist` |
 | omniglot | images_background_small1.zip and images_background_small2.zip, after FOLDER, |
 |   | of github.com/brendenlake/omniglot |
+| tanks | `pip install --no-deps arcade` |
 
 The pictures follow from the package alone. Counts are in counts.csv; training does not use them,
 except that the greatest one sets the number of steps.
@@ -16,11 +17,12 @@ except that the greatest one sets the number of steps.
 
 import argparse
 import io
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import files
-from itertools import count, cycle, islice
+from itertools import count, cycle, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +145,30 @@ def omniglot(seed: int, zips: Sequence[Path]) -> Pictures:
         yield 255 - x, number
 
 
+def tanks(seed: int, zips: Sequence[Path]) -> Pictures:
+    """Tanks and trees of the arcade package on its grass or sand, 128 x 128, none to five."""
+    del zips
+    found = [each for each in files("arcade") or () if each.parent.name == "topdown_tanks"]
+    images = {each.stem: Image.open(str(each.locate())).convert("RGBA") for each in found}
+    sprites = [images[name] for name in sorted(images) if re.match(r"tank_|tree", name)]
+    rng, side = np.random.default_rng(seed), 128
+    for number in cycle(range(6)):
+        picture, ground = Image.new("RGB", (side, side)), ("Grass", "Sand")[rng.integers(2)]
+        for x, y in product(range(0, side, 64), repeat=2):
+            picture.paste(images[f"tile{ground}{rng.integers(1, 3)}"], (x, y))
+        boxes: list[tuple[int, ...]] = []
+        while len(boxes) < number:
+            sprite = sprites[rng.integers(len(sprites))].rotate(90 * rng.integers(4), expand=True)
+            k = rng.integers(24, 35) / max(sprite.size)
+            size = round(sprite.width * k), round(sprite.height * k)
+            box = _place(rng, side, size, boxes, 2)
+            if box:
+                small = sprite.resize(size, Image.Resampling.LANCZOS)
+                picture.paste(small, box[:2], small)
+                boxes.append(box)
+        yield np.asarray(picture), number
+
+
 def _place(
     rng: np.random.Generator,
     side: int,
@@ -164,6 +190,7 @@ SETS: dict[str, tuple[Callable[[int, Sequence[Path]], Pictures], int]] = {
     "pong": (pong, 4000),
     "nuclei": (nuclei, 4000),
     "omniglot": (omniglot, 6000),
+    "tanks": (tanks, 5000),
 }
 
 

@@ -104,6 +104,16 @@ def test_absent_solids_leave_the_ground() -> None:
     torch.testing.assert_close(air.likelihood.show(canvas), ground)
 
 
+def test_another_ground_is_painted_looked_past_and_saved(images: Tensor) -> None:
+    air, loaded, x = make_air(), make_air(), images.double() / 255
+    of_ours = infer(air, x)
+    air.decode.ground.add_(0.05)
+    loaded.load_state_dict(air.state_dict())
+    found = infer(loaded, x + 0.05)
+    torch.testing.assert_close(found.count_probs, of_ours.count_probs)
+    torch.testing.assert_close(found.backgrounds, air.decode.ground.expand_as(x))
+
+
 def test_places_are_uniform_under_the_prior() -> None:
     place = to_ground(torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0)).double())
     assert place.abs().max() < 0.9
