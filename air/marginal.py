@@ -114,15 +114,14 @@ def sample_paths(
         model: Any = poutine.trace(poutine.replay(objects, guide)).get_trace()
 
     def log_probs(trace: Any) -> Tensor:  # noqa: ANN401
-        """Of the first n objects, [B * K, T + 1]."""
-        sites = {
-            name: node["fn"].log_prob(node["value"])
-            for name, node in trace.nodes.items()
-            if node["type"] == "sample" and name.startswith("z_")
-        }
-        each = [sites[f"z_where_{t}"] + sites[f"z_what_{t}"] for t in times]
-        background = sites.get("z_background", torch.zeros_like(each[0]))
-        return torch.stack([background, *each], 1).cumsum(1)
+        """Of the first n objects, [B * K, T + 1]; a subclass of AIR may have further latents."""
+        sums = [torch.zeros_like(steps.presence[0][:, 0])] * (air.num_steps + 1)
+        for name, node in trace.nodes.items():
+            if node["type"] == "sample" and name.startswith("z_"):
+                t = name.rpartition("_")[2]
+                n = int(t) + 1 if t.isdecimal() else 0  # without a step, that of the background
+                sums[n] = sums[n] + node["fn"].log_prob(node["value"])
+        return torch.stack(sums, 1).cumsum(1)
 
     values = {name: node.get("value") for name, node in guide.nodes.items()}
     painted = air.paint(*([values[f"{z}_{t}"] for t in times] for z in ("z_where", "z_what")))

@@ -5,6 +5,7 @@ from itertools import product
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from helpers import small_air
@@ -26,7 +27,7 @@ from air.training.objectives import (
 )
 
 PRIOR = geometric_presence(0.2, 3).__getitem__
-Z = ("z_where", "z_what", "z_background")
+Z = ("z_where", "z_what", "z_background", "z_tone")
 
 
 def doubles(*size: int) -> Tensor:
@@ -68,6 +69,31 @@ def paths_by_traces(air: AIR, images: Tensor, number: int) -> Paths:
 def test_a_path_has_the_densities_of_model_and_guide(options: dict[str, Any]) -> None:
     air = small_air(**options).double()
     images = doubles(4, *[air.channels] * (air.channels > 1), 12, 12)
+    torch.manual_seed(5)
+    ours = sample_paths(air, images, PRIOR, num_paths=2)
+    torch.manual_seed(5)
+    for mine, theirs in zip(ours, paths_by_traces(air, images, 2), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+class AIRWithTone(AIR):
+    """An AIR of one's own, whose objects have a further latent."""
+
+    def sample_object(self, t: int, z_pres: Tensor) -> tuple[Tensor, Tensor]:
+        tone = dist.Normal(torch.zeros_like(z_pres), 1.0)
+        pyro.sample(f"z_tone_{t}", self._masked(tone, z_pres))
+        return super().sample_object(t, z_pres)
+
+    def _guide_step(self, t: int, *args: Any) -> Any:  # noqa: ANN401
+        state = super()._guide_step(t, *args)
+        tone = dist.Normal(state.z_where[:, :1].tanh(), 0.5)
+        pyro.sample(f"z_tone_{t}", self._masked(tone, state.z_pres))
+        return state
+
+
+def test_a_path_has_the_further_latents_of_a_subclass() -> None:
+    air, images = small_air().double(), doubles(4, 12, 12)
+    air.__class__ = AIRWithTone
     torch.manual_seed(5)
     ours = sample_paths(air, images, PRIOR, num_paths=2)
     torch.manual_seed(5)
