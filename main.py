@@ -161,11 +161,11 @@ def survey_source(cli_args: Mapping[str, Any]) -> Found:
     """What follows from the source of the images: how to prepare those of --data."""
     if cli_args.get("recipe") in SOLIDS and not cli_args.get("survey", True):
         raise ValueError("--no-survey: expected without solids, which no default suits")
+    if "data" not in cli_args and is_surveyed({**cli_args, "num_steps": None}):
+        return find_recipe_settings(cli_args)  # without images, so that -n 0 has it too
     if not is_surveyed(cli_args):
         return {}
-    if "data" in cli_args:
-        return find_image_settings(Path(cli_args["data"]), cli_args)
-    return find_recipe_settings(cli_args)
+    return find_image_settings(Path(cli_args["data"]), cli_args)
 
 
 def survey_scenes(cli_args: Mapping[str, Any], of_source: Found, scenes: SceneSplits) -> Found:
@@ -173,7 +173,7 @@ def survey_scenes(cli_args: Mapping[str, Any], of_source: Found, scenes: SceneSp
     if not is_surveyed(cli_args):
         if cli_args.get("suggest"):
             raise ValueError("--suggest: expected a new run, whose settings follow from its images")
-        return {}
+        return of_source
     seen, found = None, of_source
     if "data" in cli_args or not of_source:  # otherwise a recipe brings its settings
         seen = survey(scenes.train.x)

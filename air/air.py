@@ -70,8 +70,10 @@ class AIR(nn.Module):
     - ``TraceGraph_ELBO()``: the paper's, a score function for z_pres with a learnt baseline.
     - ``Trace_ELBO()``: the same expected gradient, without the baseline: far noisier.
     - ``RenyiELBO(num_particles=K)``: the importance-weighted bound, with weights for each image,
-      but again without a baseline. `air.training.objectives` has this bound with the count summed
-      out. Particles cannot be vectorised.
+      but again without a baseline, and only for all images at once: with ``batch_size`` each
+      particle has other images, and with ``num_images`` the weights are powers. Particles cannot
+      be vectorised. `air.training.objectives` has this bound with the count summed out, for batches
+      too.
     - ``TraceEnum_ELBO()``: as ``Trace_ELBO()``, since no site of AIR is marked for enumeration.
     - ``ReweightedWakeSleep()``: weighs whole batches instead of images; take `objectives.rws`.
 

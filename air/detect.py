@@ -344,8 +344,9 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
     if line := explain(args.load):
         print(line, file=sys.stderr)
     air = load_air(args.load, pick_device(args.device), nets)
-    if args.tile and air.renderer != "none":
-        raise ValueError("--tile: expected a model without a renderer, whose camera sees it all")
+    if (args.tile or args.crop) and air.renderer != "none":
+        flag = "--tile" if args.tile else "--crop"
+        raise ValueError(f"{flag}: expected a model without a renderer, whose camera sees it all")
     if args.crops:
         if args.crops.exists():
             raise ValueError(f"--crops: expected a new folder, and {args.crops} exists")
@@ -371,6 +372,12 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
             found_hints = brightness_hints(stack, air.background is None and air.renderer == "none")
             # A picture to be cut into tiles shows more than a training image did.
             found_hints += [] if args.tile else unlike_training(stack, config)
+            padded = any(image.placement.offset != (0, 0) for image in batch)
+            if padded and air.renderer != "none":
+                found_hints.append(
+                    "pictures that are not square are padded, but the camera of the model sees a "
+                    "square"
+                )
             for hint in found_hints:
                 logging.getLogger("air").warning(hint)
         if args.tile:

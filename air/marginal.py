@@ -26,6 +26,7 @@ from torch import Tensor
 
 from air.air import AIR
 from air.priors import PresencePrior, count_log_probs
+from air.support.checks import check_whole
 from air.support.handlers import LocalParameters
 
 CountTerm = Callable[[Tensor, Tensor, int], None]  # of images, log q(n), and the size of the data
@@ -147,7 +148,10 @@ def marginal(paths: Paths) -> tuple[Tensor, Tensor]:
 
 
 def detached(objective: Objective) -> Objective:
-    """Marks an objective of paths through whose z no gradient flows."""
+    """Marks an objective of paths through whose z no gradient flows.
+
+    A function that wraps such an objective must be marked itself.
+    """
     objective.detached = True  # type: ignore[attr-defined]
     return objective
 
@@ -157,9 +161,10 @@ class MarginalAIR:
 
     They take the arguments of `AIR.model` and `AIR.guide`. The sites of AIR are hidden, and the
     loss is the objective, for the whole data set: ``TraceGraph_ELBO()`` and ``Trace_ELBO()`` give
-    the same loss and gradient. ``RenyiELBO(num_particles=K)`` is valid too, but looser than the
-    bound of `air.training.objectives`: each weight is the exponential of a path's ELBO. The
-    baseline is never used, so an AIR with ``use_baselines=False`` is faster.
+    the same loss and gradient. ``RenyiELBO(num_particles=K)`` is valid for all images at once, as
+    for `AIR`, but looser than the bound of `air.training.objectives`: each weight is the
+    exponential of a path's ELBO. The baseline is never used, so an AIR with
+    ``use_baselines=False`` is faster.
 
     Args:
         air: The model.
@@ -168,7 +173,8 @@ class MarginalAIR:
         count_term: Adds a term to the loss; see `air.training.teacher.Teacher`.
 
     Raises:
-        ValueError: If the AIR does not use masking.
+        ValueError: If the AIR does not use masking, there is no path, or the objective returns
+            other than two tensors of [B].
     """
 
     def __init__(
@@ -180,6 +186,7 @@ class MarginalAIR:
     ) -> None:
         if not air.use_masking:
             raise ValueError(NEEDS_MASKING)
+        check_whole("num_paths", num_paths, 1)
         self.air, self.objective, self.num_paths = air, objective, num_paths
         self.count_term = count_term
 
@@ -206,8 +213,12 @@ class MarginalAIR:
             pass  # the paths have plates of their own
         detach = getattr(self.objective, "detached", False)
         paths = sample_paths(self.air, images, z_pres_prior_p, self.num_paths, detach)
-        value, surrogate = self.objective(paths)
-        size = num_images or len(data)
+        found = self.objective(paths)
+        shapes = [list(part.shape) for part in found] if isinstance(found, tuple) else []
+        if shapes != [[len(images)]] * 2:
+            expected = f"expected a tuple of two tensors, [{len(images)}] each"
+            raise ValueError(f"objective: {expected}, got {shapes or type(found).__name__}")
+        (value, surrogate), size = found, num_images or len(data)
         plate = pyro.plate("paths", len(images), device=str(images.device))
         with plate, poutine.scale(scale=size / len(images)):
             pyro.factor("obs", surrogate + (value - surrogate).detach())

@@ -149,7 +149,8 @@ def _image_settings(
 
     Without any of these, images keep their size (x_size None) and channels.
     """
-    if model.get("crop") is None:  # it was trained without resizing, so nothing is resized here
+    # A model that was trained without resizing: nothing is resized here, unless it is asked for.
+    if model.get("crop") is None and cli_args.get("crop") is None:
         model = {key: value for key, value in model.items() if key != "x_size"}
     found = {"x_size": None, "channels": None, **survey, **model, **run, **cli_args}
     settings = {spec.key: found.get(spec.key, spec.default) for spec in settings_of(ImageSettings)}

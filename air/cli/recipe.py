@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from air.cli.config import COMPILE_MIN_STEPS
+from air.cli.flags import settings_named_by_flag
 from air.data.scenes import Array, SceneSplits
 from air.data.survey import Survey, brightness_hints, survey
 from air.data.synthetic.scene_settings import SOLIDS, SceneSettings, with_own_defaults
@@ -84,13 +85,14 @@ def find_recipe_settings(given: Mapping[str, Any]) -> Found:
     Args:
         given: Settings by flags, which are kept.
     """
-    scenes = from_config(SceneSettings, with_own_defaults(given))
+    with settings_named_by_flag(SceneSettings):
+        scenes = from_config(SceneSettings, with_own_defaults(given))
     found: Found = {}
     if scenes.recipe in SOLIDS:
         found = _solids_settings(scenes.counts, given.get("model_steps"))
     elif scenes.recipe == "strokes":
         found = STROKES
-    if "z_pres_prior" in given:  # which is another prior of the count
+    if given.keys() & {"z_pres_prior", "z_pres_prior_raw"}:  # another prior of the count
         found = {key: value for key, value in found.items() if key != "count_prior"}
     return {key: value for key, value in found.items() if key not in given}
 

@@ -21,7 +21,7 @@ class ElboTerms(NamedTuple):
     log_likelihood: Tensor
     kl_pres: Tensor  # log q(z_pres) - log p(z_pres) of the sample
     kl_where: Tensor
-    kl_what: Tensor
+    kl_what: Tensor  # with the latents of an object that a subclass of AIR adds
     kl_background: Tensor  # zero without a model of the background
     counts: Tensor  # objects in the sample
     baseline_squares: Tensor  # squared errors of the baseline, summed over the steps that use it
@@ -57,10 +57,13 @@ def sample_elbo(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None =
         difference: Tensor = guide.nodes[name]["log_prob"] - model.nodes[name]["log_prob"]
         return difference
 
-    def costs(site: str) -> Tensor:  # [T, B]
-        return torch.stack([cost(f"{site}_{t}") for t in range(air.num_steps)])
+    def costs(sites: set[str]) -> Tensor:  # [T, B]
+        steps = range(air.num_steps)
+        return torch.stack([torch.stack([cost(f"{z}_{t}") for z in sites]).sum(0) for t in steps])
 
-    pres, where, what = costs("z_pres"), costs("z_where"), costs("z_what")
+    of_object = {name[:-2] for name in guide.nodes if name.startswith("z_") and name[-2:] == "_0"}
+    pres, where = costs({"z_pres"}), costs({"z_where"})
+    what = costs(of_object - {"z_pres", "z_where"})
     likelihood = model.nodes["obs"]["log_prob"]
     squares = torch.zeros_like(likelihood)
     background = torch.zeros_like(likelihood) if air.background is None else cost("z_background")

@@ -42,6 +42,11 @@ CHANNELS = 12  # of a painted solid; see `SolidsLikelihood`
 # Solids stand on a square, and under the prior anywhere on it with the same probability.
 GROUND_SIDE = 1.8
 MIN_SIZE = 0.1
+# Settings that must keep their defaults: of a decoder that is learnt, and of the place.
+WITHOUT_EFFECT = (
+    "background_model", "likelihood", "decoder_net", "decoder_output_bias",
+    "decoder_output_use_sigmoid", "pos_prior_mean", "pos_prior_sd",
+)  # fmt: skip
 WINDOW = 1.15  # side of the window, in sides of the square around a solid
 # Standard deviation of (x, y) around what a glimpse shows, and how far from the middle that may be,
 # in half sides of the square.
@@ -69,9 +74,11 @@ class SolidsLikelihood(NormalLikelihood):
         renderer: Draws the ground.
     """
 
+    renderer: Renderer
+
     def __init__(self, sd: float, renderer: Renderer) -> None:
         super().__init__(sd, covers=True)
-        self.renderer = renderer
+        vars(self)["renderer"] = renderer  # no module of this one: it is `SolidsAIR.decode`
 
     def add(self, canvas: Tensor, painted: Tensor) -> Tensor:
         """Adds one solid, [B, 12, H, H]."""
@@ -129,10 +136,12 @@ class _ExpectedNormal(dist.Normal):
 class SolidsGlimpse(Glimpse):
     """A glimpse of what is not ground, and the place on the ground that the camera sees there."""
 
+    renderer: Renderer
+
     def __init__(self, settings: ModelSettings, renderer: Renderer) -> None:
         _, half = renderer.outlines(torch.ones(1), torch.zeros(1, 2))
         super().__init__(replace(settings, scale_prior_mean=1 / (WINDOW * float(half))))
-        self.renderer = renderer
+        vars(self)["renderer"] = renderer  # as that of `SolidsLikelihood`
         self.sd = torch.tensor([settings.scale_prior_sd, SHIFT_SD, SHIFT_SD])
 
     def remainder(self, images: Tensor, background: Tensor | None, canvas: Tensor | None) -> Tensor:
@@ -162,6 +171,8 @@ def from_ground(place: Tensor) -> Tensor:
 class SolidsAIR(AIR):
     """AIR for scenes of solids. `decode` is the renderer, which has no parameters.
 
+    The canvases of `prior` are stacks of solids, of which ``likelihood.show`` makes images.
+
     Args:
         *args: As `AIR`. The images have three channels, z_what has the size `Z_WHAT_SIZE`, and the
             guide sees glimpses: with the whole image it does not learn, since no decoder bridges
@@ -186,11 +197,13 @@ class SolidsAIR(AIR):
             "channels": 3,
             "z_what_size": Z_WHAT_SIZE,
             "guide_input": "glimpse",
-            "background_model": "none",
-            "likelihood": "normal",
         }
+        defaults = ModelSettings()
+        for name in WITHOUT_EFFECT:
+            wanted[name] = getattr(defaults, name)
         for name, value in wanted.items():
-            if (got := getattr(s, name)) != value:
+            got = getattr(s, name)
+            if (tuple(got) if isinstance(got, list) else got) != value:
                 raise SettingError(name, f"expected {value} for solids, got {got}")
         self.decode = Renderer(s.x_size)
         self.likelihood = SolidsLikelihood(s.likelihood_sd, self.decode)

@@ -8,6 +8,7 @@ miss. So silhouettes have gradients, and a gradient points to a solid even from 
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,10 @@ class Renderer(nn.Module):
             tensor = torch.tensor(value, dtype=torch.get_default_dtype())
             # The ground alone is saved with the weights: a user may set another one.
             self.register_buffer(name, tensor, persistent=name == "ground")
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        state.setdefault(f"{prefix}ground", self.ground)  # which earlier files lack
+        super()._load_from_state_dict(state, prefix, *args)
 
     def forward(self, size: Tensor, place: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         """Draws n solids, each as a cube, a sphere and a cylinder.

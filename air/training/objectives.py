@@ -76,6 +76,8 @@ def iwae(paths: Paths) -> tuple[Tensor, Tensor]:
 def vimco(paths: Paths) -> tuple[Tensor, Tensor]:
     """The importance-weighted bound with one count drawn for each path, K >= 2."""
     n, number = _draw(paths.log_q, 1), paths.log_q.shape[1]
+    if number < 2:
+        raise ValueError("num_paths: expected 2 or more with vimco, got 1")
     log_q, f = (
         paths.log_q.gather(2, n)[..., 0],
         (paths.log_weights - paths.log_q).gather(2, n)[..., 0],

@@ -5,7 +5,7 @@
 Words behind ``--`` are passed to ``main.py``. The program never differentiates the renderer, which
 may be any program that draws: each step draws every solid eight times more, a little larger or
 smaller, moved or turned. With ``--hard``, edges are sharp, so that exact gradients would miss the
-silhouettes.
+silhouettes; what is loaded from such a run has soft edges again.
 """
 
 import argparse

@@ -1,12 +1,11 @@
 """Trains AIR with its renderer of solids on pictures that another program has rendered: Mitsuba 3.
 
     pip install mitsuba
-    python tests/benchmarks/other_renderer.py --figure other.png -- --seed 0
+    python tests/benchmarks/other_renderer.py --figure other.png
 
 The solids, their places and the camera are those of ``--recipe table-top``. Rays are traced,
 so that there are shadows, light from one solid on another, another ground and noise. AIR's
 renderer knows none of these; it only gets the ground, as the median of the training pictures.
-Words behind ``--`` are flags of ``main.py``.
 """
 
 import argparse
@@ -21,7 +20,6 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, this is not a package
 import main as program
 from air.cli.config import resolve_config
-from air.cli.flags import build_parser
 from air.cli.recipe import find_recipe_settings
 from air.data.scenes import Array, Scenes, SceneSplits
 from air.data.synthetic.solids import SolidsGenerator
@@ -126,13 +124,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--number", type=int, default=5000, help="pictures to train on")
     parser.add_argument("--figure", type=Path, help="PNG file to write")
-    parser.add_argument("flags", nargs="*", help="behind --: flags of main.py")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and batches")
+    parser.add_argument("-n", "--num-steps", type=int, default=1500)
     args = parser.parse_args()
-    flags = {"recipe": "table-top", **vars(build_parser().parse_args(args.flags))}
+    flags = {"recipe": "table-top", "seed": args.seed, "num_steps": args.num_steps}
     config = resolve_config(flags, {}, find_recipe_settings(flags))
     assert config.scenes is not None
     side = config.scenes.x_size
-    scenes = SceneSplits(render(args.number, side, 1), render(args.number // 10, side, 2), "")
+    scenes = SceneSplits(
+        render(args.number, side, 1), render(max(1, args.number // 10), side, 2), ""
+    )
     config = config.with_image_size(side, 3)
     trainer = program.build_trainer(config, scenes, torch.device("cpu"))
     ground: Any = trainer.air.decode.ground

@@ -177,7 +177,8 @@ def test_a_recipe_of_solids_brings_its_settings(recipe: str, steps: int, rendere
     assert found["model_steps"][0] == steps
     assert found["renderer"][0] == renderer
     assert "likelihood_sd" not in found  # a flag wins
-    assert "count_prior" not in find_recipe_settings({"recipe": recipe, "z_pres_prior": 0.5})
+    for prior in ({"z_pres_prior": 0.5}, {"z_pres_prior_raw": True}):
+        assert "count_prior" not in find_recipe_settings({"recipe": recipe, **prior})
     config = resolve_config({"recipe": recipe}, found=found)
     assert config.model.renderer == renderer
     assert config.scenes is not None
@@ -201,6 +202,11 @@ def test_what_needs_a_decoder_is_refused_with_a_renderer(key: str, value: object
     given = {"recipe": "solids", key: value}
     with pytest.raises(ValueError, match=f"--{key.replace('_', '-')}: .* by a renderer"):
         resolve_config(given, found=find_recipe_settings(given))
+
+
+def test_a_problem_with_a_recipe_names_the_flag() -> None:
+    with pytest.raises(ValueError, match=r"^--digits: expected embedded for solids"):
+        find_recipe_settings({"recipe": "solids", "digits": "mnist"})
 
 
 def test_other_recipes_are_surveyed_but_for_strokes() -> None:

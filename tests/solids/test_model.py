@@ -112,6 +112,12 @@ def test_another_ground_is_painted_looked_past_and_saved(images: Tensor) -> None
     found = infer(loaded, x + 0.05)
     torch.testing.assert_close(found.count_probs, of_ours.count_probs)
     torch.testing.assert_close(found.backgrounds, air.decode.ground.expand_as(x))
+    state = air.state_dict()
+    assert [name for name in state if name.endswith("ground")] == ["decode.ground"]
+    del state["decode.ground"]  # as in files of earlier programs, whose ground was that of scenes
+    other = make_air()
+    other.load_state_dict(state)
+    torch.testing.assert_close(other.decode.ground, make_air().decode.ground)
 
 
 def test_places_are_uniform_under_the_prior() -> None:
@@ -179,6 +185,8 @@ def test_scores_match_solids_by_place() -> None:
         ({"guide_input": "image"}, "guide_input: expected glimpse"),
         ({"background_model": "pca"}, "background_model: expected none"),
         ({"z_what_size": 50}, "z_what_size: expected 7"),
+        ({"decoder_net": [10]}, r"decoder_net: expected \(200,\)"),
+        ({"pos_prior_sd": 2.0}, "pos_prior_sd: expected 1.0"),
     ],
 )
 def test_refuses_what_does_not_suit(changes: dict[str, Any], message: str) -> None:
@@ -196,7 +204,7 @@ def test_refuses_refinement_and_an_own_decoder(images: Tensor) -> None:
 
 
 def test_learns_kinds_and_places_and_tells_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A minute's recipe in small: a run by the command line, its evaluation and its detections."""
     run = tmp_path / "run"
@@ -228,6 +236,14 @@ def test_learns_kinds_and_places_and_tells_them(
     assert scenes.labels is not None
     foreign = held_out._replace(labels=torch.from_numpy(scenes.labels) + 7)  # digits, perhaps
     assert evaluate(air, foreign).solids is None
-    with pytest.raises(SystemExit) as ended:
-        detect.main([*words, "--tile", "32"])
-    assert ended.value.code == 2
+    for flag in ("--tile=32", "--crop"):
+        with pytest.raises(SystemExit) as ended:
+            detect.main([*words, flag])
+        assert ended.value.code == 2
+    np.save(tmp_path / "wide.npy", np.pad(scenes.x, [(0, 0), (0, 0), (0, 0), (8, 8)]))
+    assert detect.main([*words[:2], str(tmp_path / "wide.npy"), "--no-crop"]) == 0
+    assert "pictures that are not square are padded" in caplog.text
+    line = f"--recipe solids --num-scenes 20 --num-test-scenes 5 -n 0 --output-dir {tmp_path}/empty"
+    assert main(line.split()) == 0
+    config = json.loads((tmp_path / "empty" / "config.json").read_text())
+    assert config["renderer"] == "solids"

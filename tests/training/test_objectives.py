@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import small_air
 from pyro import poutine
-from pyro.infer import RenyiELBO, TraceGraph_ELBO
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
 from air import AIR
@@ -99,6 +99,10 @@ def test_a_path_has_the_further_latents_of_a_subclass() -> None:
     torch.manual_seed(5)
     for mine, theirs in zip(ours, paths_by_traces(air, images, 2), strict=True):
         torch.testing.assert_close(mine, theirs)
+    torch.manual_seed(5)
+    loss = Trace_ELBO().loss(air.model, air.guide, images, z_pres_prior_p=PRIOR)
+    torch.manual_seed(5)
+    assert -loss == pytest.approx(float(sample_elbo(air, images, PRIOR).elbo.sum()))
 
 
 def test_reweighted_wake_sleep_follows_weighted_paths_of_each_image() -> None:
@@ -260,6 +264,26 @@ def test_pyros_own_svi_trains_by_every_objective(objective: Objective) -> None:
     assert math.isfinite(svi.step(images, batch_size=4))
     for name, parameter in air.named_parameters():
         assert torch.equal(parameter, before[name]) == name.startswith("bl_"), name
+
+
+def test_what_is_no_objective_of_paths_is_refused() -> None:
+    air, images = small_air(), torch.rand(2, 12, 12)
+    for number, message in (
+        (0, "at least 1, got 0"),
+        (1.5, "whole number"),
+        (True, "whole number"),
+    ):
+        with pytest.raises(ValueError, match=f"num_paths: .*{message}"):
+            MarginalAIR(air, iwae, number)  # type: ignore[arg-type]
+    wrong: Any = lambda paths: marginal(paths)[0]  # noqa: E731
+    for objective, message in (
+        (wrong, r"objective: expected a tuple of two tensors, \[2\] each"),
+        (lambda paths: tuple(part.sum() for part in marginal(paths)), r"got \[\[\], \[\]\]"),
+        (vimco, "num_paths: expected 2 or more with vimco"),
+    ):
+        program = MarginalAIR(air, objective)
+        with pytest.raises(ValueError, match=message):
+            TraceGraph_ELBO().loss(program.model, program.guide, images)
 
 
 def test_an_air_without_masking_is_refused() -> None:
