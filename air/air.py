@@ -71,9 +71,9 @@ class AIR(nn.Module):
     - ``Trace_ELBO()``: the same expected gradient, without the baseline: far noisier.
     - ``RenyiELBO(num_particles=K)``: the importance-weighted bound, with weights for each image,
       but again without a baseline, and only for all images at once: with ``batch_size`` each
-      particle has other images, and with ``num_images`` the weights are powers. Particles cannot
-      be vectorised. `air.training.objectives` has this bound with the count summed out, for batches
-      too.
+      particle draws a batch of its own, and with ``num_images`` every log weight is multiplied by
+      the number of batches. Particles cannot be vectorised. `air.training.objectives` has this
+      bound with the count summed out, for batches too.
     - ``TraceEnum_ELBO()``: as ``Trace_ELBO()``, since no site of AIR is marked for enumeration.
     - ``ReweightedWakeSleep()``: weighs whole batches instead of images; take `objectives.rws`.
 

@@ -346,7 +346,9 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
     air = load_air(args.load, pick_device(args.device), nets)
     if (args.tile or args.crop) and air.renderer != "none":
         flag = "--tile" if args.tile else "--crop"
-        raise ValueError(f"{flag}: expected a model without a renderer, whose camera sees it all")
+        raise ValueError(
+            f"{flag}: the camera of this model sees the whole picture, which must not be cut"
+        )
     if args.crops:
         if args.crops.exists():
             raise ValueError(f"--crops: expected a new folder, and {args.crops} exists")

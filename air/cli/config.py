@@ -155,7 +155,8 @@ def _image_settings(
     found = {"x_size": None, "channels": None, **survey, **model, **run, **cli_args}
     settings = {spec.key: found.get(spec.key, spec.default) for spec in settings_of(ImageSettings)}
     if settings["x_size"] is None and settings["crop"] is not None:
-        raise ValueError("--crop: expected --x-size too, the side of the images")
+        flag = "--crop" if settings["crop"] else "--no-crop"
+        raise ValueError(f"{flag}: expected --x-size too, the side of the images")
     is_set = "x_size" in cli_args or "x_size" in survey
     if is_set and settings["crop"] is None and not run:
         settings["crop"] = False

@@ -1,6 +1,7 @@
 """The ELBO of images, sampled and split into its terms, and a tighter bound of log p(x)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
@@ -57,13 +58,13 @@ def sample_elbo(air: AIR, images: Tensor, z_pres_prior_p: PresencePrior | None =
         difference: Tensor = guide.nodes[name]["log_prob"] - model.nodes[name]["log_prob"]
         return difference
 
-    def costs(sites: set[str]) -> Tensor:  # [T, B]
+    def costs(sites: Sequence[str]) -> Tensor:  # [T, B]
         steps = range(air.num_steps)
         return torch.stack([torch.stack([cost(f"{z}_{t}") for z in sites]).sum(0) for t in steps])
 
-    of_object = {name[:-2] for name in guide.nodes if name.startswith("z_") and name[-2:] == "_0"}
-    pres, where = costs({"z_pres"}), costs({"z_where"})
-    what = costs(of_object - {"z_pres", "z_where"})
+    first = [name for name in guide.nodes if name.startswith("z_") and name.endswith("_0")]
+    others = [name[:-2] for name in first if name not in ("z_pres_0", "z_where_0")]
+    pres, where, what = costs(["z_pres"]), costs(["z_where"]), costs(others)
     likelihood = model.nodes["obs"]["log_prob"]
     squares = torch.zeros_like(likelihood)
     background = torch.zeros_like(likelihood) if air.background is None else cost("z_background")

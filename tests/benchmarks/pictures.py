@@ -57,16 +57,7 @@ def emoji(seed: int, zips: Sequence[Path]) -> Pictures:
         ramp = np.linspace(0, 1, side)[None, :, None] * np.ones((side, 1, 1))
         table = ends[0] + (ends[1] - ends[0]) * np.rot90(ramp, rng.integers(4))
         picture = Image.fromarray(table.astype(np.uint8))
-        boxes: list[tuple[int, ...]] = []
-        while len(boxes) < number:
-            sprite = sprites[rng.integers(len(sprites))]
-            k = rng.integers(20, 29) / max(sprite.size)
-            size = round(sprite.width * k), round(sprite.height * k)
-            box = _place(rng, side, size, boxes, 0)
-            if box:
-                small = sprite.resize(size, Image.Resampling.LANCZOS)
-                picture.paste(small, box[:2], small)
-                boxes.append(box)
+        _paste(rng, picture, lambda: sprites[rng.integers(len(sprites))], number, (20, 29), 0)
         yield np.asarray(picture), number
 
 
@@ -156,17 +147,34 @@ def tanks(seed: int, zips: Sequence[Path]) -> Pictures:
         picture, ground = Image.new("RGB", (side, side)), ("Grass", "Sand")[rng.integers(2)]
         for x, y in product(range(0, side, 64), repeat=2):
             picture.paste(images[f"tile{ground}{rng.integers(1, 3)}"], (x, y))
-        boxes: list[tuple[int, ...]] = []
-        while len(boxes) < number:
-            sprite = sprites[rng.integers(len(sprites))].rotate(90 * rng.integers(4), expand=True)
-            k = rng.integers(24, 35) / max(sprite.size)
-            size = round(sprite.width * k), round(sprite.height * k)
-            box = _place(rng, side, size, boxes, 2)
-            if box:
-                small = sprite.resize(size, Image.Resampling.LANCZOS)
-                picture.paste(small, box[:2], small)
-                boxes.append(box)
+
+        def draw() -> Image.Image:
+            sprite = sprites[rng.integers(len(sprites))]
+            return sprite.rotate(90 * rng.integers(4), expand=True)
+
+        _paste(rng, picture, draw, number, (24, 35), 2)
         yield np.asarray(picture), number
+
+
+def _paste(
+    rng: np.random.Generator,
+    picture: Image.Image,
+    draw: Callable[[], Image.Image],
+    number: int,
+    sides: tuple[int, int],
+    gap: int,
+) -> None:
+    """Pastes so many sprites, whose longer side is in a range, at places that are free."""
+    boxes: list[tuple[int, ...]] = []
+    while len(boxes) < number:
+        sprite = draw()
+        k = rng.integers(*sides) / max(sprite.size)
+        size = round(sprite.width * k), round(sprite.height * k)
+        box = _place(rng, picture.width, size, boxes, gap)
+        if box:
+            small = sprite.resize(size, Image.Resampling.LANCZOS)
+            picture.paste(small, box[:2], small)
+            boxes.append(box)
 
 
 def _place(

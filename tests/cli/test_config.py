@@ -103,11 +103,14 @@ def test_images_of_your_own_are_as_they_are_unless_flags_run_or_model_say_more(
     assert images({"x_size": 40, "crop": True})[2] is True
     with pytest.raises(ValueError, match="--crop: expected --x-size too"):
         images({"crop": True})
+    with pytest.raises(ValueError, match="--no-crop: expected --x-size too"):
+        images({"crop": False})
     saved |= {"data": "pictures", "x_size": 30, "channels": 3, "crop": True, "invert": True}
     assert images(RESUME, saved) == images({}, saved) == [30, 3, True, True]
     assert images({"x_size": 40}, saved) == [40, 3, True, True]
     saved["crop"] = None  # it was trained on images of its size
     assert images({}, saved) == [None, 3, None, True]
+    assert images({"crop": False}, saved) == [30, 3, False, True]
 
 
 def test_a_loaded_model_brings_its_settings_and_its_prior_at_the_saved_step(
