@@ -1,10 +1,11 @@
 """Spots: what a threshold sees of the objects in images, without labels.
 
 The background of an image is a plane through its border, or the median of all images where this
-explains more (a fixed camera). What deviates from it by more than a threshold falls into connected
-parts. A part that is much smaller than others belongs to a larger part beside it, such as the dot
-of an i; far from all others it is an object of its own, such as a ball. Where most parts are so
-small, they are dust.
+explains more (a fixed camera). Colours count by how rare they are in the background (by their
+Mahalanobis distance), so that a red apple stands out from grey gravel that is as light. What
+deviates by more than a threshold falls into connected parts. A part that is much smaller than
+others belongs to a larger part beside it, such as the dot of an i; far from all others it is an
+object of its own, such as a ball. Where most parts are so small, they are dust.
 
 No single threshold and no single blur suit all images. So those are taken whose counts hardly
 change with the threshold: the right count is the one that many thresholds agree on.
@@ -28,6 +29,10 @@ LEAST_AREA = 4  # pixels of a spot; smaller ones are specks
 SMALL = 0.15  # of the typical area, below which a spot can be a part of another
 NEAR = 0.35  # of the typical side, below which a small spot belongs to its neighbour
 CLOSE = 12  # of 255, up to which a pixel is explained by the background
+# The covariance of colours is that of the pixels nearest to the background, this share of all,
+# found in so many turns. Standard deviations below the last value, of 255, count as this value.
+NEAREST, TURNS, EVEN_COLOUR = 0.75, 4, 4.0
+MOST_PIXELS = 1_000_000  # about so many, evenly spread, are used for it
 FIXED = 0.02  # share of all pixels that one background must explain more than planes do
 FIT_SAMPLE = 200  # images from which a finder is fitted
 EDGE = 20  # the border of an image is this part of its side wide
@@ -58,12 +63,13 @@ class SpotFinder(NamedTuple):
     side: float  # typical longer side of a spot in pixels
     specks: bool  # whether small parts are objects, or parts of one, or else dust
     agreement: float  # share of the images in which both thresholds find as many
+    colours: Array | None = None  # as `colour_weights` returns them
 
     def __call__(self, images: Array) -> list[Spots]:
         """The spots in images, uint8 [N, (C,) H, H]."""
         off = deviations(images, self.picture)
         found = []
-        blurred = _blur(off.max(1), self.blur)
+        blurred = _blur(distances(off, self.colours), self.blur)
         both = (_parts(blurred > each) for each in self.thresholds)
         for raw, *parts in zip(off, *both, strict=True):
             spots, other = map(self._join, parts)
@@ -85,8 +91,8 @@ class SpotFinder(NamedTuple):
         """The pixels of the spots found in images, and those that touch them, bool [N, H, H]."""
         from scipy import ndimage
 
-        off = _blur(deviations(images, self.picture).max(1), self.blur)
-        spots = _fill_holes(off > self.thresholds[0])
+        off = distances(deviations(images, self.picture), self.colours)
+        spots = _fill_holes(_blur(off, self.blur) > self.thresholds[0])
         return ndimage.binary_dilation(spots, _in_plane(corners=True)) & self.hide(images, found)
 
     def _join(self, parts: list["_Part"]) -> list["_Part"]:
@@ -114,10 +120,11 @@ def fit_finder(images: Array) -> SpotFinder:
     x = sample_rows(images, FIT_SAMPLE)
     x = x if x.ndim == 4 else x[:, None]
     picture = np.median(x, 0)
-    of_plane, of_picture = (deviations(x, each).max(1) for each in (None, picture))
-    fixed = float((of_picture <= CLOSE).mean()) > float((of_plane <= CLOSE).mean()) + FIXED
-    off = of_picture if fixed else of_plane
-    background = picture if fixed else None
+    of_plane, of_picture = (deviations(x, each) for each in (None, picture))
+    near = [float((np.abs(off).max(1) <= CLOSE).mean()) for off in (of_plane, of_picture)]
+    background, off = (picture, of_picture) if near[1] > near[0] + FIXED else (None, of_plane)
+    colours = colour_weights(off)
+    off = distances(off, colours)
     best = None
     for blur in BLURS:
         pixels = blur * x.shape[-1]
@@ -137,7 +144,8 @@ def fit_finder(images: Array) -> SpotFinder:
             # Half of all area is in spots of at least this area: specks do not count.
             sides = (boxes[:, 2:] - boxes[:, :2]).max(1)
             typical = _weighted_median(areas, areas), _weighted_median(sides, areas)
-            finder = SpotFinder(background, pixels, (threshold, threshold), *typical, True, 0.0)
+            both = threshold, threshold
+            finder = SpotFinder(background, pixels, both, *typical, True, 0.0, colours)
             counts = [len(finder._join(each)) for each in parts]
             if sum(counts) > 2 * (areas >= SMALL * typical[0]).sum():
                 finder = finder._replace(specks=False)
@@ -152,7 +160,7 @@ def fit_finder(images: Array) -> SpotFinder:
 
 
 def deviations(images: Array, picture: Array | None) -> Array:
-    """How far each pixel is from the background: float32 [N, C, H, H], 0 to 255.
+    """The difference of each pixel from the background: float32 [N, C, H, H], -255 to 255.
 
     Args:
         images: uint8 [N, (C,) H, H].
@@ -160,7 +168,36 @@ def deviations(images: Array, picture: Array | None) -> Array:
     """
     x = (images if images.ndim == 4 else images[:, None]).astype(np.float32)
     level = planes(x) if picture is None else picture.astype(np.float32)
-    return np.abs(x - level)
+    return x - level
+
+
+def colour_weights(deviations: Array) -> Array | None:
+    """The matrix that makes the colours of a background equally likely, [C, C]; None if C = 1.
+
+    It is the inverse square root of their covariance, and the identity where a background is even.
+
+    Args:
+        deviations: As `deviations` returns them, [N, C, H, H].
+    """
+    channels = deviations.shape[1]
+    if channels == 1:
+        return None
+    x = deviations.transpose(1, 0, 2, 3).reshape(channels, -1)
+    x = x[:, :: max(1, x.shape[1] // MOST_PIXELS)].astype(np.float64)
+    even, nearest = EVEN_COLOUR**2 * np.eye(channels), x
+    for _ in range(TURNS):
+        covariance = nearest @ nearest.T / nearest.shape[1]
+        far = (x * np.linalg.solve(covariance + even, x)).sum(0)
+        nearest = x[:, far <= np.quantile(far, NEAREST)]
+    variances, axes = np.linalg.eigh(covariance)
+    return (axes * (EVEN_COLOUR / np.sqrt(variances + EVEN_COLOUR**2))) @ axes.T
+
+
+def distances(deviations: Array, colours: Array | None) -> Array:
+    """How far each pixel is from the background, [N, C, H, H] to [N, H, H], 0 to 255."""
+    if colours is not None:
+        deviations = np.einsum("cd,ndhw->nchw", colours.astype(np.float32), deviations)
+    return np.abs(deviations).max(1)
 
 
 def planes(x: Array) -> Array:

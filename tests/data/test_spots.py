@@ -63,6 +63,19 @@ def test_discs_are_found_on_every_background(kind: str) -> None:
     assert np.mean([len(a) == len(b) for a, b in zip(found, boxes, strict=True)]) > 0.98
 
 
+def test_colours_that_the_background_lacks_stand_out() -> None:
+    """Of discs as light as the stones around them; a plane through the border explains neither."""
+    opacity, boxes = discs(120)
+    stones = np.random.default_rng(2).integers(40, 200, (120, SIDE // 2, SIDE // 2))
+    stones = stones.repeat(2, 1).repeat(2, 2)[:, None].repeat(3, 1)
+    red = np.array([190, 60, 60])[:, None, None]
+    x = (stones * (1 - opacity[:, None]) + red * opacity[:, None]).astype(np.uint8)
+    counts = [len(each) for each in boxes]
+    assert [len(spots) for spots in fit_finder(x)(x)] == counts
+    grey = x.mean(1).astype(np.uint8)
+    assert np.equal([len(spots) for spots in fit_finder(grey)(grey)], counts).mean() < 0.5
+
+
 def test_a_dot_belongs_to_its_neighbour_and_a_ball_is_an_object() -> None:
     opacity, _ = discs(60, radius=5, most=1)
     x = paint(opacity, np.zeros((1, SIDE, SIDE)), 250)
