@@ -176,7 +176,7 @@ def survey_scenes(cli_args: Mapping[str, Any], of_source: Found, scenes: SceneSp
         return of_source
     seen, found = None, of_source
     if "data" in cli_args or not of_source:  # otherwise a recipe brings its settings
-        seen = survey(scenes.train.x)
+        seen = survey(scenes.train.spot_images[0], scenes.x_size)
         found = of_source | find_settings(seen, scenes, cli_args)
     for line in describe(seen, found) if is_main() else ():
         print(line)
@@ -219,7 +219,7 @@ def build_trainer(
         test.x, test.counts, test.boxes, test.overlaps, test.labels, test.solid_poses
     )
     with settings_named_by_flag(TrainingSettings):
-        return Trainer(air, images, held_out, config.training, compiler=compiler)
+        return Trainer(air, images, held_out, config.training, compiler, scenes.train.spot_images)
 
 
 def restore(trainer: Trainer, saved: Saved, data_sha256: str) -> None:

@@ -30,6 +30,7 @@ from air.spatial_transformer import (
     positive_scale,
     where_at,
 )
+from air.support.fields import SettingError
 from air.support.model_settings import ModelSettings
 
 # The side of a glimpse, in sides of the window of mean scale, which is at most that of the image.
@@ -116,6 +117,7 @@ class Glimpse(Look):
     blur: Tensor
     sd: Tensor
     pixels: Tensor
+    colours: Tensor | None
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__(settings)
@@ -133,6 +135,12 @@ class Glimpse(Look):
         sd = torch.tensor([s.scale_prior_sd, 2 * SHIFT_SD, 2 * SHIFT_SD])
         self.register_buffer("sd", sd, persistent=False)
         self.register_buffer("pixels", (2 * pixels + 1) / s.x_size - 1, persistent=False)
+        colours = None
+        if s.glimpse_colours is not None:
+            if len(s.glimpse_colours) != s.channels**2:
+                raise SettingError("glimpse_colours", f"expected {s.channels**2} numbers")
+            colours = torch.tensor(s.glimpse_colours).view(s.channels, s.channels)
+        self.register_buffer("colours", colours, persistent=False)
 
     def forward(
         self, remainder: Tensor, windows: Sequence[Tensor], prior: Place
@@ -164,7 +172,12 @@ class Glimpse(Look):
 
     @torch.no_grad()
     def centres(self, images: Tensor) -> Tensor:
-        """The centre of the pixel with the greatest blurred difference, [B, 2], in [-1, 1]."""
+        """The centre of the pixel with the greatest blurred difference, [B, 2], in [-1, 1].
+
+        Differences in colours that the background lacks can count more; see `glimpse_colours`.
+        """
+        if self.colours is not None:
+            images = torch.einsum("cd,bdhw->bchw", self.colours, images)
         sizes = images.abs()  # squared, the rim of a bright object would outweigh a faint one
         sizes = sizes if sizes.dim() == 3 else sizes.sum(1)
         return peak_centres(self.blur @ sizes @ self.blur)

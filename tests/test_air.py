@@ -71,7 +71,9 @@ def glimpse(air: AIR, seen: Tensor, windows: list[Tensor]) -> tuple[Tensor, Tens
     shown = seen.reshape(len(seen), -1, size, size)
     seen = torch.cat((shown, 1 - free[:, None]), 1)
     for image, left in zip(shown.detach(), free, strict=True):
-        energy = (image * left).abs().reshape(-1, size, size).sum(0).numpy()
+        change = (image * left).reshape(-1, size * size)
+        change = change if air.look.colours is None else air.look.colours @ change
+        energy = change.abs().sum(0).view(size, size).numpy()
         blurred = gaussian_filter(energy, window / 6, mode="constant", truncate=size)
         row, column = np.unravel_index(blurred.argmax(), blurred.shape)
         parts.append((slice(row, row + air.look.side), slice(column, column + air.look.side)))
@@ -219,6 +221,7 @@ def by_hand(
         (3, {"guide_input": "glimpse"}),
         (3, {"channels": 3, "guide_input": "glimpse", "embed_net": [5], "use_masking": False}),
         (3, {"background_model": "pca", "guide_input": "glimpse", "embed_channels": [4]}),
+        (3, {"channels": 2, "guide_input": "glimpse", "glimpse_colours": [0.7, -0.6, 0.1, 0.3]}),
         (3, {"likelihood": "bernoulli"}),
         (3, {"likelihood": "bernoulli", "channels": 2, "guide_input": "difference"}),
         (3, {"background_model": "pca", "z_background_size": 2}),

@@ -39,6 +39,8 @@ WINDOW_SIDES = 10, 28  # least and greatest side of the attention window in pixe
 WORTHS = {"image": 200.0, "glimpse": 500.0}
 LIKELIHOOD_SDS = 0.05, 0.6
 RELIABLE = 0.4  # agreement of two thresholds from which spots are believed
+# Glimpses weigh colours if the least weight is below this one; see `air.data.spots.colour_weights`.
+UNEVEN_COLOUR = 0.5
 SPOT_STEPS, WHOLE_SPOT_STEPS = 200, 100  # with glimpses, and for each object with whole images
 SMALL = 0.2  # side of an object, relative to its image, below which glimpses find it
 # Objects up to which the whole image is seen, if they are large and there are so many images: a
@@ -134,8 +136,8 @@ def find_image_settings(path: Path, given: Mapping[str, Any]) -> Found:
     longest = max(max(size) for size in sizes)
     # As they will be prepared, if that is known.
     x_size = given.get("x_size", min(longest, LOOK_SIDE))
-    look = ImageSettings(x_size=x_size, crop="x_size" in given and given.get("crop", False))
-    squares = [prepare(image[None], look, str(path))[0] for image in images]
+    prepared = ImageSettings(x_size=x_size, crop="x_size" in given and given.get("crop", False))
+    squares = [prepare(image[None], prepared, str(path))[0] for image in images]
     squares = [x if x.ndim == 4 else x[:, None] for x in squares]
     channels = max(x.shape[1] for x in squares)  # a picture can be grey among coloured ones
     pixels = np.concatenate([x.repeat(channels // x.shape[1], 1) for x in squares])
@@ -150,6 +152,9 @@ def find_image_settings(path: Path, given: Mapping[str, Any]) -> Found:
         side = _training_side(pixels, seen, longest)
         text = f"a typical object is then {seen.side(50) * side:.0f} pixels long"
         found["x_size"] = side, text
+    look = min(longest, LOOK_SIDE)
+    if look > given.get("x_size", found.get("x_size", (look,))[0]) and not given.get("crop"):
+        found["spot_size"] = look, "a threshold sees more in large images"
     return {key: value for key, value in found.items() if key not in given}
 
 
@@ -203,6 +208,10 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
     if glimpses:
         found["embed_net"] = [200], "for glimpses"
         found["clip_grad_norm"] = 100.0, "for glimpses"
+        colours = seen.finder.colours
+        if colours is not None and np.linalg.eigvalsh(colours).min() < UNEVEN_COLOUR:
+            text = "the background varies in some colours more than in others"
+            found["glimpse_colours"] = colours.round(2).ravel().tolist(), text
     else:
         found["embed_channels"] = [16, 32, 32], "for whole images"
         found["embed_net"] = [256], "for whole images"

@@ -48,6 +48,17 @@ class Scenes(NamedTuple):
     labels: Array | None = None  # int64 [N, M], -1 beyond the count
     boxes: Array | None = None  # float32 [N, M, (x0, y0, x1, y1)] tight, x1 and y1 exclusive; NaN
     solid_poses: Array | None = None  # float32 [N, M, (size, x, y, angle)]; NaN
+    # Some of the images before they were made smaller, uint8 [M, (C,) L, L], in which a threshold
+    # sees more, and their indices, int64 [M]. Only `load_data` makes them, of training images.
+    originals: Array | None = None
+    original_rows: Array | None = None
+
+    @property
+    def spot_images(self) -> tuple[Array, Array]:
+        """The images in which a threshold looks for objects, and their indices."""
+        if self.originals is None or self.original_rows is None:
+            return self.x, np.arange(len(self.x))
+        return self.originals, self.original_rows
 
 
 class SceneSplits(NamedTuple):

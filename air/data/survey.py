@@ -51,8 +51,11 @@ class Survey(NamedTuple):
         return self.level >= LIGHT and self.unevenness <= EVEN
 
 
-def survey(images: Array) -> Survey:
-    """Surveys images, uint8 [N, (C,) H, H]; the same images give the same survey."""
+def survey(images: Array, x_size: int | None = None) -> Survey:
+    """Surveys images, uint8 [N, (C,) L, L]; the same images give the same survey.
+
+    Worths are those in images of `x_size` x `x_size` pixels, if it is given.
+    """
     x = sample_rows(images, SAMPLE)
     x = x if x.ndim == 4 else x[:, None]
     side = x.shape[-1]
@@ -67,7 +70,7 @@ def survey(images: Array) -> Survey:
         finder=finder,
         counts=np.array([len(spots) for spots in found]),
         sides=np.maximum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]) / side,
-        worths=worths,
+        worths=worths * ((x_size or side) / side) ** 2,
         centres=(boxes[:, :2] + boxes[:, 2:]) / side - 1,
         level=float(np.median(level)),
         unevenness=float(level.std()),

@@ -131,6 +131,12 @@ class ModelSettings:
         "that no window covers yet",
         key="guide",
     )
+    glimpse_colours: Sequence[float] | None = model_setting(
+        None,
+        "the C x C matrix, row by row, by which differences are multiplied before the place of a "
+        "glimpse is chosen, so that colours of a textured background draw none",
+        flag="",
+    )
     background_model: BackgroundModel = model_setting(
         "none",
         "background of the scenes: black (none), or an image with its own latent code, from which "

@@ -12,23 +12,25 @@ objects touch (`air.training.known_objects`): a threshold finds few such objects
 which is also reported in place of the ELBO while the phase lasts. No label is used.
 """
 
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import pyro
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d
 
 from air.air import AIR
-from air.data.scenes import sample_indices
+from air.data.scenes import Array
 from air.data.spots import SpotFinder
 from air.priors import PresencePrior
 from air.spatial_transformer import where_at
-from air.support.images import to_bytes
 from air.support.subsampling import draw_indices
 from air.training.known_objects import GivenObjects, KnownObjects, make_sums
 
 NUM_IMAGES = 4000  # of the training images, in which spots are looked for
+CHUNK = 200  # of them, in which they are looked for at once
 MARGIN = 1.15  # side of a window divided by that of its spot
 LEAST_SIDE = 0.6  # of a typical spot's side, below which windows are not made smaller
 # Standard deviations of the noise of z_where = (s, x, y). The first part is relative. For whole
@@ -38,28 +40,21 @@ WHOLE_NOISE, GLIMPSE_NOISE = (0.05, 0.0, 0.0), (0.02, 0.02, 0.02)
 SHIFT_NOISE = 0.06  # of x and y, in half windows
 
 
-class Seen(NamedTuple):
-    """Images in which spots were looked for."""
-
-    rows: Tensor  # their indices in the data, [N]
-    known: KnownObjects
-    hidden: Tensor  # the pixels of spots, bool [N, H, H]
-
-
 class FromSpots:
     """`model` and `guide` for SVI, which train an AIR on the objects that a threshold sees.
 
-    They take the arguments of `AIR.model` and `AIR.guide`, but draw their batches from
-    `NUM_IMAGES` images at most, in which spots are looked for once.
+    They take the arguments of `AIR.model` and `AIR.guide`, but draw their batches from some of the
+    images, in which spots are looked for once.
 
     Args:
         air: The model.
         find: Finds spots.
+        images: Training images, as `AIR.to_images` takes them, [N, (C,) H, H].
+        pixels: The same images in the size in which spots are looked for, uint8 [N, (C,) L, L].
     """
 
-    def __init__(self, air: AIR, find: SpotFinder) -> None:
-        self.air, self.find = air, find
-        self._seen: Seen | None = None
+    def __init__(self, air: AIR, find: SpotFinder, images: Tensor, pixels: Array) -> None:
+        self.air, self.find, self.images, self.pixels = air, find, images, pixels
         self._batch: tuple[Tensor, KnownObjects, dict[str, Tensor]] | None = None
 
     def guide(
@@ -71,12 +66,9 @@ class FromSpots:
     ) -> None:
         """q(z_what | x, z_pres, z_where), and the fit of q(z_pres) and q(z_where)."""
         del z_pres_prior_p
-        if self._seen is None:
-            rows = torch.from_numpy(sample_indices(len(data), NUM_IMAGES)).to(data.device)
-            self._seen = Seen(rows, *self.known_objects(data[rows]))
-        rows, known, hidden = self._seen
-        k = draw_indices(len(rows), min(batch_size or len(rows), len(rows)), rows.device)
-        images, k = self.air.to_images(data[rows[k]]), k.to(hidden.device)
+        images, known, hidden = self.known_objects
+        k = draw_indices(len(images), min(batch_size or len(images), len(images)), images.device)
+        images, k = self.air.to_images(images[k]), k.to(hidden.device)
         images, known = self._with_sums(images, known.pick(k), hidden[k])
         looks_again = self.air.look.looks_again
         known = with_noise(known, keep_centre=looks_again)
@@ -121,28 +113,40 @@ class FromSpots:
         parts = zip(known.pick(torch.arange(len(k), len(images))), of_sums.pick(k), strict=True)
         return images, KnownObjects._make(torch.cat(each) for each in parts)
 
-    def known_objects(self, images: Tensor) -> tuple[KnownObjects, Tensor]:
-        """The spots in images, as `AIR.to_images` takes them, and the pixels that they hide.
+    @cached_property
+    def known_objects(self) -> tuple[Tensor, KnownObjects, Tensor]:
+        """The images, the spots in them, and the pixels of the spots, bool [N, H, H].
 
         Spots are objects from left to right.
         """
-        air, n = self.air, len(images)
-        pixels = to_bytes(images).cpu().numpy()
-        found = self.find(pixels)
+        air, n = self.air, len(self.pixels)
+        # In parts, since the original pixels of all images together take much memory as floats.
+        parts = [self.pixels[k : k + CHUNK] for k in range(0, n, CHUNK)]
+        spots_of_parts = [self.find(part) for part in parts]
+        covers = map(self.find.cover, parts, spots_of_parts)
+        hidden = torch.cat([shrink(cover, air.x_size) for cover in covers])
+        found = [spots for part in spots_of_parts for spots in part]
+        zoom = self.pixels.shape[-1] / air.x_size
         present = torch.zeros(n, air.num_steps)
         where = air.z_where_loc_prior.cpu().repeat(n, air.num_steps, 1)
         for i, spots in enumerate(found):
-            boxes = torch.from_numpy(spots.boxes)[: air.num_steps].float()
+            boxes = torch.from_numpy(spots.boxes)[: air.num_steps].float() / zoom
             boxes = boxes[boxes[:, 0].argsort()]
             longest = (boxes[:, 2:] - boxes[:, :2]).amax(1)
-            scale = air.x_size / (MARGIN * longest.clamp(min=LEAST_SIDE * self.find.side))
+            scale = air.x_size / (MARGIN * longest.clamp(min=LEAST_SIDE * self.find.side / zoom))
             centre = (boxes[:, :2] + boxes[:, 2:]) / air.x_size - 1
             where[i, : len(boxes)] = where_at(centre, scale[:, None])
             present[i, : len(boxes)] = 1
         sure = torch.tensor([spots.sure and len(spots) <= air.num_steps for spots in found])
         like = air.h_init
         known = KnownObjects(present.to(like), where.to(like), sure.to(like.device))
-        return known, torch.from_numpy(self.find.cover(pixels, found)).to(like.device)
+        return self.images.to(like.device), known, hidden.to(like.device)
+
+
+def shrink(masks: Array, side: int) -> Tensor:
+    """Masks [N, L, L] in images of `side` x `side` pixels, where a pixel of theirs was true."""
+    pixels = torch.from_numpy(masks)[:, None].float()
+    return adaptive_max_pool2d(pixels, side)[:, 0] > 0
 
 
 def with_noise(known: KnownObjects, keep_centre: bool) -> KnownObjects:

@@ -9,16 +9,18 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from air.air import AIR
-from air.data.scenes import sample_indices
+from air.data.scenes import Array, sample_indices
 from air.data.spots import fit_finder
 from air.marginal import CountTerm, MarginalAIR
-from air.support.images import to_bytes
-from air.training.from_spots import FromSpots
+from air.support.images import to_bytes, to_tensor
+from air.training.from_spots import NUM_IMAGES, FromSpots, shrink
 from air.training.objectives import OBJECTIVES
+from air.training.ranks import shard
 from air.training.svi import SVI
 from air.training.teacher import Teacher
 from air.training.training_settings import TrainingSettings
@@ -46,20 +48,30 @@ class Phase(NamedTuple):
 
 
 def make_phases(
-    air: AIR, settings: TrainingSettings, images: Tensor, make_svi: MakeSVI
+    air: AIR,
+    settings: TrainingSettings,
+    images: Tensor,
+    make_svi: MakeSVI,
+    spot_images: tuple[Array, Array] | None = None,
 ) -> list[Phase]:
     """The phases of a training, in their order; first fits the model of the background."""
     phases = []
     begin = 0
-    sample = images[torch.from_numpy(sample_indices(len(images), SAMPLE))]
-    pixels = to_bytes(sample).cpu().numpy()
+    seen, rows = spot_images or (images, np.arange(len(images)))
+
+    def pick(most: int) -> tuple[Tensor, Array]:
+        """Some images at random, and the pixels in which their spots are looked for."""
+        k = sample_indices(len(rows), most)
+        return images[torch.from_numpy(rows[k])], to_bytes(to_tensor(seen[k])).cpu().numpy()
+
+    sample, pixels = pick(SAMPLE)
     finder = cache(lambda: fit_finder(pixels))  # takes a second, and not every training needs it
     background = air.background
     if background and not background.fitted and len(images) >= MIN_SAMPLE:
-        hidden = finder().hide(pixels, finder()(pixels))
-        background.fit(air.to_images(sample), torch.from_numpy(hidden))
+        hidden = shrink(finder().hide(pixels, finder()(pixels)), air.x_size)
+        background.fit(air.to_images(sample), hidden)
     if settings.spot_steps and len(images):
-        spots = FromSpots(air, finder())
+        spots = FromSpots(air, finder(), *map(shard, pick(NUM_IMAGES)))
         svi = make_svi(spots.model, spots.guide, compile=False)  # too short a phase for that
         phases.append(Phase(begin, svi))
         begin += settings.spot_steps

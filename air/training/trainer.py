@@ -10,6 +10,7 @@ from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
 
 from air.air import AIR
+from air.data.scenes import Array
 from air.evaluation.alarms import (
     collapse_alarm,
     empty_canvas_elbo,
@@ -46,6 +47,8 @@ class Trainer:
         held_out: Scenes to evaluate on.
         settings: How to train; the batch size is that of all processes together.
         compiler: For a compiled step; see `CompiledSVI`.
+        spot_images: Training scenes in which spots are looked for, which may be larger, and their
+            indices; see `Scenes.spot_images`. None for those that it trains on.
 
     Raises:
         ValueError: If the settings do not fit each other, the model or the processes, or if there
@@ -59,6 +62,7 @@ class Trainer:
         held_out: HeldOut,
         settings: TrainingSettings,
         compiler: Compiler = inductor,
+        spot_images: tuple[Array, Array] | None = None,
     ) -> None:
         if settings.batch_size % world_size():
             raise SettingError(
@@ -90,7 +94,7 @@ class Trainer:
             svi.stats = self.stats
             return svi
 
-        self.phases = make_phases(air, settings, images, make_svi)
+        self.phases = make_phases(air, settings, images, make_svi, spot_images)
         self.prior = make_count_prior(settings, air)
         self.step = 0
         self.seconds = 0.0  # of training, without evaluations and pictures

@@ -100,9 +100,10 @@ def test_light_large_and_odd_images_are_brought_into_shape(tmp_path: Path) -> No
     found = image_settings(tmp_path)
     assert found["invert"] is True
     assert found["x_size"] == 96  # the greatest side: a square of 24 in 200 has 12 pixels then
-    assert image_settings(tmp_path, x_size=40, invert=False) == {}
+    assert found["spot_size"] == 192  # a threshold sees more in larger images
+    assert image_settings(tmp_path, x_size=40, invert=False) == {"spot_size": 192}
     np.savez(tmp_path / "grey.npz", x=255 - images)
-    assert image_settings(tmp_path / "grey.npz", x_size=40) == {"channels": 1}
+    assert image_settings(tmp_path / "grey.npz", x_size=40) == {"channels": 1, "spot_size": 192}
     np.savez(tmp_path / "x.npz", x=squares(60, (48, 48), 12, 2))
     assert image_settings(tmp_path / "x.npz") == {}  # small black squares stay as they are
 

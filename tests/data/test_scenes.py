@@ -94,12 +94,12 @@ def test_optional_arrays_may_be_missing_and_other_arrays_are_ignored(tmp_path: P
     np.savez(tmp_path / "x.npz", x=X, y=np.array([[1], [2, 3]], object))  # y: as in Pyro's file
     train, test, _ = load_data(tmp_path / "x.npz")
     assert [train.x.tobytes(), test.x.tobytes()] == [X[:27].tobytes(), X[27:].tobytes()]
-    assert train[1:] == test[1:] == (None,) * 5
+    assert train[1:] == test[1:] == (None,) * 7
     some: dict[str, Any] = {"counts": COUNTS.astype("i1"), "boxes": BOXES, "test_x": X[:5]}
     np.savez(tmp_path / "all.npz", x=X, labels=LABELS.astype("i4"), test_counts=COUNTS[:5], **some)
     train, test, _ = load_data(tmp_path / "all.npz")
     assert [a.dtype.name for a in train if a is not None] == ["uint8", "int64", "int64", "float32"]
-    assert (len(test.x), *test[2:]) == (5, None, None, None, None)
+    assert (len(test.x), *test[2:6]) == (5, None, None, None, None)
 
 
 @pytest.mark.parametrize("kind", ["?", "i1", "u1", ">i2", "u2", ">u2", "u4", "u8", ">i8"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from air import AIR
 from air.data.spots import fit_finder
 from air.spatial_transformer import window_boxes
-from air.training.from_spots import MARGIN, FromSpots, Seen
+from air.training.from_spots import MARGIN, FromSpots
 
 SIDE = 24
 
@@ -28,14 +28,15 @@ def program(guide: str = "image", background: str = "none", channels: int = 1) -
     air = small_air(
         num_steps=3, x_size=SIDE, guide_input=guide, background_model=background, channels=channels
     )
-    return FromSpots(air, fit_finder(scenes(channels).numpy()))
+    x = scenes(channels)
+    return FromSpots(air, fit_finder(x.numpy()), x, x.numpy())
 
 
 def test_windows_lie_around_the_spots() -> None:
     spots, x = program(), scenes()
-    in_double, _ = FromSpots(spots.air.double(), spots.find).known_objects(x)
+    _, in_double, _ = FromSpots(spots.air.double(), spots.find, x, x.numpy()).known_objects
     assert in_double.where.dtype == torch.double
-    known, hidden = spots.known_objects(x)
+    _, known, hidden = spots.known_objects
     assert hidden[x > 0].all()
     assert hidden.sum() <= known.present.sum() * 7**2  # of 5 x 5 pixels, and those that touch them
     found = spots.find(x.numpy())
@@ -48,6 +49,15 @@ def test_windows_lie_around_the_spots() -> None:
             boxes[i, :n, :2] + boxes[i, :n, 2:], order[:, :2] + order[:, 2:], atol=1e-3
         )
         np.testing.assert_allclose(boxes[i, :n, 2] - boxes[i, :n, 0], 5 * MARGIN, rtol=1e-4)
+
+
+def test_spots_may_be_looked_for_in_larger_images() -> None:
+    spots, x = program(), scenes()
+    large = x.repeat_interleave(3, 1).repeat_interleave(3, 2).numpy()
+    _, expected, _ = spots.known_objects
+    _, known, hidden = FromSpots(spots.air, fit_finder(large), x, large).known_objects
+    assert all(torch.equal(a, b) for a, b in zip(known, expected, strict=True))
+    assert hidden[x > 0].all()
 
 
 @pytest.mark.parametrize("guide", ["image", "difference", "glimpse"])
@@ -86,9 +96,9 @@ def test_the_objective_is_the_one_that_is_named(guide: str, background: str) -> 
 
 def test_unsure_images_teach_nothing() -> None:
     spots, x = program(), scenes()
-    known, hidden = spots.known_objects(x)
+    _, known, hidden = spots.known_objects
     unsure = known._replace(sure=torch.zeros(len(x), dtype=torch.bool))
-    spots._seen = Seen(torch.arange(len(x)), unsure, hidden)
+    spots.known_objects = x, unsure, hidden
     loss = TraceGraph_ELBO().loss(spots.model, spots.guide, x, batch_size=8)
     assert loss == 0
 

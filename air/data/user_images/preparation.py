@@ -34,6 +34,9 @@ class ImageSettings:
     """How users' images are read."""
 
     x_size: int | None = setting(None, "side in pixels of the prepared images", low=1, flag="")
+    spot_size: int | None = setting(
+        None, "side in pixels of the images in which a threshold looks for objects", low=1, flag=""
+    )
     channels: int | None = setting(
         None,
         "with --data: convert images to grey (1) or RGB (3) (default: keep their channels)",

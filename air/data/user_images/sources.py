@@ -17,6 +17,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +66,7 @@ SYSTEM_FOLDERS = {  # with thumbnails and deleted files; others begin with a dot
 }  # fmt: skip
 MAX_FAULTS = 100  # pictures that cannot be used, after which no more are read
 HOLD_OUT_EVERY = 10
+MAX_ORIGINALS = 4000  # training images, or files of them, of which the originals are kept too
 
 
 class PreparedImage(NamedTuple):
@@ -89,21 +91,31 @@ def load_data(
         DataError: If there are no scenes; the message is one line for the user.
     """
     path, settings = Path(path), settings or ImageSettings()
+    larger = None
+    if settings.spot_size and not hold_out_all:
+        larger = replace(settings, x_size=settings.spot_size)
+    x: Array | None = None
+    originals: dict[str, Array] = {}
     if holds_arrays(path):
         arrays = read_arrays(path, ARRAY_NAMES)
-        for name in IMAGES:
+        for name in reversed(IMAGES):  # x last
             if name in arrays:
                 shown = f"{path}: {name}"
                 x = to_channels_first(arrays[name], shown)
                 arrays[name] = prepare(x, settings, shown)[0]
     else:
-        arrays = _read_pictures(path, settings, hold_out_all)
+        arrays, originals = _read_pictures(path, settings, hold_out_all, larger)
     try:
-        train, test, digest = split_scenes(arrays, hold_out_all=hold_out_all)
+        splits = split_scenes(arrays, hold_out_all=hold_out_all)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+    if larger and x is not None:
+        rows = sample_indices(len(splits.train.x), MAX_ORIGINALS)
+        larger_x, _ = prepare(x[rows], larger, f"{path}: x")
+        originals = {"originals": larger_x, "original_rows": rows}
     # Evaluations read every held-out image, so memory holds these images in any case.
-    return SceneSplits(train, test._replace(x=np.array(test.x)), digest)
+    test = splits.test._replace(x=np.array(splits.test.x))
+    return splits._replace(train=splits.train._replace(**originals), test=test)
 
 
 def read_images(path: Path | str, settings: ImageSettings) -> Iterator[PreparedImage]:
@@ -232,12 +244,17 @@ def _files_in(folder: Path, entered: set[str]) -> Iterator[Path]:
             yield path
 
 
-def _read_pictures(path: Path, settings: ImageSettings, hold_out_all: bool) -> dict[str, Array]:
-    """Arrays x, test_x, ... of pictures.
+def _read_pictures(
+    path: Path, settings: ImageSettings, hold_out_all: bool, larger: ImageSettings | None
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Arrays x, test_x, ... of pictures, and some of the training pictures by other settings.
 
     The pictures in the subfolder test are held out or, without one, every tenth.
     """
     files = find_files(path)
+    to_train = [file for file in files if larger and not _is_held_out(path, file)]
+    kept = {to_train[i] for i in sample_indices(len(to_train), MAX_ORIGINALS)}
+    originals: dict[int, Array] = {}
     known = PictureCounts(path, files, settings.count_pattern)
     images: list[PreparedImage] = []
     counts: list[int | None] = []
@@ -246,6 +263,8 @@ def _read_pictures(path: Path, settings: ImageSettings, hold_out_all: bool) -> d
     for file in tqdm(files, "reading pictures", disable=None, leave=False, unit="picture"):
         try:
             for name, pixels in read_picture(file, settings.alpha_over):
+                if larger and file in kept:
+                    originals[len(images)] = prepare_image(name, pixels, larger).pixels
                 images.append(prepare_image(name, pixels, settings))
                 held_out.append(_is_held_out(path, file))
                 counts.append(known.of(name, file))
@@ -254,7 +273,8 @@ def _read_pictures(path: Path, settings: ImageSettings, hold_out_all: bool) -> d
         if len(faults) == MAX_FAULTS:
             break
         if images:
-            check_size(str(path), len(images) * images[0].pixels.nbytes)
+            of_originals = sum(pixels.nbytes for pixels in originals.values())
+            check_size(str(path), len(images) * images[0].pixels.nbytes + of_originals)
     other = next((x for x in images if x.pixels.shape[-1] != images[0].pixels.shape[-1]), None)
     if other is not None:
         faults.append(_of_different_sizes(path, images[0], other))
@@ -265,14 +285,21 @@ def _read_pictures(path: Path, settings: ImageSettings, hold_out_all: bool) -> d
     arrays = {"x": x} if None in counts else {"x": x, "counts": np.array(counts)}
     if not any(held_out):
         if hold_out_all or len(x) < 2:  # `split_scenes` holds out all, or refuses one image
-            return arrays
+            return arrays, {}
         every = max(HOLD_OUT_EVERY, -(-len(x) // MAX_HELD_OUT))
         held_out = [(i + 1) % every == 0 for i in range(len(x))]
         held_out[-1] |= len(x) < every
     rows = np.array(held_out)
-    return {name: array[~rows] for name, array in arrays.items()} | {
+    split = {name: array[~rows] for name, array in arrays.items()} | {
         f"test_{name}": array[rows] for name, array in arrays.items()
     }
+    trained = {k: pixels for k, pixels in originals.items() if not rows[k]}
+    if not trained:
+        return split, {}
+    colours = x.shape[1:-2]  # of all pictures if one of them has any
+    large = [np.broadcast_to(each, (*colours, *each.shape[-2:])) for each in trained.values()]
+    of_training = (np.cumsum(~rows) - 1)[[*trained]]
+    return split, {"originals": np.stack(large), "original_rows": of_training}
 
 
 def _damaged(files: Sequence[Path]) -> DataError:

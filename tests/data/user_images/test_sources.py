@@ -16,6 +16,7 @@ from helpers import SETTINGS, small_air, weights
 from PIL import Image
 
 from air.data.scenes import Array, DataError, Scenes
+from air.data.user_images import sources
 from air.data.user_images.picture_files import write_pictures
 from air.data.user_images.preparation import ImageSettings, prepare, to_channels_first
 from air.data.user_images.sources import find_files, load_data, natural_order, read_images
@@ -158,6 +159,29 @@ def test_every_tenth_picture_is_held_out(tmp_path: Path) -> None:
     assert np.array_equal(load_data(tmp_path / "a", hold_out_all=True).test.x, X)
     save_pictures(tmp_path / "one", X[:1])
     assert len(load_data(tmp_path / "one", hold_out_all=True).test.x) == 1
+
+
+@pytest.mark.parametrize("most", [4000, 9])
+def test_some_training_images_are_kept_in_a_larger_size(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAX_ORIGINALS", most)
+    settings = ImageSettings(x_size=6, spot_size=12, crop=False)
+    grey_and_colours = save_pictures(tmp_path / "mixed", X[:10])
+    save_pictures(grey_and_colours / "b", COLOURS[:10])
+    with_test = save_pictures(tmp_path / "b")
+    save_pictures(with_test / "test", X[:5])
+    folders = save_pictures(tmp_path / "a"), with_test, grey_and_colours
+    for source in (*folders, save_arrays(tmp_path / "x.npy", X)):
+        train = load_data(source, settings).train
+        large, rows = train.spot_images
+        # Without a folder test, some of the pictures picked are held out later.
+        assert len(rows) == len(train.x) if most > 30 else most - 3 <= len(rows) <= most
+        assert len({*rows.tolist()}) == len(rows)
+        assert np.array_equal(prepare(to_channels_first(large, ""), settings, "")[0], train.x[rows])
+        without = load_data(source, replace(settings, spot_size=None)).train
+        assert np.array_equal(without.x, train.x)
+        assert without.spot_images[0] is without.x
 
 
 def test_the_subfolder_test_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
