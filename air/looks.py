@@ -13,6 +13,10 @@ each pixel is from the background is blurred, and the pixel with the greatest va
 The guide sees the glimpse alone, and predicts its window relative to that centre. So what it learns
 of an object at one place holds for every place.
 
+If a threshold for this distance is given, a glimpse is drawn by the pixels above it, and shows them
+as a mask too. A faint object then counts as much as a bright one, and one of a kind that was never
+seen looks like any other.
+
 Windows of the steps before are covered, which models of visual attention call inhibition of return
 (Itti et al. 1998, doi:10.1109/34.730558). The guide sees the cover too. So whether an object is
 left does not depend on how well the decoder paints the others, which is badly at first.
@@ -40,6 +44,8 @@ BLUR = 1 / 6  # standard deviation, in such sides; far below the distance of two
 # where `AIR.predict` outputs a standard deviation of one.
 SHIFT_SD = 0.25
 COVERED = 0.9  # half side of what a window covers, in half sides of the window
+# By this factor, differences below the threshold draw a glimpse where none is above it.
+FAINT = 0.01
 
 Place = tuple[Tensor, Tensor]  # mean and standard deviation of z_where, [3] or [B, 3] each
 
@@ -110,8 +116,8 @@ class Difference(Look):
 class Glimpse(Look):
     """A square of G x G pixels of the image without its background, and what windows cover of it.
 
-    The cover is the last channel. No gradient flows through it, nor through the place of a glimpse,
-    which is that of a pixel.
+    The cover is the last channel; with `glimpse_threshold`, the mask comes before it. No gradient
+    flows through these, nor through the place of a glimpse, which is that of a pixel.
     """
 
     blur: Tensor
@@ -124,7 +130,8 @@ class Glimpse(Look):
         s = settings
         window = min(1, 1 / s.scale_prior_mean) * s.x_size
         self.scale, self.x_size = s.scale_prior_mean, s.x_size
-        self.channels = s.channels + 1
+        self.threshold = s.glimpse_threshold
+        self.channels = s.channels + (1 if self.threshold is None else 2)
         self.side = 2 * int(GLIMPSE_SIDE * window / 2) + 1  # G, an odd number
         pixels = torch.arange(s.x_size, dtype=torch.get_default_dtype())
         distances = (pixels - pixels[:, None]) / (BLUR * window)
@@ -146,12 +153,14 @@ class Glimpse(Look):
         self, remainder: Tensor, windows: Sequence[Tensor], prior: Place
     ) -> tuple[Tensor, Place]:
         del prior
-        cover = self.cover(remainder, windows)
+        cover, mask = self.cover(remainder, windows), self.mask(remainder)
         free = 1 - (cover if remainder.dim() == 3 else cover[:, None])
-        centre = self.centres(remainder * free)
+        left = None if mask is None else mask * (1 - cover)
+        centre = self.centres(remainder * free, left)
         scale = torch.full_like(centre[:, :1], self.scale)
         around = where_at(centre, torch.full_like(scale, self.x_size / self.side))
-        seen = [image_to_window(around, self.side, self.x_size, x) for x in (remainder, cover)]
+        shown = (remainder, cover) if mask is None else (remainder, mask, cover)
+        seen = [image_to_window(around, self.side, self.x_size, x) for x in shown]
         return torch.cat(seen, 1), (where_at(centre, scale), self.sd)
 
     def mean_where(self, place: Tensor, loc: Tensor) -> Tensor:
@@ -171,15 +180,22 @@ class Glimpse(Look):
         return 1 - free
 
     @torch.no_grad()
-    def centres(self, images: Tensor) -> Tensor:
-        """The centre of the pixel with the greatest blurred difference, [B, 2], in [-1, 1].
-
-        Differences in colours that the background lacks can count more; see `glimpse_colours`.
-        """
+    def mask(self, remainder: Tensor) -> Tensor | None:
+        """Whether each pixel is above the threshold, [B, H, H]: from 0, at the half of it, to 1."""
+        if self.threshold is None:
+            return None
+        images = remainder if remainder.dim() == 4 else remainder[:, None]
         if self.colours is not None:
             images = torch.einsum("cd,bdhw->bchw", self.colours, images)
+        return (2 * images.abs().amax(1) / self.threshold - 1).clamp(0, 1)
+
+    @torch.no_grad()
+    def centres(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The centre of the pixel with the greatest blurred difference or mask, [B, 2]."""
         sizes = images.abs()  # squared, the rim of a bright object would outweigh a faint one
         sizes = sizes if sizes.dim() == 3 else sizes.sum(1)
+        if mask is not None:
+            sizes = mask + FAINT * sizes
         return peak_centres(self.blur @ sizes @ self.blur)
 
 

@@ -47,6 +47,9 @@ class RecordedChoices(Messenger):
             self.noise[name] = ((value - msg["fn"].mean) / msg["fn"].variance.sqrt()).detach()
 
 
+COLOURS = {"glimpse_colours": [0.7, -0.6, 0.1, 0.3]}  # for two channels
+
+
 def sample_grid(pictures: Tensor, scale: Tensor, shift: Tensor, size: int) -> Tensor:
     if pictures.dim() == 4:
         parts = [sample_grid(part, scale, shift, size) for part in pictures.unbind(1)]
@@ -61,7 +64,7 @@ def glimpse(air: AIR, seen: Tensor, windows: list[Tensor]) -> tuple[Tensor, Tens
     """Pixels around the greatest blurred difference, and mean and sd to which `predict` relates."""
     size, scale = air.x_size, float(air.z_where_loc_prior[0])
     window = size / scale
-    parts, centres = [], []
+    parts, centres, masks = [], [], []
     grid = (torch.arange(size) + 0.5) * 2 / size - 1
     free = seen.new_ones(len(seen), size, size)
     for s, x, y in (each.detach()[:, :, None, None].unbind(1) for each in windows):
@@ -69,15 +72,22 @@ def glimpse(air: AIR, seen: Tensor, windows: list[Tensor]) -> tuple[Tensor, Tens
         across, down = s * grid + x, s * grid[:, None] + y
         free = free * (1 - torch.exp(-((across**4 + down**4) / 0.9**4)))
     shown = seen.reshape(len(seen), -1, size, size)
-    seen = torch.cat((shown, 1 - free[:, None]), 1)
     for image, left in zip(shown.detach(), free, strict=True):
-        change = (image * left).reshape(-1, size * size)
-        change = change if air.look.colours is None else air.look.colours @ change
-        energy = change.abs().sum(0).view(size, size).numpy()
+        energy = (image * left).abs().reshape(-1, size, size).sum(0)
+        if (threshold := air.look.threshold) is not None:
+            weighed = image.reshape(-1, size * size)
+            weighed = weighed if air.look.colours is None else air.look.colours @ weighed
+            above = weighed.abs().max(0).values.view(size, size)
+            masks.append(((above - threshold / 2) / (threshold / 2)).clamp(0, 1))
+            energy = masks[-1] * left + 0.01 * energy
+        energy = energy.numpy()
         blurred = gaussian_filter(energy, window / 6, mode="constant", truncate=size)
         row, column = np.unravel_index(blurred.argmax(), blurred.shape)
         parts.append((slice(row, row + air.look.side), slice(column, column + air.look.side)))
         centres.append([(column + 0.5 - size / 2), (row + 0.5 - size / 2)])
+    seen = torch.cat(
+        (shown, *([torch.stack(masks)[:, None]] if masks else []), 1 - free[:, None]), 1
+    )
     margin = air.look.side // 2
     padded = torch.nn.functional.pad(seen, [margin] * 4)
     around = torch.stack([image[..., *part] for image, part in zip(padded, parts, strict=True)])
@@ -221,7 +231,8 @@ def by_hand(
         (3, {"guide_input": "glimpse"}),
         (3, {"channels": 3, "guide_input": "glimpse", "embed_net": [5], "use_masking": False}),
         (3, {"background_model": "pca", "guide_input": "glimpse", "embed_channels": [4]}),
-        (3, {"channels": 2, "guide_input": "glimpse", "glimpse_colours": [0.7, -0.6, 0.1, 0.3]}),
+        (3, {"guide_input": "glimpse", "glimpse_threshold": 0.4}),
+        (3, {"channels": 2, "guide_input": "glimpse", "glimpse_threshold": 0.5} | COLOURS),
         (3, {"likelihood": "bernoulli"}),
         (3, {"likelihood": "bernoulli", "channels": 2, "guide_input": "difference"}),
         (3, {"background_model": "pca", "z_background_size": 2}),

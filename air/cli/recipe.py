@@ -29,8 +29,10 @@ from air.training.training_settings import TrainingSettings
 
 MAX_SIDE = 64  # pixels; smaller square images keep their size
 # Sides of images that are made smaller. The least one is taken at which a typical object keeps so
-# many pixels, and a threshold finds as many spots as before in this share of the images.
+# many pixels, and a threshold finds as many spots as before in this share of the images. Where no
+# side shows a threshold as much, it is the middle one, or a larger one if the object needs it.
 SIDES = 48, 64, 80, 96
+MIDDLE_SIDE = 64
 OBJECT_SIDE, SAME_COUNTS = 12, 0.97
 LOOK_SIDE, LOOK_IMAGES = 192, 200  # side and number of the images from which the size is chosen
 WINDOW_SIDES = 10, 28  # least and greatest side of the attention window in pixels
@@ -52,7 +54,9 @@ MAX_VALUES = 1.5e8
 # Seconds of a step with sums, at least and for each value, on one core of an AMD EPYC. A compiled
 # step takes half as long.
 SECONDS, SECONDS_PER_VALUE = 0.15, 1.25e-5
-STEP_MULTIPLE = 500
+# Users' pictures are trained on for so long, and generated scenes longer.
+MAX_SECONDS = 900
+STEP_MULTIPLE, LEAST_STEPS = 100, 300
 # From these `unlike_training` warns: a share of images with too many spots, and the logarithm of a
 # ratio of sizes, at least and in standard deviations of the sizes.
 TOO_MANY, OTHER_SIZE, OTHER_SIZE_SDS = 0.05, 0.25, 1.5
@@ -166,17 +170,14 @@ def _training_side(images: Array, seen: Survey, longest: int) -> int:
         seen: Their survey.
         longest: The longest side of the originals.
     """
-    wanted = OBJECT_SIDE / seen.side(50)
-    for side in SIDES[:-1]:
-        if side >= longest:
-            return longest
-        if side >= wanted:
-            small, _ = prepare(images, ImageSettings(x_size=side, crop=False), "")
-            same = survey(small).counts == seen.counts
-            # Where counts depend on the threshold, they depend on the size too.
-            if same.mean() >= SAME_COUNTS * seen.finder.agreement:
-                return side
-    return min(SIDES[-1], longest)
+    sides = [side for side in SIDES if side < longest and side * seen.side(50) >= OBJECT_SIDE]
+    for side in sides:
+        small, _ = prepare(images, ImageSettings(x_size=side, crop=False), "")
+        same = survey(small).counts == seen.counts
+        # Where counts depend on the threshold, they depend on the size too.
+        if same.mean() >= SAME_COUNTS * seen.finder.agreement:
+            return side
+    return min([side for side in sides if side >= MIDDLE_SIDE] or [min(SIDES[-1], longest)])
 
 
 def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -> Found:
@@ -208,10 +209,6 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
     if glimpses:
         found["embed_net"] = [200], "for glimpses"
         found["clip_grad_norm"] = 100.0, "for glimpses"
-        colours = seen.finder.colours
-        if colours is not None and np.linalg.eigvalsh(colours).min() < UNEVEN_COLOUR:
-            text = "the background varies in some colours more than in others"
-            found["glimpse_colours"] = colours.round(2).ravel().tolist(), text
     else:
         found["embed_channels"] = [16, 32, 32], "for whole images"
         found["embed_net"] = [256], "for whole images"
@@ -236,7 +233,7 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
         found["likelihood_sd"] = sd, f"a typical object then explains {worth:.0f} nats"
     if not seen.is_black:
         found["background_model"] = "pca", f"the background is not black ({seen.level:.0f} of 255)"
-    found["num_steps"] = _num_steps(scenes, steps)
+    found["num_steps"] = _num_steps(scenes, steps, "data" in given)
     num_steps = given.get("num_steps", found["num_steps"][0])
     found["lr_schedule"] = "cosine", "the learning rate falls to the end"
     agreement = seen.finder.agreement
@@ -248,17 +245,23 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
         found["added_scenes_from"] = spot_steps, "when objects are learnt from spots"
         if glimpses:
             found["z_pres_bias"] = -3.0, "a glimpse at an empty place begins as no object"
+            threshold, colours = seen.finder.thresholds[0] / 255, seen.finder.colours
+            found["glimpse_threshold"] = round(threshold, 3), "it shows where objects are"
+            if colours is not None and np.linalg.eigvalsh(colours).min() < UNEVEN_COLOUR:
+                text = "the background varies in some colours more than in others"
+                found["glimpse_colours"] = colours.round(2).ravel().tolist(), text
     if given.get("estimator") == "score":
         found.pop("added_scenes", None)
     return {key: value for key, value in found.items() if key not in given}
 
 
-def _num_steps(scenes: SceneSplits, model_steps: int) -> tuple[int, str]:
+def _num_steps(scenes: SceneSplits, model_steps: int, of_user: bool) -> tuple[int, str]:
     """The number of training steps that are bearable, and the time that they take."""
     values = scenes.x_size**2 * scenes.channels * (model_steps + 1)
-    bearable = int(MAX_VALUES / values) // STEP_MULTIPLE * STEP_MULTIPLE
-    number = min(max(bearable, STEP_MULTIPLE), TrainingSettings.num_steps)
     seconds = SECONDS + SECONDS_PER_VALUE * values
+    bearable = MAX_SECONDS / seconds if of_user else MAX_VALUES / values
+    bearable = int(bearable) // STEP_MULTIPLE * STEP_MULTIPLE
+    number = min(max(bearable, LEAST_STEPS), TrainingSettings.num_steps)
     seconds *= 0.5 if number >= COMPILE_MIN_STEPS else 1
     minutes = math.ceil(number * seconds / 60)
     return number, f"some {minutes} minutes on one core of a CPU, {seconds:.2f} s a step"

@@ -131,10 +131,17 @@ class ModelSettings:
         "that no window covers yet",
         key="guide",
     )
+    glimpse_threshold: float | None = model_setting(
+        None,
+        "difference from the background above which pixels draw a glimpse; without one, all do, by "
+        "their difference",
+        above=0,
+        flag="",
+    )
     glimpse_colours: Sequence[float] | None = model_setting(
         None,
-        "the C x C matrix, row by row, by which differences are multiplied before the place of a "
-        "glimpse is chosen, so that colours of a textured background draw none",
+        "C x C matrix, row by row, by which colours are multiplied before they are compared with "
+        "that threshold, so that those of a textured background draw no glimpse",
         flag="",
     )
     background_model: BackgroundModel = model_setting(

@@ -10,6 +10,7 @@ than one that is the same for all images, and is applied to the held-out images.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser(__doc__ or "")
     cli_args = vars(parser.parse_args(argv))
     with explained_errors(parser):
-        scenes = load_scenes(resolve_config(cli_args, {}, survey_source(cli_args)))
+        config = resolve_config(cli_args, {}, survey_source(cli_args))
+        if config.images.spot_size:  # it need not make them as small as training does
+            size = config.images.spot_size
+            config = replace(config, images=replace(config.images, x_size=size, spot_size=None))
+        scenes = load_scenes(config)
         if scenes.test.counts is None:
             raise ValueError("--data: expected images with true counts, got none")
         finder = fit_finder(scenes.train.x)
