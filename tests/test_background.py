@@ -153,7 +153,6 @@ def test_objects_cover_what_is_behind_them(name: Any, channels: int) -> None:  #
 @pytest.mark.parametrize("channels", [1, 3])
 def test_backgrounds_are_planes_until_they_are_fitted(channels: int) -> None:
     air, images = small_air(background_model="pca", channels=channels), ramps(9, channels, 12)
-    assert air.background is not None
     found = infer(air, images).backgrounds
     torch.testing.assert_close(found, images, atol=0.03, rtol=0)
     painted = air.background.paint(9 * torch.randn(6, air.background.z_size))
@@ -165,7 +164,6 @@ def test_a_trainer_fits_a_background_once() -> None:
     images = torch.where(squares(60, 24), 1.0, 0.3)
     air, loaded = (small_air(background_model="pca", x_size=24) for _ in range(2))
     trained = Trainer(air, images, HeldOut(images), TrainingSettings(num_steps=2, batch_size=8))
-    assert air.background is not None
     assert air.background.fitted
     fitted = copy.deepcopy(air.background.state_dict())
     assert (fitted["mean"] - 0.3).abs().max() < 0.01
@@ -184,7 +182,6 @@ def test_scenes_of_the_prior_show_backgrounds() -> None:
     assert not counts.any()
     assert canvases.std(0).min() > 0, "every pixel differs between scenes"
     trace: Any = poutine.trace(air.prior).get_trace(5, [0.0, 0.0, 0.0].__getitem__)
-    assert air.background is not None
     expected = air.background.paint(trace.nodes["z_background"]["value"])
     assert torch.equal(trace.nodes["_RETURN"]["value"][1], expected)
 
@@ -193,7 +190,6 @@ def test_scenes_of_the_prior_show_backgrounds() -> None:
 def test_pictures_are_those_of_the_latents(channels: int) -> None:
     air, images = small_air(background_model="pca", channels=channels), scenes(9, channels)
     found = infer(air, images)
-    assert air.background is not None
     mean, _ = posterior(air.background, images)
     assert torch.equal(found.backgrounds, air.background.paint(mean))
     for scene in range(9):
@@ -266,7 +262,6 @@ def test_a_snapshot_and_its_sheets_show_the_background(tmp_path: Path) -> None:
     save_snapshot(tmp_path, take_snapshot(air, HeldOut(images), 3, seed=0))
     snapshot = load_snapshot(tmp_path / "00000003.npz")
     expected = as_bytes(infer(air, images).backgrounds)
-    assert snapshot.scenes.backgrounds is not None
     np.testing.assert_array_equal(snapshot.scenes.backgrounds, expected)
     found = sheets(snapshot, 9, 2)
     width = 2 * 12

@@ -440,7 +440,6 @@ numpy.save = lambda file, array, allow_pickle: print(file.write(b"x"), flush=Tru
 multi_mnist.main("--out out.npz --cache-dir . --num-scenes 300 --num-test-scenes 40".split())"""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, **pipes) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "1\n"  # one byte of the file is written
         process.send_signal(end)
         process.communicate(timeout=60)

@@ -80,7 +80,6 @@ def test_what_the_page_says_of_its_results() -> None:
     page = PAGE.read_text("utf-8")
     assert float(re.findall(RIGHT, page)[-1]) >= 95
     share = re.search(r"the exact expectation has ([\d.]+) of the standard deviation", page)
-    assert share is not None
     assert float(share[1]) <= 0.5
     ours, black = map(float, re.findall(r"ELBO (\d+) nats, of black canvases (\d+)", page)[0])
     assert ours > black + 50

@@ -41,7 +41,6 @@ def test_every_default_is_stated_once() -> None:
 def test_each_part_has_its_settings_and_a_file_has_all() -> None:
     config = resolve_config({"seed": 3, "data_seed": 4, "num_steps": 7, "model_steps": 2})
     assert (config.training.seed, config.training.num_steps) == (3, 7)
-    assert config.scenes is not None
     assert (config.scenes.seed, config.model.num_steps) == (4, 2)
     written = json.loads(json.dumps(config.with_image_size(20, 3).flat()))
     assert (written["x_size"], written["channels"]) == (20, 3)

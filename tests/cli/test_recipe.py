@@ -181,12 +181,10 @@ def test_a_recipe_of_solids_brings_its_settings(recipe: str, steps: int, rendere
         assert "count_prior" not in find_recipe_settings({"recipe": recipe, **prior})
     config = resolve_config({"recipe": recipe}, found=found)
     assert config.model.renderer == renderer
-    assert config.scenes is not None
     assert max(config.scenes.counts) == steps
     given = {"recipe": recipe, "counts": (0, 1, 2)}  # as by default, but given
     assert find_recipe_settings(given)["model_steps"][0] == 2
     scenes = resolve_config(given).scenes
-    assert scenes is not None
     assert (scenes.counts, scenes.x_size) == ((0, 1, 2), 32)
     given = {"recipe": recipe, "counts": (2,), "model_steps": 3}
     found = find_recipe_settings(given)

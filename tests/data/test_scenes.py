@@ -108,7 +108,6 @@ def test_counts_of_every_whole_type_become_int64(kind: str, tmp_path: Path) -> N
     np.savez(tmp_path / "x.npz", x=X, counts=counts, boxes=np.full((30, 1, 4), 1e300))
     train, test, _ = load_data(tmp_path / "x.npz")
     for scenes, expected in ((train, counts[:27]), (test, counts[27:])):
-        assert scenes.counts is not None
         assert scenes.counts.dtype == np.dtype("int64")
         assert scenes.counts.dtype.isnative  # torch takes no other
         assert np.array_equal(scenes.counts, expected)

@@ -231,9 +231,7 @@ def test_learns_kinds_and_places_and_tells_them(
         scenes.x, scenes.counts, labels=scenes.labels, poses=scenes.solid_poses
     )
     scored = evaluate(air, held_out).solids
-    assert scored is not None
     assert scored.kind_accuracy == pytest.approx(sum(right) / 20)
-    assert scenes.labels is not None
     foreign = held_out._replace(labels=torch.from_numpy(scenes.labels) + 7)  # digits, perhaps
     assert evaluate(air, foreign).solids is None
     for flag in ("--tile=32", "--crop"):
