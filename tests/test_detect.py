@@ -475,10 +475,7 @@ def test_a_picture_no_larger_than_a_tile_is_seen_as_without_tiles(
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_command_finds_objects_in_tiles_and_writes_them(
-    channels: int,
-    tmp_path: Path,
-    found: Callable[..., list[Any]],
-    monkeypatch: pytest.MonkeyPatch,
+    channels: int, tmp_path: Path, found: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("air.refinement.NUM_STEPS", 2)
     monkeypatch.setattr("air.detect.BATCH", 4)  # fewer than tiles

@@ -274,10 +274,7 @@ def test_wrong_input_ends_in_one_line_with_exit_code_2(
         ("--load mine.npz --data mine.npz", "mine.npz"),
         ("--save mine.npz --data mine.npz", "--save never overwrites, and mine.npz exists"),
         ("--output-dir taken --data mine.npz", "--output-dir: expected a new or empty folder"),
-        (
-            "--save nowhere/w.pt --data mine.npz",
-            "there is no folder nowhere to write w.pt into",
-        ),
+        ("--save nowhere/w.pt --data mine.npz", "there is no folder nowhere to write w.pt into"),
         ("--no-masking --data mine.npz", "--estimator score"),
         ("--counts 0 99", "--counts: expected a whole number of at least 0, at most 50"),
         ("--data-seed -1", "--data-seed: expected a whole number of at least 0"),

@@ -142,11 +142,7 @@ def check_that_elbo_and_gradients_are_those_of_the_package(estimator: str, quick
     noise = {f"z_pres_{t}": torch.rand(n, 1) for t in range(3)}
     noise |= {f"z_where_{t}": torch.randn(n, 3) for t in range(3)}
     noise |= {f"z_what_{t}": torch.randn(n, 50) for t in range(3)}
-    with (
-        SameNoise(noise),
-        pyro.validation_enabled(False),
-        pytest.MonkeyPatch.context() as patch,
-    ):
+    with SameNoise(noise), pyro.validation_enabled(False), pytest.MonkeyPatch.context() as patch:
         if estimator == "score":
             loss = TraceGraph_ELBO()
             mine = loss.loss_and_grads(ours.model, ours.guide, x)

@@ -12,12 +12,7 @@ from torch import Tensor
 
 from air import AIR
 from air.evaluation import HeldOut, evaluate
-from air.evaluation.counting import (
-    MAX_MISCOUNTED,
-    least_distances,
-    reliability,
-    score_counts,
-)
+from air.evaluation.counting import MAX_MISCOUNTED, least_distances, reliability, score_counts
 from air.inference import infer
 
 

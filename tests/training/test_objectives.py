@@ -17,14 +17,7 @@ from air import AIR
 from air.evaluation.elbo import importance_weighted_bound, sample_elbo
 from air.marginal import AllStepsActive, MarginalAIR, Objective, Paths, marginal, sample_paths
 from air.priors import count_log_probs, geometric_presence
-from air.training.objectives import (
-    OBJECTIVES,
-    iwae,
-    mvd,
-    rloo,
-    rws,
-    vimco,
-)
+from air.training.objectives import OBJECTIVES, iwae, mvd, rloo, rws, vimco
 
 PRIOR = geometric_presence(0.2, 3).__getitem__
 Z = ("z_where", "z_what", "z_background", "z_tone")

@@ -41,9 +41,7 @@ def log_q_by_hand(air: AIR, images: Tensor, known: KnownObjects) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"guide_input": "difference"}, {"embed_channels": [2], "channels": 3}],
-    ids=str,
+    "options", [{}, {"guide_input": "difference"}, {"embed_channels": [2], "channels": 3}], ids=str
 )
 def test_the_gradient_is_that_of_log_q_and_the_loss_is_unchanged(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
