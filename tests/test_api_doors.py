@@ -22,6 +22,7 @@ from air.support.model_settings import ModelSettings
 from air.support.subsampling import draw_indices
 
 X = torch.rand(6, 12, 12)
+WHERE = torch.tensor([[3.0, 0.0, 0.0]])
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,7 @@ PROGRAMS: list[Callable[[AIR], Any]] = [
         (X, {"batch_size": 2.0}, "batch_size: expected a whole number .* got 2.0"),
         (X, {"num_images": 5}, "num_images: expected .* at least 6, the images in .*, got 5"),
         (X, {"num_images": 0}, "num_images: expected a whole number of at least 6"),
+        (X, {"batch_size": 4, "num_images": 100}, "batch_size: expected None with num_images"),
         (X[:0], {}, r"data: expected one image or more, got \[0, 12, 12\]"),
         (X.numpy(), {}, "data: expected images as a torch.Tensor, got ndarray"),
         (X, {"z_pres_prior_p": [0.5]}, r"z_pres_prior_p: .* got \[0.5\]; .* its __getitem__"),
@@ -138,6 +140,11 @@ def test_priors_are_checked(call: Callable[..., Any], prior: Any, message: str, 
         (lambda air: draw_indices(5, 0, torch.device("cpu")), "from 1 to 5, the size, got 0"),
         (lambda air: geometric_presence(0.5, 0), "num_steps must be at least 1"),
         (lambda air: make_likelihood("normal", 0.0), "likelihood_sd: expected .* got 0.0"),
+        (lambda air: make_likelihood("poisson", 1.0), "must be normal or bernoulli, got 'poisson'"),  # type: ignore[arg-type]
+        (
+            lambda air: AIR(likelihood="bernoulli", decoder_output_use_sigmoid=False),
+            "likelihood bernoulli needs decoder_output_use_sigmoid",
+        ),
         (lambda air: CountPrior([0.5], "linear"), "kind must be one of .*'linear'"),  # type: ignore[arg-type]
         (lambda air: CountPrior([0.5], duration=0), "duration of one step or more"),
         (lambda air: CountPrior([1.5]), r"probabilities in \[0, 1\]"),
@@ -145,6 +152,14 @@ def test_priors_are_checked(call: Callable[..., Any], prior: Any, message: str, 
         (lambda air: window_to_image(torch.rand(6, 3), 0, 9, X), "at least 1, got 0 and 9"),
         (lambda air: image_to_window(torch.rand(3), 5, 12, X), r"z_where must be \[B, 3\]"),
         (lambda air: window_boxes(torch.rand(2, 4), 9), r"z_where must be \[..., 3\]"),
+        (
+            lambda air: window_to_image(WHERE, 7, 20, torch.rand(1, 48)),
+            r"windows must be \[1, 7, 7\].*got \[1, 48\]",
+        ),
+        (
+            lambda air: image_to_window(WHERE, 7, 20, torch.rand(1, 20, 19)),
+            r"images must be \[1, 20, 20\] or.*got \[1, 20, 19\]",
+        ),
     ],
 )
 def test_other_arguments_are_checked(call: Callable[[AIR], Any], message: str, air: AIR) -> None:

@@ -20,7 +20,6 @@ from air.detect import detect, draw
 from air.evaluation.elbo import sample_elbo
 from air.evaluation.metrics import HeldOut, evaluate
 from air.inference import infer, sample_prior
-from air.likelihoods import make_likelihood
 from air.support.model_settings import ModelSettings
 from air.training import Trainer, TrainingSettings
 from air.visualization.dashboard import draw_page
@@ -125,29 +124,6 @@ def test_without_outliers_the_guide_is_the_exact_posterior(
     loc, sd = posterior(background, (off + origin).view_as(images))
     torch.testing.assert_close(loc, off @ w.T / 0.05**2 @ covariance, atol=atol, rtol=0)
     torch.testing.assert_close(sd[0], covariance.diagonal().sqrt(), atol=0, rtol=0.01)
-
-
-@pytest.mark.parametrize("name", ["normal", "bernoulli"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_objects_cover_what_is_behind_them(name: Any, channels: int) -> None:  # noqa: ANN401
-    """Against a loop over pixels in NumPy; the last object lies in front."""
-    likelihood = make_likelihood(name, 0.3, covers=True)
-    background, opacity = scenes(4, channels), torch.rand(3, 4, 1, 12, 12)
-    opacity[0, :, :, :5], opacity[1, :, :, 5:] = 0, 1
-    colours = torch.rand(3, 4, channels, 12, 12)
-    present = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]).float()
-    painted = torch.cat((colours * opacity, opacity), 2)
-    canvas = likelihood.compose(painted, present, background)
-    expected = background.reshape(4, channels, 12, 12).numpy().copy()
-    for t in range(3):
-        for scene in np.flatnonzero(present[t]):
-            for row, column in np.ndindex(12, 12):
-                a = float(opacity[t, scene, 0, row, column])
-                before = expected[scene, :, row, column]
-                ink = colours[t, scene, :, row, column].numpy()
-                expected[scene, :, row, column] = (1 - a) * before + a * ink
-    np.testing.assert_allclose(canvas.view(4, channels, 12, 12), expected, atol=1e-6)
-    assert torch.equal(canvas[3], background[3])
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -149,6 +149,7 @@ def test_a_signal_at_any_moment_ends_in_one_line(
     done = run_main(line, tmp_path, own)
     assert done.returncode == 143
     assert done.stderr.count("\n") == done.stderr.count("interrupted. ") == 1, done.stderr
+    assert done.stderr.endswith("interrupted. Training had not begun\n") != is_bound
     assert ("--resume run" in done.stderr) == (tmp_path / "run").exists() == is_bound
     assert not [path for path in cache.rglob("*") if path.is_file()]
 

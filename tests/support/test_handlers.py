@@ -124,6 +124,8 @@ def test_pyros_svi_refuses_names_of_other_tensors(
 ) -> None:
     """Otherwise Pyro would train those, and the model would stand still without a warning."""
     first, second = small_air(), small_air(decoder_net=[4])
+    second.guide(IMAGES)  # trains nothing, and so names nothing
+    assert not pyro.get_param_store().keys()
     if names == "of a file":
         load_store(first, tmp_path)
     else:

@@ -112,6 +112,9 @@ def test_bool_is_0_and_1_and_uint8_is_up_to_255(air: AIR) -> None:
     mask = BYTES > 100
     assert torch.equal(air.to_images(mask), mask.float())
     assert torch.equal(air.to_images(BYTES), BYTES.float() / 255)
+    assert torch.equal(air.to_images(GOOD.double()[:, None]), GOOD)
+    colours = BYTES[:, None].expand(-1, 3, -1, -1)
+    assert torch.equal(small_air(channels=3).to_images(colours[:, None]), colours / 255)
     for door in IN_A_STEP + DOORS:
         door(air, mask)
     for first, second in zip(infer(air, mask), infer(air, mask.float()), strict=True):
@@ -156,6 +159,7 @@ def test_arrays_are_taken_as_tensors_are(array: Any, air: AIR) -> None:  # noqa:
         (None, "expected a tensor or an array of numbers, got NoneType"),
         (GOOD[0], r"images must be \['B', 12, 12\], got \[12, 12\]; make a batch of a single"),
         (GOOD[:, :11], r"images must be \['B', 12, 12\], got \[2, 11, 12\]$"),
+        (GOOD[:, None, None], r"images must be \['B', 12, 12\], got \[2, 1, 1, 12, 12\]$"),
         ([], r"images must be \['B', 12, 12\], got \[0\]"),
         (torch.tensor(0.5), r"images must be \['B', 12, 12\], got \[\]"),
         (GOOD * 65535, r"images: expected floats in \[0, 1\], got .* 6\.\S+; divide by 65535"),

@@ -96,24 +96,6 @@ def test_the_gradient_is_that_of_log_q_and_the_loss_is_unchanged(
     assert {name.split(".")[0] for name in changed} >= {"rnn", "predict"}
 
 
-@pytest.mark.slow
-def test_teaching_raises_the_probability_of_the_sums() -> None:
-    pyro.set_rng_seed(0)
-    air = small_air(use_baselines=False)
-    where = torch.randn(4, air.num_steps, 3) + torch.tensor([3.0, 0, 0])
-    made = torch.rand(4, 12, 12), of_counts(where, [2] * 4)
-    optimizer = make_optimizer(air, 0.01, 0.01)
-    term = Teacher(air, 100)
-    program = MarginalAIR(air, count_term=term)
-    svi = SVI(program.model, program.guide, optimizer, TraceGraph_ELBO())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("air.training.teacher.make_sums", lambda *_: made)
-        before = log_q_by_hand(air, *made).mean()
-        for _ in range(30):
-            svi.step(torch.zeros(4, 12, 12))
-    assert log_q_by_hand(air, *made).mean() > before + 0.3
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"guide_input": "difference"}, {"likelihood": "bernoulli"}]
 )
