@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, count_on, run, small_air
+from helpers import SMALL, Run, count_on, small_air
 from PIL import Image
 from pyro import poutine
 from pyro.infer import Trace_ELBO
@@ -218,12 +218,9 @@ def test_objects_are_pasted_on_the_background_of_another_scene() -> None:
     assert air.likelihood.fits(alone[:1], apart).all()
 
 
-def test_scenes_with_backgrounds_teach_counting_and_are_refined(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_scenes_with_backgrounds_teach_counting_and_are_refined(succeeds: Run) -> None:
     line = f"{SMALL} --num-test-scenes 4 --background-model pca --refine --output-dir run"
-    done = run(line, tmp_path, environment)
-    assert done.returncode == 0, done.stderr
+    done = succeeds(line)
     assert "With refined latents" in done.stdout
     air, images = small_air(background_model="pca"), scenes(16, 1)
     before = air.predict.mlp.seq[0].weight.clone()

@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import broken_pipe, count_on, save_checkpoint, small_air
+from helpers import broken_pipe, count_on, exit_code, run, save_checkpoint, small_air
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
@@ -217,26 +217,6 @@ def test_boxes_are_in_pixels_of_the_original(
         assert item["box"] == pytest.approx(box)
 
 
-def test_a_folder_of_many_kinds_is_read_as_the_model_needs(
-    tmp_path: Path, found: Callable[..., list[Any]]
-) -> None:
-    air = small_air(channels=3)
-    folder = tmp_path / "pictures" / "inner"
-    folder.mkdir(parents=True)
-    grey = np.random.default_rng(0).integers(0, 256, (12, 12), np.uint8)
-    pages = [Image.fromarray(grey), Image.fromarray(grey.T)]
-    pages[0].save(folder / "a.tiff", save_all=True, append_images=pages[1:])
-    pages[0].convert("RGBA").save(folder / "b.webp", lossless=True)
-    pages[0].convert("P").save(folder / "c.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "d.png")
-    printed = found(air, "pictures")
-    names = [Path(each["image"]).name for each in printed]
-    assert names == ["a.tiff[0]", "a.tiff[1]", "b.webp", "c.png", "d.png"]
-    expected = detect(air, np.repeat(np.stack([grey, grey.T])[:, None], 3, axis=1))
-    for each, k in zip(printed, (0, 1, 0, 0, 0), strict=True):
-        assert each["probability"] == expected[k].probability
-
-
 def test_unreadable_images_are_reported_and_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,10 +271,7 @@ def test_a_failure_of_standard_output_ends_the_command(
         broken_pipe() if kind == "pipe" else open("/dev/full", "w") as stream,
         contextlib.redirect_stdout(stream),
     ):
-        try:
-            code = main(f"--load {path} {tmp_path}/a.png".split())
-        except SystemExit as ended:
-            code = int(ended.code or 0)
+        code = exit_code(main, f"--load {path} {tmp_path}/a.png".split())
     complaint = capsys.readouterr().err
     assert (code, complaint.count("\n")) == (expected_code, 1 if reason else 0)
     assert reason in complaint
@@ -316,7 +293,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(
     assert peaks[2] < peaks[1] + 300_000, peaks
 
 
-def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_line(tmp_path: Path) -> None:
     grey = save_checkpoint(small_air(), tmp_path / "grey.pt")
     two = save_checkpoint(small_air(channels=2), tmp_path / "two.pt")
     write_png(tmp_path / "a.png")
@@ -342,14 +319,9 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (two, "large.png --tile 12", "1 channels, expected 2"),
         (tmp_path / "text.png", "a.png", "text.png cannot be read as weights"),
     ]:
-        code = 0
-        try:
-            code = main(f"--load {model} {tmp_path}/{line}".split())
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        said = capsys.readouterr()
-        assert (code, said.out, said.err.count("\n")) == (2, "", 1), said.err
-        assert problem in said.err
+        done = run(f"--load {model} {tmp_path}/{line}", tmp_path, program=main)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        assert problem in done.stderr
 
 
 def test_a_checkpoint_with_bad_settings_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from helpers import count_on, small_air
+from helpers import count_on, make_svi, small_air
 from pyro import poutine
 from pyro.infer import SVI, TraceGraph_ELBO
 from torch import Tensor, nn
@@ -25,8 +25,6 @@ from air.evaluation.elbo import importance_weighted_bound, sample_elbo
 from air.evaluation.metrics import HeldOut, evaluate
 from air.inference import forked_rng, infer, mean_count_probs, sample_prior
 from air.marginal import MarginalAIR
-from air.training.svi import SVI as TorchSVI
-from air.training.svi import make_optimizer
 from air.visualization.snapshots import take_snapshot
 
 
@@ -225,8 +223,7 @@ def test_threads_take_turns() -> None:
 
 def test_a_display_can_infer_while_another_thread_trains() -> None:
     air, images = small_air(), torch.rand(3, 12, 12)
-    program = MarginalAIR(air)
-    svi = TorchSVI(program.model, program.guide, make_optimizer(air, 0.0, 0.0), TraceGraph_ELBO())
+    svi = make_svi(MarginalAIR(air), (0.0, 0.0))
     expected = infer(air, images).count_probs
     with ThreadPoolExecutor(2) as pool:
         display = pool.submit(lambda: [infer(air, images).count_probs for _ in range(20)])

@@ -3,13 +3,14 @@
 import io
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyro
 import pytest
 import torch
-from helpers import SMALL, capture_only, run, small_air
+from helpers import SMALL, Run, capture_only, make_svi, run, small_air
 from pyro.infer import SVI, TraceGraph_ELBO
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -20,8 +21,6 @@ from air.inference import infer
 from air.marginal import MarginalAIR
 from air.storage.checkpoint import CheckpointError, load_air
 from air.support.model_settings import ModelSettings
-from air.training.compiled_svi import CompiledSVI
-from air.training.svi import make_optimizer
 from air.training.teacher import Teacher
 
 
@@ -131,10 +130,9 @@ def test_a_net_that_does_not_fit_is_refused(name: str | None, net: Any, message:
 
 def test_moments_of_batches_move_at_real_steps_only(images: Tensor) -> None:
     """Not where a step is captured for compilation."""
-    air = AIR(**vars(SETTINGS), decode=nn.Sequential(nn.Linear(5, 81), nn.BatchNorm1d(81)))
-    program = MarginalAIR(air)
-    arguments = program.model, program.guide, make_optimizer(air, 1e-3, 1e-3), TraceGraph_ELBO()
-    svi = CompiledSVI(*arguments, lambda graph: graph, air)
+    decode = nn.Sequential(nn.Linear(5, 81), nn.BatchNorm1d(81))
+    air = AIR(**vars(replace(SETTINGS, num_steps=1)), decode=decode)
+    svi = make_svi(MarginalAIR(air), compiler=capture_only, module=air)
     with pyro.validation_enabled(False):
         for _ in range(3):
             svi.step(images)
@@ -189,14 +187,13 @@ def test_what_needs_a_copy_says_so() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["-t 2", "-t 1 --estimator score --compile"])
 def test_a_run_trains_resumes_loads_and_detects(
-    flags: str, tmp_path: Path, environment: dict[str, str]
+    flags: str, tmp_path: Path, environment: dict[str, str], succeeds: Run
 ) -> None:
     options: dict[str, Any] = {"nets": nets, "compiler": capture_only}
     line = f"{SMALL} {flags} --window-size 9"
-    assert run(f"{line} --output-dir whole -n 6", tmp_path, environment, **options).returncode == 0
-    assert run(f"{line} --output-dir run -n 3", tmp_path, environment, **options).returncode == 0
-    done = run("--resume run -n 6", tmp_path, environment, **options)
-    assert done.returncode == 0, done.stderr
+    succeeds(f"{line} --output-dir whole -n 6", **options)
+    succeeds(f"{line} --output-dir run -n 3", **options)
+    succeeds("--resume run -n 6", **options)
     path = tmp_path / "run" / "checkpoint.pt"
     air, whole = (load_air(p, nets=nets) for p in (path, tmp_path / "whole" / "checkpoint.pt"))
     assert isinstance(air.encode, ConvEncoder)

@@ -8,10 +8,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers import small_air
+from helpers import by_grid_sample, small_air
 from pyro import poutine
 from torch import Tensor, nn
-from torch.nn.functional import grid_sample
 
 from air import AIR, refinement, window_to_image
 from air.inference import infer
@@ -349,7 +348,8 @@ def test_the_best_of_all_windows_is_kept(
             centre, s = middle + torch.tensor([dx, dy]) / scale, zoom * scale
             window = torch.cat((s[None], -centre * s))
             seen = images[i] if isinstance(air.look, WholeImage) else images[i] - behind
-            code = air.encode(cut_out(air, seen, centre, s))[0][0]
+            cut = by_grid_sample(seen[None], 1 / s[None, None], centre[None], 7)
+            code = air.encode(cut.flatten(1))[0][0]
             canvas = canvas_of(air, [*others, (window, code)])
             tried.append((float((images[i] - canvas).square().sum()), window, code))
         error, window, code = min(tried, key=lambda each: each[0])
@@ -384,13 +384,3 @@ def canvas_of(air: AIR, objects: list[tuple[Tensor, Tensor]]) -> Tensor:
         painted = window_to_image(where[None], 7, 12, air.decode(what[None]))
         canvas = air.likelihood.add(canvas, painted.view_as(canvas))
     return canvas[0]
-
-
-def cut_out(air: AIR, image: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
-    """The flat window of an image."""
-    side = (2 * torch.arange(7, dtype=torch.float64) + 1) / 7 - 1
-    y, x = torch.meshgrid(side, side, indexing="ij")
-    places = torch.stack((x, y), -1) / scale + centre
-    return grid_sample(
-        image.view(1, air.channels, 12, 12), places[None], align_corners=False
-    ).flatten(1)

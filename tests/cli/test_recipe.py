@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import run, squares
+from helpers import Run, run, squares
 from PIL import Image
 
 from air.cli import recipe
@@ -147,25 +147,20 @@ def test_images_that_cannot_be_read_end_in_one_line(
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
 
 
-def test_pictures_train_by_what_follows_from_them(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_pictures_train_by_what_follows_from_them(tmp_path: Path, succeeds: Run) -> None:
     scenes = SceneSettings(recipe="dsprites", x_size=30, num_scenes=60, num_test_scenes=10)
     train, test, _ = load_scenes(scenes, cache_dir=tmp_path / "cache")
     write_pictures(tmp_path / "pictures", {"": train, "test": test})
     line = "--data pictures -n 3 -b 4 --window-size 11"
-    said = run(f"{line} --suggest", tmp_path, environment)
-    assert said.returncode == 0, said.stderr
+    said = succeeds(f"{line} --suggest")
     assert not (tmp_path / "runs").exists()
-    done = run(f"{line} --output-dir run", tmp_path, environment)
-    assert done.returncode == 0, done.stderr
+    done = succeeds(f"{line} --output-dir run")
     assert done.stdout.startswith(said.stdout)
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["window_size"] == 11
     assert "window_size" not in config["found"]
     assert {"likelihood_sd", "scale_prior_mean"} <= set(config["found"]) <= config.keys()
-    again = run("--resume run -n 3", tmp_path, environment)
-    assert again.returncode == 0, again.stderr
+    again = succeeds("--resume run -n 3")
     assert "Survey" not in again.stdout
 
 

@@ -22,6 +22,7 @@ from air.main import main
 from air.marginal import MarginalAIR
 from air.solids.model import Z_WHAT_SIZE, Solids, SolidsAIR, from_ground, to_ground
 from air.solids.world import KINDS
+from air.storage.run_folder import RunFolder
 from air.support.model_settings import ModelSettings
 
 SIDE = 20
@@ -211,7 +212,7 @@ def test_learns_kinds_and_places_and_tells_them(
     words = "--recipe solids --num-scenes 600 --num-test-scenes 100 -n 60 --eval-every 60"
     assert main([*words.split(), "--output-dir", str(run)]) == 0
     assert "renderer = solids" in capsys.readouterr().out
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = RunFolder(run).read_metrics()
     final = next(line for line in reversed(lines) if "kind_accuracy" in line)
     assert final["kind_accuracy"] > 0.9
     assert final["place_error"] < 0.15

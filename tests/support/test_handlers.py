@@ -10,7 +10,7 @@ import pyro
 import pyro.poutine as poutine
 import pytest
 import torch
-from helpers import capture_only, small_air
+from helpers import capture_only, make_svi, small_air
 from pyro.infer import SVI as PyroSVI
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ from air import AIR
 from air.inference import infer, sample_prior
 from air.marginal import MarginalAIR
 from air.support.handlers import closed, register_parameters
-from air.training.compiled_svi import CompiledSVI
-from air.training.svi import SVI, make_optimizer
 
 NAME = "decode.mlp.seq.0.weight"
 KINDS = ["pyro", "own", pytest.param("captured", marks=pytest.mark.slow)]
@@ -29,16 +27,12 @@ IMAGES = torch.randint(256, (20, 12, 12), dtype=torch.uint8)
 
 def make_step(kind: str, air: AIR, marginal: bool = False) -> Callable[[], Any]:
     """A step of training by Pyro's SVI or ours."""
-    program: Any = MarginalAIR(air) if marginal else air
-    arguments = program.model, program.guide
-    svi: Any
+    program = MarginalAIR(air) if marginal else air
+    compiler = capture_only if kind == "captured" else None
+    svi: Any = make_svi(program, clip=10.0, compiler=compiler)
     if kind == "pyro":
-        svi = PyroSVI(*arguments, pyro.optim.Adam({"lr": 0.01}), TraceGraph_ELBO())
-    else:
-        optimizer = make_optimizer(air, 0.01, 0.01, clip_grad_norm=10.0)
-        options = {"compiler": capture_only} if kind == "captured" else {}
-        our_kind: Any = CompiledSVI if kind == "captured" else SVI
-        svi = our_kind(*arguments, optimizer, TraceGraph_ELBO(), **options)
+        adam = pyro.optim.Adam({"lr": 0.01})
+        svi = PyroSVI(program.model, program.guide, adam, TraceGraph_ELBO())
 
     def step() -> None:
         with pyro.validation_enabled(False):

@@ -8,7 +8,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from helpers import SETTINGS, capture_only, small_air
+from helpers import SETTINGS, capture_only, make_svi, small_air
 from pyro.infer import SVI as PyroSVI
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
@@ -19,8 +19,6 @@ from air.evaluation.alarms import empty_canvas_elbo
 from air.inference import infer, mean_count_probs
 from air.marginal import MarginalAIR
 from air.support.images import to_tensor
-from air.training.compiled_svi import CompiledSVI
-from air.training.svi import make_optimizer
 from air.training.trainer import Trainer
 
 BYTES = torch.arange(288).remainder(256).reshape(2, 12, 12).to(torch.uint8)
@@ -86,10 +84,7 @@ def test_a_step_checks_the_range_while_pyro_validates(
 
 
 def test_the_range_check_breaks_no_capturing() -> None:
-    air = small_air(num_steps=1)
-    svi = CompiledSVI(
-        air.model, air.guide, make_optimizer(air, 0.01, 0.01), TraceGraph_ELBO(), capture_only
-    )
+    svi: Any = make_svi(small_air(num_steps=1), compiler=capture_only)
     with pyro.validation_enabled(False):
         svi.step(GOOD)
     assert None not in svi._compiled.values()

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers import small_air
+from helpers import loss_and_gradients, small_air
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO
 from torch import Tensor
@@ -100,13 +100,8 @@ def test_a_path_has_the_further_latents_of_a_subclass() -> None:
 
 def test_reweighted_wake_sleep_follows_weighted_paths_of_each_image() -> None:
     air, images, number = small_air().double(), doubles(5, 12, 12), 3
-    program = MarginalAIR(air, rws, number)
     torch.manual_seed(2)
-    loss = TraceGraph_ELBO().loss_and_grads(
-        program.model, program.guide, images, z_pres_prior_p=PRIOR
-    )
-    ours = {name: p.grad for name, p in air.named_parameters() if p.grad is not None}
-    air.zero_grad()
+    loss, ours = loss_and_gradients(MarginalAIR(air, rws, number), images, z_pres_prior_p=PRIOR)
 
     torch.manual_seed(2)
     log_p, log_q_z, log_q = paths_by_traces(air, images, number)

@@ -6,7 +6,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from helpers import gradients, small_air
+from helpers import loss_and_gradients, make_svi, small_air
 from pyro import poutine
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
@@ -18,7 +18,6 @@ from air.refinement import closest_windows, merge, relative_residual
 from air.scene import infer_scene, paint
 from air.training import teacher
 from air.training.known_objects import KnownObjects
-from air.training.svi import SVI, make_optimizer
 from air.training.teacher import BATCH_PER_MERGED, DECAY, Teacher, infer_objects
 
 WEIGHT = 7.0
@@ -65,11 +64,8 @@ def test_the_gradient_is_that_of_log_q_and_the_loss_is_unchanged(
 
     def loss_and_grads(weight: float) -> tuple[float, dict[str, Tensor]]:
         pyro.set_rng_seed(5)
-        air.zero_grad()
         term.weight = weight
-        program = MarginalAIR(air, count_term=spy)
-        loss = TraceGraph_ELBO().loss_and_grads(program.model, program.guide, images, num_images=80)
-        return loss, gradients(air)
+        return loss_and_gradients(MarginalAIR(air, count_term=spy), images, num_images=80)
 
     (plain, without), (taught, with_term) = loss_and_grads(0.0), loss_and_grads(WEIGHT)
     assert taught == pytest.approx(plain, rel=1e-12)
@@ -155,8 +151,7 @@ def test_models_with_teachers_train_side_by_side() -> None:
     for _ in range(2):
         air = small_air(use_baselines=False)
         program = MarginalAIR(air, count_term=Teacher(air, WEIGHT))
-        svi = SVI(program.model, program.guide, make_optimizer(air, 0.01, 0.01), TraceGraph_ELBO())
-        svi.step(torch.rand(4, 12, 12))
+        make_svi(program).step(torch.rand(4, 12, 12))
         assert not pyro.get_param_store().keys()
 
 
