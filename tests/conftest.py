@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from helpers import Run
 
     from air import AIR
+    from air.data.scenes import Array
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -88,6 +89,14 @@ def images() -> torch.Tensor:
     import torch
 
     return torch.rand(10, 12, 12)
+
+
+@pytest.fixture(scope="session")
+def digits() -> list[Array]:
+    """Train images and labels, test images and labels."""
+    from air.data.synthetic.digits import load_embedded
+
+    return load_embedded()
 
 
 @pytest.fixture(scope="session")

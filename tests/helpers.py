@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from unittest import mock
 import numpy as np
 import programs
 import pyro
+import pytest
 import torch
 from PIL import Image
 from pyro.infer import TraceGraph_ELBO
@@ -29,7 +31,7 @@ from torch import Tensor, fx
 from torch.nn.functional import affine_grid, grid_sample
 
 from air import AIR
-from air.data.scenes import Array
+from air.data.scenes import Array, DataError
 from air.data.synthetic.digits import MNIST_FILES
 from air.evaluation.counting import CountScores
 from air.evaluation.metrics import Evaluation, HeldOut
@@ -73,6 +75,24 @@ def save_checkpoint(air: AIR, path: Path, **config: object) -> Path:
     state = {"format": FORMAT, "step": 3, "config": settings, "optimizer": {}}
     write_state(path, {**state, "model": air.state_dict()})
     return path
+
+
+def pixels_of(air: AIR) -> list[int]:
+    """The shape of its images: [H, H] or [C, H, H]."""
+    return [air.channels] * (air.channels > 1) + [air.x_size] * 2
+
+
+def values(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def moved(module: torch.nn.Module, before: dict[str, Tensor]) -> set[str]:
+    """The names of parameters and buffers that have other values than before."""
+    return {n for n, value in module.state_dict().items() if not torch.equal(value, before[n])}
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def count_on(air: AIR, t: int, logit: float) -> None:
@@ -124,6 +144,17 @@ def run(
     ):
         code = exit_code(program, line.split(), **options)
     return subprocess.CompletedProcess(line, code, said.getvalue(), complained.getvalue())
+
+
+def assert_refused(path: Path | str, problem: str, *ways: Callable[[], object]) -> None:
+    """Each way ends with one line, which begins with the path and has the problem, a pattern."""
+    for way in ways:
+        with pytest.raises(DataError) as error:
+            way()
+        message = str(error.value)
+        assert message.startswith(str(path)), message
+        assert re.search(problem, message), message
+        assert "\n" not in message
 
 
 def broken_pipe() -> io.TextIOWrapper:

@@ -9,7 +9,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from helpers import by_grid_sample, count_on, loss_and_gradients, small_air
+from helpers import by_grid_sample, count_on, loss_and_gradients, pixels_of, small_air
 from pyro import poutine
 from pyro.infer import SVI, TraceGraph_ELBO
 from pyro.ops.provenance import detach_provenance
@@ -224,8 +224,7 @@ def test_elbo_and_every_gradient_equal_a_second_computation(
     if air.look.looks_again:  # where h is always that of the start, zero
         torch.nn.init.normal_(air.h_init)
         torch.nn.init.normal_(air.bl_h_init)
-    images = torch.rand(100, air.channels, air.x_size, air.x_size, dtype=torch.float64)
-    images = air.likelihood.prepare(images[:, 0] if air.channels == 1 else images)
+    images = air.likelihood.prepare(torch.rand(100, *pixels_of(air), dtype=torch.float64))
     if air.background is not None:
         air.background.rows.round_()  # its cells are pixels, but only up to single precision
         air.background.fit(images, torch.zeros(100, 12, 12, dtype=torch.bool))

@@ -1,5 +1,6 @@
 """Arguments from Python: bad values are named at the door; nothing in, nothing out."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from helpers import small_air
+from helpers import pixels_of, small_air
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
@@ -139,6 +140,10 @@ def test_priors_are_checked(call: Callable[..., Any], prior: Any, message: str, 
         (lambda air: draw_indices(5, 6, torch.device("cpu")), "from 1 to 5, the size, got 6"),
         (lambda air: draw_indices(5, 0, torch.device("cpu")), "from 1 to 5, the size, got 0"),
         (lambda air: geometric_presence(0.5, 0), "num_steps must be at least 1"),
+        (lambda air: geometric_presence(0.0, 3), r"must be in \(0, 1\], got 0"),
+        (lambda air: geometric_presence(-1.0, 3), r"must be in \(0, 1\], got -1"),
+        (lambda air: geometric_presence(1.5, 3), r"must be in \(0, 1\], got 1.5"),
+        (lambda air: geometric_presence(math.nan, 3), r"must be in \(0, 1\], got nan"),
         (lambda air: make_likelihood("normal", 0.0), "likelihood_sd: expected .* got 0.0"),
         (lambda air: make_likelihood("poisson", 1.0), "must be normal or bernoulli, got 'poisson'"),  # type: ignore[arg-type]
         (
@@ -173,8 +178,7 @@ def test_other_arguments_are_checked(call: Callable[[AIR], Any], message: str, a
 def test_nothing_in_nothing_out(options: dict[str, Any]) -> None:
     """Every result has the shape it has for some images, but for their number."""
     air = small_air(**options)
-    images = torch.rand(2, air.channels, 12, 12)
-    images = images if air.channels > 1 else images[:, 0]
+    images = torch.rand(2, *pixels_of(air))
     prior = torch.Generator()  # draws nothing
     state = prior.get_state()
     calls: list[Callable[[int], Any]] = [

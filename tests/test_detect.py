@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import broken_pipe, count_on, exit_code, run, save_checkpoint, small_air
+from helpers import broken_pipe, count_on, exit_code, pixels_of, run, save_checkpoint, small_air
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
@@ -102,7 +102,7 @@ def test_pictures_whose_names_become_equal_have_all_their_crops(
 @pytest.mark.parametrize("channels", [1, 3])
 def test_detections_are_the_models_inferences(channels: int) -> None:
     air = small_air(channels=channels)
-    images = torch.rand(7, 12, 12) if channels == 1 else torch.rand(7, channels, 12, 12)
+    images = torch.rand(7, *pixels_of(air))
     found, detections = infer(air, images), detect(air, images)
     painted = found.objects if channels == 1 else found.objects.amax(2)
     for i, detection in enumerate(detections):
@@ -138,7 +138,7 @@ def test_a_checkpoint_knows_its_settings_and_the_size_of_its_images(
     flags = {{"guide_input": "guide"}.get(name, name): value for name, value in settings.items()}
     loaded = load_air(save_checkpoint(air, tmp_path / "checkpoint.pt", **flags))
     assert (loaded.x_size, loaded.channels) == (12, air.channels)
-    images = torch.rand(5, air.channels, 12, 12).squeeze(1)
+    images = torch.rand(5, *pixels_of(air))
     assert torch.equal(infer(loaded, images).count_probs, infer(air, images).count_probs)
 
 

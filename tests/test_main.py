@@ -64,7 +64,7 @@ LINES = [
     "--data mine.npz -n 2 -b 8 --x-size 40 --crop --channels 3 --invert",
     f"--recipe dsprites {SMALL} --background noisy --min-gap 0 --guide glimpse "
     "--background-model pca --likelihood bernoulli --count-prior 1 1 1 0.1 --anneal-prior none "
-    "--learn-count-prior-from 1",
+    "--learn-count-prior-from 1 --refine --num-test-scenes 8",
     f"{SMALL} --sides 9 18 --masking --baselines --no-z-pres-prior-raw --no-verbose --no-evaluate",
     f"{SMALL} --estimator score --num-steps=1 --no-baseline",  # as in Pyro's own test suite
 ]

@@ -7,13 +7,13 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from helpers import GivenNoise, loss_and_gradients, small_air
+from helpers import GivenNoise, loss_and_gradients, pixels_of, small_air
 from pyro import poutine
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
 
 from air import AIR
-from air.marginal import MarginalAIR
+from air.marginal import MarginalAIR, sample_paths
 from air.priors import count_log_probs, geometric_presence
 
 
@@ -62,8 +62,7 @@ def test_value_and_gradients_equal_the_sum_over_all_counts(
     num_steps: int, options: dict[str, Any]
 ) -> None:
     air = small_air(num_steps=num_steps, z_background_size=3, **options).double()
-    images = torch.rand(6, air.channels, 12, 12, dtype=torch.float64)
-    images = images[:, 0] if air.channels == 1 else images
+    images = torch.rand(6, *pixels_of(air), dtype=torch.float64)
     prior, noise = geometric_presence(0.2, num_steps), draw_noise(num_steps, 6)
     with noise_of(air, noise):
         arguments: Any = {"z_pres_prior_p": prior.__getitem__}
@@ -136,8 +135,11 @@ def test_a_guide_that_is_certain_has_finite_gradients(logit: float) -> None:
 
 
 def test_an_air_without_masking_is_refused() -> None:
+    air = small_air(use_masking=False)
     with pytest.raises(ValueError, match="needs masking"):
-        MarginalAIR(small_air(use_masking=False))
+        MarginalAIR(air)
+    with pytest.raises(ValueError, match="needs masking"):
+        sample_paths(air, torch.rand(2, 12, 12))
 
 
 def test_count_log_probs_are_finite_at_zero_and_one() -> None:

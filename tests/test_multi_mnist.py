@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ROOT, run, write_idx
+from helpers import ROOT, files, run, write_idx
 from PIL import Image
 
 from air import multi_mnist
 from air.data.scenes import Array
-from air.data.synthetic.digits import load_embedded, resize_digit
+from air.data.synthetic.digits import resize_digit
 from air.data.synthetic.sprites import SHAPES
 from air.data.user_images.sources import load_data
 from air.multi_mnist import DataError, Scenes, SceneSettings, load_scenes
@@ -28,20 +28,10 @@ SMALL = partial(SceneSettings, num_scenes=300, num_test_scenes=40)
 FEW = partial(SceneSettings, num_scenes=20, num_test_scenes=5)
 
 
-@pytest.fixture(scope="module")
-def digits() -> list[Array]:
-    """Train images and labels, test images and labels."""
-    return load_embedded()
-
-
 def train(folder: Path, **settings: object) -> list[Array]:
     """The arrays x, counts, overlaps, labels and boxes of a few scenes."""
     scenes = load_scenes(SMALL(**settings), cache_dir=folder).train  # type: ignore[arg-type]
     return [array for array in scenes if array is not None]
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def cut(image: Array) -> Array:

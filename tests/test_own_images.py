@@ -51,9 +51,6 @@ def test_a_run_on_pictures_records_how_they_are_read(
     found = json.loads((tmp_path / "evaluated" / "config.json").read_text())
     for key in ("x_size", "channels", "crop", "alpha_over"):
         assert found[key] == config[key]
-    assert "--x-size: --resume keeps the settings of the run, which has 32, got 40" in refused(
-        "--resume run --x-size 40"
-    )
     (tmp_path / "pictures").rename(tmp_path / "moved")
     assert "if it has moved, give its new path by --data" in refused("--resume run -n 4")
     succeeds("--resume run -n 4 --data moved")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, Run, small_air
+from helpers import Run, small_air
 from PIL import Image
 
 from air.cli.recipe import unlike_training
@@ -33,7 +33,9 @@ def fresh_scenes(name: str, number: int) -> SceneSettings:
 def test_a_model_counts_fresh_scenes_as_its_card_says(name: str) -> None:
     """Whatever changes between pixels and counts shows here, in the loader or in the nets."""
     scenes = load_scenes(fresh_scenes(name, FRESH)).test
-    counts = np.array([found.count for found in detect(load_air(name), scenes.x)])
+    air = load_air(name)
+    assert {p.dtype for p in air.parameters()} == {torch.float32}  # halves only in the file
+    counts = np.array([found.count for found in detect(air, scenes.x)])
     p = card(name)["held_out"]["accuracy_mode"] / 100
     assert p > 0.9
     right = float((counts == scenes.counts).mean())
@@ -127,9 +129,3 @@ def test_images_unlike_those_of_training_are_told() -> None:
     assert "pad the images" in told(sides=(28, 30))
     assert told(config | {"found": []}, sides=(10, 12)) == ""
     assert unlike_training(np.zeros((0, 50, 50), np.uint8), config) == []
-
-
-def test_half_precision_is_only_that_of_the_file() -> None:
-    air = load_air("digits")
-    assert {p.dtype for p in air.parameters()} == {torch.float32}
-    assert (ROOT / "air/pretrained") == FOLDER

@@ -66,13 +66,27 @@ def test_held_out_scenes_are_checked_when_they_are_made_from_numpy() -> None:
             HeldOut.from_numpy(x, np.array(counts), boxes)
 
 
-def test_the_sampled_elbo_equals_pyros(air: AIR, images: Tensor) -> None:
+@pytest.mark.parametrize("background", ["none", "pca"])
+@pytest.mark.parametrize(
+    "options", [{}, {"guide_input": "difference"}, {"likelihood": "bernoulli"}]
+)
+def test_the_sampled_elbo_equals_pyros(
+    background: str, options: dict[str, Any], images: Tensor
+) -> None:
+    air = small_air(background_model=background, **options)
     torch.manual_seed(4)
     ours = sample_elbo(air, images)
     torch.manual_seed(4)
     theirs = TraceGraph_ELBO().loss(air.model, air.guide, images)
     assert all(term.shape == (10,) for term in ours)
     assert ours.elbo.sum().item() == pytest.approx(-theirs, rel=1e-5)
+    mean = evaluate(air, HeldOut(images), seed=4).kl_background
+    if background == "pca":
+        assert (ours.kl_background != 0).all()
+        assert mean == pytest.approx(ours.kl_background.mean().item(), rel=1e-4)
+    else:
+        assert (ours.kl_background == 0).all()
+        assert mean is None
 
 
 def test_the_baselines_error_equals_the_error_in_pyros_regression(

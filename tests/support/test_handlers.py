@@ -10,10 +10,10 @@ import pyro
 import pyro.poutine as poutine
 import pytest
 import torch
-from helpers import capture_only, make_svi, small_air
+from helpers import capture_only, make_svi, moved, small_air, values
 from pyro.infer import SVI as PyroSVI
 from pyro.infer import TraceGraph_ELBO
-from torch import Tensor, nn
+from torch import nn
 
 from air import AIR
 from air.inference import infer, sample_prior
@@ -40,14 +40,6 @@ def make_step(kind: str, air: AIR, marginal: bool = False) -> Callable[[], Any]:
         assert None not in getattr(svi, "_compiled", {}).values(), "ran uncompiled"
 
     return step
-
-
-def values(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def moved(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    return {n for n, value in module.state_dict().items() if not torch.equal(value, before[n])}
 
 
 @pytest.mark.parametrize(

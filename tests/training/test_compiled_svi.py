@@ -12,7 +12,7 @@ from unittest import mock
 import pyro
 import pytest
 import torch
-from helpers import SETTINGS, as_rank, capture_only, gradients, make_svi, small_air
+from helpers import SETTINGS, as_rank, capture_only, gradients, make_svi, pixels_of, small_air
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -212,8 +212,7 @@ def test_a_step_and_inference_stay_on_their_device(
 ) -> None:
     """On torch's device without memory, where no value can be read; `is_cuda` picks the path."""
     air = small_air(num_steps=2, **options).to("meta")
-    pixels = [12, 12] if air.channels == 1 else [air.channels, 12, 12]
-    images = torch.zeros(100, *pixels, dtype=torch.uint8)
+    images = torch.zeros(100, *pixels_of(air), dtype=torch.uint8)
     if air.background is not None:
         air.background.fitted = torch.tensor(True)
     training = replace(SETTINGS, lr_schedule="cosine", **settings)

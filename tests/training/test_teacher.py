@@ -6,7 +6,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from helpers import loss_and_gradients, make_svi, small_air
+from helpers import loss_and_gradients, make_svi, pixels_of, small_air
 from pyro import poutine
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
@@ -47,8 +47,7 @@ def test_the_gradient_is_that_of_log_q_and_the_loss_is_unchanged(
 ) -> None:
     pyro.set_rng_seed(3)
     air = small_air(use_baselines=False, **options).double()
-    shape = (12, 12) if air.channels == 1 else (air.channels, 12, 12)
-    images, others = torch.rand(2, 8, *shape, dtype=torch.float64)
+    images, others = torch.rand(2, 8, *pixels_of(air), dtype=torch.float64)
     same = torch.randn(4, 1, 3, dtype=torch.float64).expand(-1, air.num_steps, -1)  # in any order
     known = of_counts(same + torch.tensor([3.0, 0, 0]), [2, 1, 3, 2], [True, False, True, True])
     made = others[:4], known
