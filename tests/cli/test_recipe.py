@@ -94,7 +94,7 @@ def test_crowds_have_as_many_steps_as_are_bearable() -> None:
 
 
 def test_light_large_and_odd_images_are_brought_into_shape(tmp_path: Path) -> None:
-    images = 255 - squares(60, (150, 200), 24, 2, channels=3)[:, :1].repeat(3, 1)
+    images = 255 - squares(30, (150, 200), 24, 2, channels=3)[:, :1].repeat(3, 1)
     for k, image in enumerate(images):
         Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / f"{k}.png")
     found = image_settings(tmp_path)
@@ -111,9 +111,9 @@ def test_light_large_and_odd_images_are_brought_into_shape(tmp_path: Path) -> No
 def test_images_are_as_small_as_a_threshold_sees_the_same_in_them(
     gap: int, side: int, tmp_path: Path
 ) -> None:
-    x = np.zeros((60, 128, 128), np.uint8)
+    x = np.zeros((30, 128, 128), np.uint8)
     for k, image in enumerate(x):
-        y, left = 10 + k % 60, 5 + k % 20
+        y, left = 10 + 2 * k, 5 + k % 20
         image[y : y + 40, left : left + 30] = 255
         image[y : y + 40, left + 30 + gap : left + 60 + gap] = 255
     np.savez(tmp_path / "x.npz", x=x)
@@ -147,15 +147,28 @@ def test_images_that_cannot_be_read_end_in_one_line(
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
 
 
-def test_pictures_train_by_what_follows_from_them(tmp_path: Path, succeeds: Run) -> None:
+@pytest.fixture
+def suggested(tmp_path: Path, succeeds: Run) -> tuple[str, str]:
+    """Flags of a run on pictures, and what is suggested."""
     scenes = SceneSettings(recipe="dsprites", x_size=30, num_scenes=60, num_test_scenes=10)
     train, test, _ = load_scenes(scenes, cache_dir=tmp_path / "cache")
     write_pictures(tmp_path / "pictures", {"": train, "test": test})
     line = "--data pictures -n 3 -b 4 --window-size 11"
-    said = succeeds(f"{line} --suggest")
+    return line, succeeds(f"{line} --suggest").stdout
+
+
+def test_a_suggestion_begins_no_run(tmp_path: Path, suggested: tuple[str, str]) -> None:
+    assert "likelihood_sd = " in suggested[1]
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_pictures_train_by_what_follows_from_them(
+    tmp_path: Path, succeeds: Run, suggested: tuple[str, str]
+) -> None:
+    line, said = suggested
     done = succeeds(f"{line} --output-dir run")
-    assert done.stdout.startswith(said.stdout)
+    assert done.stdout.startswith(said)
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["window_size"] == 11
     assert "window_size" not in config["found"]

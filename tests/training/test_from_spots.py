@@ -92,6 +92,7 @@ def test_unsure_images_teach_nothing() -> None:
     assert loss == 0
 
 
+@pytest.mark.slow
 def test_a_guide_learns_where_the_spots_are() -> None:
     pyro.set_rng_seed(0)
     spots, x = program(), scenes()

@@ -54,6 +54,13 @@ def test_most_snapshots_are_of_the_beginning() -> None:
     assert steps == [0, 10, 20, 50, 100, 200, 500, 600]
 
 
+def test_cosine_schedule_falls_from_one_to_a_hundredth() -> None:
+    factors = [learning_rate_factor("cosine", step, 100) for step in range(101)]
+    assert factors == sorted(factors, reverse=True)
+    assert [factors[0], factors[50], factors[100]] == pytest.approx([1.0, 0.505, 0.01])
+    assert learning_rate_factor("constant", 70, 100) == 1.0
+
+
 def test_progress_tells_of_rates_prior_and_gradients() -> None:
     settings = replace(SETTINGS, lr_schedule="cosine", learning_rate=0.5, num_steps=3)
     settings = replace(settings, progress_every=1)
