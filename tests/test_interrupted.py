@@ -190,11 +190,11 @@ def test_a_job_begins_or_resumes_a_run(left: str, tmp_path: Path, cluster: dict[
     if left == "checkpoint.pt":
         (folder / left).touch()
     job, words = start_job(tmp_path, cluster, "--seed 3")
+    assert end_job(tmp_path, job, 0) == 0
     begins = left != "checkpoint.pt"
     flags = "--seed 3 --output-dir" if begins else "--resume"
     assert words == f"python main.py {flags} runs/slurm-7\n"
     assert folder.exists() != begins  # main.py refuses a folder that is not empty
-    assert end_job(tmp_path, job, 0) == 0
 
 
 @linux
