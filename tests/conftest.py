@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import programs
@@ -18,8 +19,10 @@ import pytest
 
 if TYPE_CHECKING:
     import torch
+    from helpers import Run
 
     from air import AIR
+    from air.data.scenes import Array
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -89,10 +92,31 @@ def images() -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
+def digits() -> list[Array]:
+    """Train images and labels, test images and labels."""
+    from air.data.synthetic.digits import load_embedded
+
+    return load_embedded()
+
+
+@pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of programs, which share one cache of scenes."""
     cache = tmp_path_factory.mktemp("cache")
     return {**os.environ, "AIR_CACHE": str(cache)}
+
+
+@pytest.fixture
+def succeeds(tmp_path: Path, environment: dict[str, str]) -> Run:
+    """Runs the program in this process and in the folder of the test, and requires exit code 0."""
+    from helpers import run
+
+    def done(line: str, **options: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401
+        ended = run(line, tmp_path, environment, **options)
+        assert ended.returncode == 0, ended.stderr
+        return ended
+
+    return done
 
 
 @pytest.fixture

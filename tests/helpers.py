@@ -6,13 +6,14 @@ import hashlib
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,30 @@ from unittest import mock
 import numpy as np
 import programs
 import pyro
+import pytest
 import torch
 from PIL import Image
+from pyro.infer import TraceGraph_ELBO
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, fx
+from torch.nn.functional import affine_grid, grid_sample
 
 from air import AIR
-from air.data.scenes import Array
+from air.data.scenes import Array, DataError
 from air.data.synthetic.digits import MNIST_FILES
 from air.evaluation.counting import CountScores
 from air.evaluation.metrics import Evaluation, HeldOut
+from air.marginal import MarginalAIR
 from air.storage.checkpoint import FORMAT, load_weights_strict, read_weights, write_state
+from air.training.compiled_svi import CompiledSVI, Compiler
 from air.training.events import Progress
+from air.training.svi import SVI, make_optimizer
 from air.training.trainer import Trainer
 from air.training.training_settings import TrainingSettings
 from air.visualization.snapshots import InferredScenes, Snapshot
 
 ROOT = Path(__file__).parent.parent
+Run = Callable[..., subprocess.CompletedProcess[str]]  # of the fixture `succeeds`
 SCENES = "--no-survey --num-scenes 300 --num-test-scenes 40"
 SMALL = (
     f"{SCENES} -n 4 -b 8 --rnn-hidden-size 16 --encoder-latent-size 5 --encoder-net 12 "
@@ -68,6 +77,24 @@ def save_checkpoint(air: AIR, path: Path, **config: object) -> Path:
     return path
 
 
+def pixels_of(air: AIR) -> list[int]:
+    """The shape of its images: [H, H] or [C, H, H]."""
+    return [air.channels] * (air.channels > 1) + [air.x_size] * 2
+
+
+def values(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def moved(module: torch.nn.Module, before: dict[str, Tensor]) -> set[str]:
+    """The names of parameters and buffers that have other values than before."""
+    return {n for n, value in module.state_dict().items() if not torch.equal(value, before[n])}
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def count_on(air: AIR, t: int, logit: float) -> None:
     """Makes the guide's z_pres the same for every image: on up to step t, then off."""
     with torch.no_grad():
@@ -76,33 +103,58 @@ def count_on(air: AIR, t: int, logit: float) -> None:
         air.predict.mlp.seq[-1].bias[0] = logit
 
 
+def exit_code(program: Callable[..., int | None], words: list[str], **options: Any) -> int:  # noqa: ANN401
+    """Runs a program in this process."""
+    try:
+        return program(words, **options) or 0
+    except SystemExit as ended:
+        return int(ended.code or 0)
+
+
 def run(
     line: str,
     folder: Path,
-    environment: dict[str, str],
+    environment: Mapping[str, str] = os.environ,
+    program: Callable[..., int | None] | None = None,
     dpi: int | None = None,
-    **options: Any,  # noqa: ANN401  # of main
+    **options: Any,  # noqa: ANN401
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the program from flags to exit code in this process, which is faster than to start it.
+    """Runs a program from flags to exit code in this process, which is faster than to start it.
 
-    It is drawn only where a resolution is given.
+    Args:
+        line: Its flags.
+        folder: Working folder.
+        environment: Variables of its environment.
+        program: A function `main`; None for that of main.py.
+        dpi: Resolution of figures; without one, runs are not drawn.
+        options: Of the function.
     """
     from air import viz
     from main import main  # here, for most tests do without
 
-    said, complained, code = io.StringIO(), io.StringIO(), 0
+    program = program or main
+    said, complained = io.StringIO(), io.StringIO()
     with (
         contextlib.chdir(folder),
         mock.patch.dict(os.environ, environment),
+        mock.patch("sys.argv", [f"{program.__module__.removeprefix('air.')}.py"]),
         mock.patch.object(viz, "DPI", dpi) if dpi else programs.draw_no_figures(),
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(complained),
     ):
-        try:
-            code = main(line.split(), **options)
-        except SystemExit as ended:
-            code = int(ended.code or 0)
+        code = exit_code(program, line.split(), **options)
     return subprocess.CompletedProcess(line, code, said.getvalue(), complained.getvalue())
+
+
+def assert_refused(path: Path | str, problem: str, *ways: Callable[[], object]) -> None:
+    """Each way ends with one line, which begins with the path and has the problem, a pattern."""
+    for way in ways:
+        with pytest.raises(DataError) as error:
+            way()
+        message = str(error.value)
+        assert message.startswith(str(path)), message
+        assert re.search(problem, message), message
+        assert "\n" not in message
 
 
 def broken_pipe() -> io.TextIOWrapper:
@@ -316,6 +368,71 @@ def saved(running: Trainer) -> dict[str, Any]:
 
 def weights(done: Trainer) -> list[torch.Tensor]:
     return list(done.air.state_dict().values())
+
+
+def make_svi(
+    program: AIR | MarginalAIR,
+    rates: tuple[float, float] = (0.01, 0.01),
+    clip: float | None = None,
+    compiler: Compiler | None = None,
+    module: torch.nn.Module | None = None,
+) -> SVI:
+    """Our SVI, whose step is captured where there is a compiler."""
+    optimizer = make_optimizer(air_of(program), *rates, clip)
+    arguments = program.model, program.guide, optimizer, TraceGraph_ELBO()
+    return CompiledSVI(*arguments, compiler, module) if compiler else SVI(*arguments)
+
+
+def air_of(program: AIR | MarginalAIR) -> AIR:
+    return program if isinstance(program, AIR) else program.air
+
+
+def loss_and_gradients(
+    program: AIR | MarginalAIR,
+    images: Tensor,
+    **options: Any,  # noqa: ANN401
+) -> tuple[float, dict[str, Tensor]]:
+    """Of Pyro's ELBO; afterwards no parameter has a gradient."""
+    air = air_of(program)
+    air.zero_grad()
+    loss = TraceGraph_ELBO().loss_and_grads(program.model, program.guide, images, **options)
+    found = {name: p.grad for name, p in air.named_parameters() if p.grad is not None}
+    air.zero_grad()
+    return float(loss), found
+
+
+class GivenNoise(Messenger):
+    """Draws latents from given noise, by their names: z_pres from uniform numbers, or by a count.
+
+    Where the noise has no such name, or handlers inside have chosen a value, this one does nothing.
+    """
+
+    def __init__(self, noise: Mapping[str, Tensor], count: int | None = None) -> None:
+        super().__init__()
+        self.noise, self.count = noise, count
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if msg["value"] is not None:
+            return
+        if name.startswith("z_pres") and self.count is not None:
+            on = float(self.count > int(name.rpartition("_")[2]))
+            msg["value"], msg["done"] = torch.full_like(fn.mean, on), True
+        elif name.startswith("z_pres") and name in self.noise:
+            msg["value"], msg["done"] = (self.noise[name] < fn.mean).to(fn.mean.dtype), True
+        elif name in self.noise:
+            msg["value"], msg["done"] = fn.mean + fn.variance.sqrt() * self.noise[name], True
+
+
+def by_grid_sample(pictures: Tensor, scale: Tensor, shift: Tensor, size: int) -> Tensor:
+    """Squares of pictures, [B, (C,) H, H], by torch: place x is read at scale * x + shift."""
+    pixels = pictures.reshape(len(pictures), -1, *pictures.shape[-2:])
+    zero = torch.zeros_like(scale)
+    rows = [torch.cat((scale, zero, shift[:, :1]), 1), torch.cat((zero, scale, shift[:, 1:]), 1)]
+    shape = [*pixels.shape[:2], size, size]
+    grid = affine_grid(torch.stack(rows, 1), shape, align_corners=False)
+    sampled = grid_sample(pixels, grid, align_corners=False)
+    return sampled.reshape(*pictures.shape[:-2], size, size)
 
 
 def gradients(air: AIR) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Arguments from Python: bad values are named at the door; nothing in, nothing out."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from helpers import small_air
+from helpers import pixels_of, small_air
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from air.support.model_settings import ModelSettings
 from air.support.subsampling import draw_indices
 
 X = torch.rand(6, 12, 12)
+WHERE = torch.tensor([[3.0, 0.0, 0.0]])
 
 
 @pytest.mark.parametrize(
@@ -85,6 +87,7 @@ PROGRAMS: list[Callable[[AIR], Any]] = [
         (X, {"batch_size": 2.0}, "batch_size: expected a whole number .* got 2.0"),
         (X, {"num_images": 5}, "num_images: expected .* at least 6, the images in .*, got 5"),
         (X, {"num_images": 0}, "num_images: expected a whole number of at least 6"),
+        (X, {"batch_size": 4, "num_images": 100}, "batch_size: expected None with num_images"),
         (X[:0], {}, r"data: expected one image or more, got \[0, 12, 12\]"),
         (X.numpy(), {}, "data: expected images as a torch.Tensor, got ndarray"),
         (X, {"z_pres_prior_p": [0.5]}, r"z_pres_prior_p: .* got \[0.5\]; .* its __getitem__"),
@@ -137,7 +140,16 @@ def test_priors_are_checked(call: Callable[..., Any], prior: Any, message: str, 
         (lambda air: draw_indices(5, 6, torch.device("cpu")), "from 1 to 5, the size, got 6"),
         (lambda air: draw_indices(5, 0, torch.device("cpu")), "from 1 to 5, the size, got 0"),
         (lambda air: geometric_presence(0.5, 0), "num_steps must be at least 1"),
+        (lambda air: geometric_presence(0.0, 3), r"must be in \(0, 1\], got 0"),
+        (lambda air: geometric_presence(-1.0, 3), r"must be in \(0, 1\], got -1"),
+        (lambda air: geometric_presence(1.5, 3), r"must be in \(0, 1\], got 1.5"),
+        (lambda air: geometric_presence(math.nan, 3), r"must be in \(0, 1\], got nan"),
         (lambda air: make_likelihood("normal", 0.0), "likelihood_sd: expected .* got 0.0"),
+        (lambda air: make_likelihood("poisson", 1.0), "must be normal or bernoulli, got 'poisson'"),  # type: ignore[arg-type]
+        (
+            lambda air: AIR(likelihood="bernoulli", decoder_output_use_sigmoid=False),
+            "likelihood bernoulli needs decoder_output_use_sigmoid",
+        ),
         (lambda air: CountPrior([0.5], "linear"), "kind must be one of .*'linear'"),  # type: ignore[arg-type]
         (lambda air: CountPrior([0.5], duration=0), "duration of one step or more"),
         (lambda air: CountPrior([1.5]), r"probabilities in \[0, 1\]"),
@@ -145,6 +157,14 @@ def test_priors_are_checked(call: Callable[..., Any], prior: Any, message: str, 
         (lambda air: window_to_image(torch.rand(6, 3), 0, 9, X), "at least 1, got 0 and 9"),
         (lambda air: image_to_window(torch.rand(3), 5, 12, X), r"z_where must be \[B, 3\]"),
         (lambda air: window_boxes(torch.rand(2, 4), 9), r"z_where must be \[..., 3\]"),
+        (
+            lambda air: window_to_image(WHERE, 7, 20, torch.rand(1, 48)),
+            r"windows must be \[1, 7, 7\].*got \[1, 48\]",
+        ),
+        (
+            lambda air: image_to_window(WHERE, 7, 20, torch.rand(1, 20, 19)),
+            r"images must be \[1, 20, 20\] or.*got \[1, 20, 19\]",
+        ),
     ],
 )
 def test_other_arguments_are_checked(call: Callable[[AIR], Any], message: str, air: AIR) -> None:
@@ -158,8 +178,7 @@ def test_other_arguments_are_checked(call: Callable[[AIR], Any], message: str, a
 def test_nothing_in_nothing_out(options: dict[str, Any]) -> None:
     """Every result has the shape it has for some images, but for their number."""
     air = small_air(**options)
-    images = torch.rand(2, air.channels, 12, 12)
-    images = images if air.channels > 1 else images[:, 0]
+    images = torch.rand(2, *pixels_of(air))
     prior = torch.Generator()  # draws nothing
     state = prior.get_state()
     calls: list[Callable[[int], Any]] = [

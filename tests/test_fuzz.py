@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import capture_only, run, small_air
+from helpers import capture_only, exit_code, run, small_air
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -70,12 +70,8 @@ def program(
     def answer(arguments: list[str]) -> int:
         folder = tmp_path / f"out{next(number)}"
         monkeypatch.chdir(tmp_path)
-        code = 0
-        try:
-            place = [] if "--resume" in arguments else ["--output-dir", str(folder)]
-            code = main.main([*arguments, *place], compiler=capture_only)
-        except SystemExit as ended:
-            code = int(ended.code or 0)
+        place = [] if "--resume" in arguments else ["--output-dir", str(folder)]
+        code = exit_code(main.main, [*arguments, *place], compiler=capture_only)
         said = capsys.readouterr()
         assert code in (0, 2), (arguments, said)
         if code == 2:

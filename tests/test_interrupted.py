@@ -1,10 +1,8 @@
 """A run that is killed, or preempted on a cluster, at any moment, ends as one that never was."""
 
-import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +15,7 @@ import pytest
 import torch
 from helpers import ROOT, SMALL, panes, run, visdom_server
 
-from air.storage.checkpoint import read_state
+from air.storage.run_folder import RunFolder
 from main import main
 
 pytestmark = pytest.mark.slow
@@ -40,7 +38,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str])
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = RunFolder(folder).read_metrics()
     return [{key: v for key, v in record.items() if "second" not in key} for record in records]
 
 
@@ -183,48 +181,20 @@ def end_job(folder: Path, job: Any, code: int) -> int:  # noqa: ANN401
     return int(job.wait(timeout=100))
 
 
-def run_job(folder: Path, cluster: dict[str, str], flags: str, steps: int | None) -> int:
-    """Runs the script and its program; returns the exit code of the script.
-
-    USR1 is sent when so many steps were taken, with 0 when the program has just started, or never.
-    """
-    metrics = folder / "runs" / "slurm-7" / "metrics.jsonl"
-    job, said = start_job(folder, cluster, flags)
-    python, script, *words = said.split()
-    assert (python, script) == ("python", "main.py")
-    options = {"folder": folder, "environment": cluster, "output": folder / "log"}
-    program = programs.start(main, words, **options)
-    while steps is not None and program.is_alive():
-        taken = metrics.read_text().count('"elbo"') if steps and metrics.exists() else 0
-        if taken >= steps:
-            os.kill(int(program.pid or 0), signal.SIGUSR1)
-            break
-        time.sleep(0.003)
-    program.join(100)
-    code = int(program.exitcode or 0)
-    return end_job(folder, job, code if code >= 0 else 128 - code)
-
-
 @linux
-def test_a_preempted_run_ends_as_one_that_never_was(
-    tmp_path: Path, cluster: dict[str, str], whole: Path
-) -> None:
-    folder, requeued = tmp_path / "runs" / "slurm-7", tmp_path / "requeued"
-    (folder / "figures").mkdir(parents=True)  # of a job that ended before its first checkpoint
-    random.seed(0)
-    moments = [0, *sorted(random.sample(range(1, STEPS - 20, 3), 2))]
-    saved_at = []
-    for steps in moments:
-        code = run_job(tmp_path, cluster, FLAGS, steps)
-        assert code == 0, (tmp_path / "log").read_text()
-        if steps:
-            saved_at.append(read_state(folder / "checkpoint.pt")["step"])
-    assert requeued.read_text() == "requeue 7\n" * len(moments)
-    assert saved_at == sorted(set(saved_at))  # progress between any two
-    assert 0 < saved_at[0] < saved_at[-1] < STEPS
-    assert run_job(tmp_path, cluster, FLAGS, steps=None) == 0
-    assert requeued.read_text().count("requeue") == len(moments)
-    assert_same_run(whole, folder)
+@pytest.mark.parametrize("left", ["nothing", "figures", "checkpoint.pt"])
+def test_a_job_begins_or_resumes_a_run(left: str, tmp_path: Path, cluster: dict[str, str]) -> None:
+    folder = tmp_path / "runs" / "slurm-7"
+    if left != "nothing":
+        (folder / "figures").mkdir(parents=True)
+    if left == "checkpoint.pt":
+        (folder / left).touch()
+    job, words = start_job(tmp_path, cluster, "--seed 3")
+    assert end_job(tmp_path, job, 0) == 0
+    begins = left != "checkpoint.pt"
+    flags = "--seed 3 --output-dir" if begins else "--resume"
+    assert words == f"python main.py {flags} runs/slurm-7\n"
+    assert folder.exists() != begins  # main.py refuses a folder that is not empty
 
 
 @linux
@@ -232,7 +202,6 @@ def test_a_preempted_run_ends_as_one_that_never_was(
 def test_a_job_is_requeued_after_usr1_alone(
     tmp_path: Path, cluster: dict[str, str], code: int, requeues: int
 ) -> None:
-    job, words = start_job(tmp_path, cluster, "--seed 3")
-    assert words == "python main.py --seed 3 --output-dir runs/slurm-7\n"
+    job, _ = start_job(tmp_path, cluster, "--seed 3")
     assert end_job(tmp_path, job, code) == (0 if requeues else code)
     assert (tmp_path / "requeued").exists() == bool(requeues)

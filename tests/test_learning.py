@@ -1,12 +1,12 @@
 """Real training counts right: recipes of seconds, and on request those of the results page."""
 
-import json
 from pathlib import Path
 
 import pytest
-from helpers import capture_only, run
+from helpers import Run, capture_only
 
 from air import multi_mnist
+from air.storage.run_folder import RunFolder
 
 MANY_AT_FIRST = (
     "--z-pres-prior 0.99 --z-pres-prior-raw --anneal-prior exp --anneal-prior-to 1e-4 "
@@ -79,13 +79,12 @@ DAILY = [
     [*RECIPES, *(pytest.param(*recipe, marks=pytest.mark.benchmark) for recipe in DAILY)],
 )
 def test_a_recipe_learns_to_count(
-    flags: str, accuracy: float, elbo: float | None, tmp_path: Path, environment: dict[str, str]
+    flags: str, accuracy: float, elbo: float | None, tmp_path: Path, succeeds: Run
 ) -> None:
     if "dark.npz" in flags:
         multi_mnist.main(f"{DARK} --cache-dir {tmp_path} --out {tmp_path}/dark.npz".split())
     line = f"{flags} --eval-every 0 --save-every 0 --output-dir run"
-    done = run(line, tmp_path, environment, compiler=capture_only)
-    assert done.returncode == 0, done.stderr
-    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    succeeds(line, compiler=capture_only)
+    last = RunFolder(tmp_path / "run").read_metrics()[-1]
     assert last["accuracy_mode"] >= accuracy
     assert elbo is None or last["eval_elbo"] >= elbo

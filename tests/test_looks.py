@@ -10,9 +10,9 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch.utils.flop_counter import FlopCounterMode
 
-from air.looks import COVERED, Glimpse, Place
+from air.looks import Glimpse, Place
 from air.marginal import MarginalAIR
-from air.spatial_transformer import centre_of, where_at
+from air.spatial_transformer import centre_of
 from air.support.model_settings import ModelSettings
 
 SIDE = 40
@@ -51,18 +51,6 @@ def test_a_glimpse_is_the_same_wherever_the_object_is(channels: tuple[int, ...],
     assert (sd > 0).all()
 
 
-def test_a_glimpse_shows_the_pixels_around_its_centre() -> None:
-    images, look = torch.rand(6, SIDE, SIDE), glimpse()
-    seen, _ = see(look, images)
-    centres = ((look.centres(images) + 1) * SIDE / 2 - 0.5).round().long().tolist()
-    margin = look.side // 2
-    padded = torch.nn.functional.pad(images, [margin] * 4)
-    for image, (part, cover), (x, y) in zip(padded, seen, centres, strict=True):
-        expected = image[y : y + look.side, x : x + look.side]
-        torch.testing.assert_close(part, expected, atol=1e-4, rtol=0)
-        assert not cover.any()
-
-
 def test_it_looks_at_the_largest_of_several_objects_and_not_between_two() -> None:
     strong, weak = torch.ones(8, 8), torch.ones(8, 8) / 2
     images = torch.stack([
@@ -73,27 +61,6 @@ def test_it_looks_at_the_largest_of_several_objects_and_not_between_two() -> Non
     pixels = (glimpse().centres(images) + 1) * SIDE / 2
     expected = torch.tensor([[7.0, 8.0], [28.0, 32.0], [14.0, 14.0]])
     assert ((pixels - expected).abs() <= 1).all()
-
-
-def test_it_looks_where_no_window_is_yet_and_sees_the_windows() -> None:
-    """The first object is brighter, and is not looked at again, however it would be painted."""
-    bright, dim = torch.ones(8, 8), torch.ones(8, 8) / 2
-    images = (image_of(bright, 3, 4) + image_of(dim, 24, 28))[None]
-    middle = torch.tensor([[7.0, 8.0]]) / SIDE * 2 - 1
-    window = where_at(middle, torch.tensor([[4.0]]))
-    look = glimpse()
-    seen, (where, _) = see(look, images, [window])
-    pixels = (centre_of(where) + 1) * SIDE / 2
-    assert ((pixels - torch.tensor([[28.0, 32.0]])).abs() <= 1).all()
-    assert seen[0, 1].max() < 1e-3  # the first window is far away
-
-    cover = look.cover(images, [window])[0]
-    rows = (torch.arange(SIDE) + 0.5 - 8) / (SIDE / 4 / 2)  # in half sides of the window
-    columns = (torch.arange(SIDE) + 0.5 - 7) / (SIDE / 4 / 2)
-    fourth = (rows / COVERED)[:, None] ** 4 + (columns / COVERED) ** 4
-    torch.testing.assert_close(cover, torch.exp(-fourth))
-    twice = 1 - (1 - cover) ** 2
-    torch.testing.assert_close(look.cover(images, [window, window])[0], twice)
 
 
 def test_an_image_without_differences_gives_a_finite_glimpse() -> None:

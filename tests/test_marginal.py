@@ -7,37 +7,20 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from helpers import small_air
+from helpers import GivenNoise, loss_and_gradients, pixels_of, small_air
 from pyro import poutine
 from pyro.infer import TraceGraph_ELBO
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from air import AIR
-from air.marginal import MarginalAIR
+from air.marginal import MarginalAIR, sample_paths
 from air.priors import count_log_probs, geometric_presence
 
 
-class Fixed(Messenger):
-    """Computes z_where and z_what from given noise, and fixes z_pres to a given count."""
-
-    def __init__(self, noise: dict[str, Tensor], count: int | None = None) -> None:
-        super().__init__()
-        self.noise, self.count = noise, count
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        name, fn = msg["name"], msg["fn"]
-        if name in self.noise:
-            msg["value"], msg["done"] = fn.mean + fn.variance.sqrt() * self.noise[name], True
-        elif name.startswith("z_pres") and self.count is not None:
-            on = float(self.count > int(name.rpartition("_")[2]))
-            msg["value"], msg["done"] = torch.full_like(fn.mean, on), True
-
-
-def log_joint_terms(air: AIR, images: Tensor, prior: list[float], fixed: Fixed) -> Any:  # noqa: ANN401
-    """log p(x, z) - log q(z) and log q(n) for each image and one count, by Pyro's traces."""
+def log_joint_terms(air: AIR, images: Tensor, prior: list[float]) -> Any:  # noqa: ANN401
+    """log p(x, z) - log q(z) and log q(n) of what the guide draws, by Pyro's traces, [B] each."""
     arguments: Any = {"data": images, "z_pres_prior_p": prior.__getitem__}
-    guide: Any = poutine.trace(fixed(air.guide)).get_trace(**arguments)
+    guide: Any = poutine.trace(air.guide).get_trace(**arguments)
     model: Any = poutine.trace(poutine.replay(air.model, guide)).get_trace(**arguments)
     guide.compute_log_prob()
     model.compute_log_prob()
@@ -49,11 +32,11 @@ def log_joint_terms(air: AIR, images: Tensor, prior: list[float], fixed: Fixed) 
 
 
 @contextmanager
-def fixed_guide(air: AIR, noise: dict[str, Tensor]) -> Iterator[MarginalAIR]:
-    """The program whose paths have this noise."""
+def noise_of(air: AIR, noise: dict[str, Tensor], count: int | None = None) -> Iterator[None]:
+    """Within, the guide draws z_where and z_what from this noise, and this count."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(air, "guide", Fixed(noise)(air.guide))
-        yield MarginalAIR(air)
+        patch.setattr(air, "guide", GivenNoise(noise, count)(air.guide))
+        yield
 
 
 def draw_noise(num_steps: int, n: int) -> dict[str, Tensor]:
@@ -79,26 +62,23 @@ def test_value_and_gradients_equal_the_sum_over_all_counts(
     num_steps: int, options: dict[str, Any]
 ) -> None:
     air = small_air(num_steps=num_steps, z_background_size=3, **options).double()
-    images = torch.rand(6, air.channels, 12, 12, dtype=torch.float64)
-    images = images[:, 0] if air.channels == 1 else images
+    images = torch.rand(6, *pixels_of(air), dtype=torch.float64)
     prior, noise = geometric_presence(0.2, num_steps), draw_noise(num_steps, 6)
-    with fixed_guide(air, noise) as program:
-        loss = TraceGraph_ELBO().loss_and_grads(
-            program.model, program.guide, images, z_pres_prior_p=prior.__getitem__
-        )
-    ours = {name: p.grad for name, p in air.named_parameters()}
-    air.zero_grad()
+    with noise_of(air, noise):
+        arguments: Any = {"z_pres_prior_p": prior.__getitem__}
+        loss, ours = loss_and_gradients(MarginalAIR(air), images, **arguments)
 
     total = torch.zeros((), dtype=torch.float64)
     for count in range(num_steps + 1):
-        elbo, log_q_n = log_joint_terms(air, images, prior, Fixed(noise, count))
+        with noise_of(air, noise, count):
+            elbo, log_q_n = log_joint_terms(air, images, prior)
         total = total + (log_q_n.exp() * elbo).sum()
     (-total).backward()
 
     assert -loss == pytest.approx(total.item(), rel=1e-10)
     for name, p in air.named_parameters():
         if name.startswith("bl_"):
-            assert ours[name] is None, name
+            assert name not in ours
         else:
             torch.testing.assert_close(ours[name], p.grad, msg=name, rtol=1e-7, atol=1e-8)
 
@@ -107,7 +87,8 @@ def test_the_loss_is_scaled_to_the_size_of_the_data_set() -> None:
     air = small_air().double()
     one = torch.rand(1, 12, 12, dtype=torch.float64)
     noise = {name: z[:1].expand_as(z) for name, z in draw_noise(3, 4).items()}
-    with fixed_guide(air, noise) as program:
+    program = MarginalAIR(air)
+    with noise_of(air, noise):
         losses = [
             TraceGraph_ELBO().loss(program.model, program.guide, data, batch_size=4)
             for data in (one.repeat(4, 1, 1), one.repeat(40, 1, 1))
@@ -125,22 +106,18 @@ def test_the_score_function_has_the_same_expected_gradient(
     """Over all counts of one image, with the same noise in z_where and z_what."""
     air = small_air(guide_input=guide_input, use_baselines=use_baselines).double()
     image, noise = torch.rand(1, 12, 12, dtype=torch.float64), draw_noise(3, 1)
-    prior, elbo = geometric_presence(0.2, 3), TraceGraph_ELBO()
+    prior = geometric_presence(0.2, 3)
     arguments: Any = {"z_pres_prior_p": prior.__getitem__}
-
-    def gradients() -> dict[str, Tensor]:
-        found = {n: p.grad for n, p in air.named_parameters() if p.grad is not None}
-        air.zero_grad()
-        return {name: g for name, g in found.items() if not name.startswith("bl_")}
-
-    with fixed_guide(air, noise) as program:
-        elbo.loss_and_grads(program.model, program.guide, image, **arguments)
-    exact, expected = gradients(), dict.fromkeys(gradients(), torch.zeros(()))
+    with noise_of(air, noise):
+        _, exact = loss_and_gradients(MarginalAIR(air), image, **arguments)
+    expected = {name: torch.zeros_like(gradient) for name, gradient in exact.items()}
     for count in range(4):
-        _, log_q = log_joint_terms(air, image, prior, Fixed(noise, count))
-        elbo.loss_and_grads(air.model, Fixed(noise, count)(air.guide), image, **arguments)
-        for name, gradient in gradients().items():
-            expected[name] = expected.get(name, 0) + log_q.exp().item() * gradient
+        with noise_of(air, noise, count):
+            _, log_q = log_joint_terms(air, image, prior)
+            _, found = loss_and_gradients(air, image, **arguments)
+        for name, gradient in found.items():
+            if not name.startswith("bl_"):
+                expected[name] += log_q.exp().item() * gradient
     for name, gradient in exact.items():
         torch.testing.assert_close(expected[name], gradient, msg=name, rtol=1e-7, atol=1e-8)
 
@@ -158,8 +135,11 @@ def test_a_guide_that_is_certain_has_finite_gradients(logit: float) -> None:
 
 
 def test_an_air_without_masking_is_refused() -> None:
+    air = small_air(use_masking=False)
     with pytest.raises(ValueError, match="needs masking"):
-        MarginalAIR(small_air(use_masking=False))
+        MarginalAIR(air)
+    with pytest.raises(ValueError, match="needs masking"):
+        sample_paths(air, torch.rand(2, 12, 12))
 
 
 def test_count_log_probs_are_finite_at_zero_and_one() -> None:

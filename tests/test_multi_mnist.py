@@ -1,7 +1,5 @@
 """Scenes hold what the settings ask for, stay the same, and are never left half written."""
 
-import contextlib
-import io
 import random
 import re
 import signal
@@ -12,16 +10,15 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import ROOT, write_idx
+from helpers import ROOT, files, run, write_idx
 from PIL import Image
 
 from air import multi_mnist
 from air.data.scenes import Array
-from air.data.synthetic.digits import load_embedded, resize_digit
+from air.data.synthetic.digits import resize_digit
 from air.data.synthetic.sprites import SHAPES
 from air.data.user_images.sources import load_data
 from air.multi_mnist import DataError, Scenes, SceneSettings, load_scenes
@@ -31,42 +28,16 @@ SMALL = partial(SceneSettings, num_scenes=300, num_test_scenes=40)
 FEW = partial(SceneSettings, num_scenes=20, num_test_scenes=5)
 
 
-@pytest.fixture(scope="module")
-def digits() -> list[Array]:
-    """Train images and labels, test images and labels."""
-    return load_embedded()
-
-
 def train(folder: Path, **settings: object) -> list[Array]:
     """The arrays x, counts, overlaps, labels and boxes of a few scenes."""
     scenes = load_scenes(SMALL(**settings), cache_dir=folder).train  # type: ignore[arg-type]
     return [array for array in scenes if array is not None]
 
 
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def cut(image: Array) -> Array:
     """The part of an image [H, H] within the tight box of its light pixels."""
     ys, xs = (np.flatnonzero(image.any(axis)) for axis in (1, 0))
     return image[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
-
-
-def script(cwd: Path, line: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of the program, run in this process."""
-    said, complained, code = io.StringIO(), io.StringIO(), 0
-    with (
-        contextlib.chdir(cwd),
-        mock.patch("sys.argv", ["multi_mnist.py"]),
-        contextlib.redirect_stdout(said),
-        contextlib.redirect_stderr(complained),
-    ):
-        try:
-            multi_mnist.main(line.split())
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-    return code, said.getvalue(), complained.getvalue()
 
 
 def test_arrays_have_their_types_and_shapes_and_uniform_counts(tmp_path: Path) -> None:
@@ -440,7 +411,6 @@ numpy.save = lambda file, array, allow_pickle: print(file.write(b"x"), flush=Tru
 multi_mnist.main("--out out.npz --cache-dir . --num-scenes 300 --num-test-scenes 40".split())"""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, **pipes) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "1\n"  # one byte of the file is written
         process.send_signal(end)
         process.communicate(timeout=60)
@@ -453,20 +423,21 @@ multi_mnist.main("--out out.npz --cache-dir . --num-scenes 300 --num-test-scenes
 def test_command_line_writes_a_file_once_and_has_a_flag_for_every_setting(tmp_path: Path) -> None:
     line = "--out s.npz --data-seed 1e1 --counts 0 2 --scale-sd 0.2 --num-scenes 9 --sides 9 12"
     line += " --num-test-scenes 2 --binary --recipe dsprites --min-gap 1 --x-size 40 --cache-dir c"
-    code, out, err = script(tmp_path, f"{line} --rotation 9")
+    made = run(f"{line} --rotation 9", tmp_path, program=multi_mnist.main)
     settings = SceneSettings(
         seed=10, counts=(0, 2), scale_sd=0.2, num_scenes=9, sides=(9, 12), num_test_scenes=2,
         binary=True, recipe="dsprites", min_gap=1.0, x_size=40, rotation=9.0,
     )  # fmt: skip
     before = (tmp_path / "s.npz").read_bytes()
-    assert (code, out.count("\n"), err) == (0, 1, "")
+    assert (made.returncode, made.stdout.count("\n"), made.stderr) == (0, 1, "")
     for part in ("s.npz", str(settings), load_data(tmp_path / "s.npz").sha256):
-        assert part in out
-    code, out, err = script(tmp_path, "--out s.npz --seed 4")
-    assert (code, out) == (2, "")
-    assert err.startswith("multi_mnist.py: error: --out: expected a new file or folder, got s.npz")
+        assert part in made.stdout
+    again = run("--out s.npz --seed 4", tmp_path, program=multi_mnist.main)
+    assert (again.returncode, again.stdout) == (2, "")
+    problem = "multi_mnist.py: error: --out: expected a new file or folder, got s.npz"
+    assert again.stderr.startswith(problem)
     assert (tmp_path / "s.npz").read_bytes() == before
-    shown = script(tmp_path, "--help")[1]
+    shown = run("--help", tmp_path, program=multi_mnist.main).stdout
     assert "(default: 60000)" in shown
     for field in fields(SceneSettings):
         assert f"--{field.name.replace('_', '-')}" in shown
@@ -502,6 +473,6 @@ def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
         ("--out s.npz --recipe pyro", "argument --recipe: invalid choice: 'pyro'"),
         ("--out s.npz --digits mnist --mnist-dir none", "No such file"),
     ):
-        code, out, err = script(tmp_path, line)
-        assert (code, out, err.count("\n")) == (2, "", 1)
-        assert re.match(f"multi_mnist.py: error: .*{problem}", err)
+        done = run(line, tmp_path, program=multi_mnist.main)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert re.match(f"multi_mnist.py: error: .*{problem}", done.stderr)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run, small_air
+from helpers import Run, small_air
 from PIL import Image
 
 from air.cli.recipe import unlike_training
@@ -33,7 +33,9 @@ def fresh_scenes(name: str, number: int) -> SceneSettings:
 def test_a_model_counts_fresh_scenes_as_its_card_says(name: str) -> None:
     """Whatever changes between pixels and counts shows here, in the loader or in the nets."""
     scenes = load_scenes(fresh_scenes(name, FRESH)).test
-    counts = np.array([found.count for found in detect(load_air(name), scenes.x)])
+    air = load_air(name)
+    assert {p.dtype for p in air.parameters()} == {torch.float32}  # halves only in the file
+    counts = np.array([found.count for found in detect(air, scenes.x)])
     p = card(name)["held_out"]["accuracy_mode"] / 100
     assert p > 0.9
     right = float((counts == scenes.counts).mean())
@@ -56,34 +58,30 @@ def test_the_models_are_few_small_and_have_cards() -> None:
 
 @pytest.mark.slow
 def test_main_evaluates_a_model_on_the_scenes_of_its_training(
-    tmp_path: Path, environment: dict[str, str]
+    tmp_path: Path, succeeds: Run
 ) -> None:
     few = "--num-scenes 100 --num-test-scenes 60 --iwae-samples 2"
-    done = run(f"--load many-digits -n 0 --evaluate {few} --output-dir a", tmp_path, environment)
-    assert done.returncode == 0, done.stderr
+    done = succeeds(f"--load many-digits -n 0 --evaluate {few} --output-dir a")
     assert "--load many-digits is a pretrained model; its card is" in done.stdout
     config = json.loads((tmp_path / "a/config.json").read_text())
     assert (config["x_size"], config["counts"]) == (84, [*range(10)])
     evaluation = json.loads((tmp_path / "a/evaluation.json").read_text())
     assert evaluation["accuracy_mode"] >= 0.85
 
-    done = run(
-        f"--load digits -n 0 --evaluate {few} --counts 1 --output-dir b", tmp_path, environment
-    )
-    assert json.loads((tmp_path / "b/config.json").read_text())["counts"] == [1], done.stderr
+    succeeds(f"--load digits -n 0 --evaluate {few} --counts 1 --output-dir b")
+    assert json.loads((tmp_path / "b/config.json").read_text())["counts"] == [1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["", "--estimator score"])
 def test_a_model_is_tuned_to_a_folder_of_larger_pictures(
-    flags: str, tmp_path: Path, environment: dict[str, str]
+    flags: str, tmp_path: Path, succeeds: Run
 ) -> None:
     (tmp_path / "mine").mkdir()
     for k, pixels in enumerate(load_scenes(fresh_scenes("digits", 30)).test.x):
         Image.fromarray(pixels).convert("RGB").resize((75, 75)).save(tmp_path / f"mine/{k}.png")
     line = f"--load digits --data mine -n 2 -b 8 --eval-every 1 --output-dir tuned {flags}"
-    done = run(line, tmp_path, environment)
-    assert done.returncode == 0, done.stderr
+    succeeds(line)
     before, after = read_weights("digits")[0], read_weights(tmp_path / "tuned/checkpoint.pt")[0]
     drift = max(
         (after[name] - w.float()).abs().max().item()
@@ -131,9 +129,3 @@ def test_images_unlike_those_of_training_are_told() -> None:
     assert "pad the images" in told(sides=(28, 30))
     assert told(config | {"found": []}, sides=(10, 12)) == ""
     assert unlike_training(np.zeros((0, 50, 50), np.uint8), config) == []
-
-
-def test_half_precision_is_only_that_of_the_file() -> None:
-    air = load_air("digits")
-    assert {p.dtype for p in air.parameters()} == {torch.float32}
-    assert (ROOT / "air/pretrained") == FOLDER

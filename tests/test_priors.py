@@ -33,12 +33,6 @@ def test_the_counts_are_geometric(num_steps: int, ratio: float) -> None:
         assert math.log(p[n]) == pytest.approx(n * math.log(ratio) - math.log(total), abs=1e-6)
 
 
-@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5, math.nan])
-def test_a_ratio_out_of_range_is_refused(ratio: float) -> None:
-    with pytest.raises(ValueError, match=r"must be in \(0, 1\], got"):
-        geometric_presence(ratio, 3)
-
-
 def at(step: int, kind: Annealing, start: float, end: float, begin: int, duration: int) -> float:
     prior = CountPrior([start], kind, end, begin, duration)
     prior.set_step(step)

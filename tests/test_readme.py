@@ -1,6 +1,7 @@
 """The README keeps its promises: its commands, flags, links and programs work as written."""
 
 import contextlib
+import csv
 import json
 import re
 import runpy
@@ -15,11 +16,14 @@ import numpy as np
 import programs
 import pytest
 import torch
-from helpers import ROOT, SMALL, run
+from helpers import ROOT, SMALL, Run, run
+from PIL import Image
 
 import air.detect
+from air import multi_mnist
 from air.cli.flags import build_parser
 from air.storage.checkpoint import load_air
+from air.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -56,10 +60,11 @@ def test_the_readme_is_short() -> None:
     assert len(README.encode()) <= 10_000
 
 
-@pytest.mark.parametrize("marker", ["<!-- look -->", "<!-- train -->", "<!-- test -->"])
-def test_the_first_commands_are_valid_shell(marker: str) -> None:
-    assert re.search(rf"^{marker}\n```sh$", README, re.M)
-    subprocess.run(["bash", "-n"], input=block(marker, "sh").encode(), check=True)
+@pytest.mark.parametrize("marker", ["look", "train", "test", "pictures"])
+def test_the_commands_are_valid_shell(marker: str) -> None:
+    assert re.search(rf"^<!-- {marker} -->\n```sh$", README, re.M)
+    commands = block(f"<!-- {marker} -->", "sh")
+    subprocess.run(["bash", "-n"], input=commands.encode(), check=True)
 
 
 def test_the_first_command_finds_objects(
@@ -75,6 +80,42 @@ def test_the_first_command_finds_objects(
     assert max(found) > 5
     assert "WARNING" not in printed.err
     assert (tmp_path / "found.png").exists()
+
+
+def test_three_commands_find_objects_in_pictures(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    script = block("<!-- pictures -->", "sh").replace("\\\n", " ")
+    for of_readme, smaller in (  # counts right from some 40 steps on
+        ("--num-scenes 3000", "--num-scenes 1000"),
+        ("--num-test-scenes 500", "--num-test-scenes 200"),
+        ("-n 1000", "-n 80 -b 32"),
+    ):
+        assert of_readme in script
+        script = script.replace(of_readme, smaller)
+    mains = {
+        "multi_mnist.py": multi_mnist.main,
+        "main.py": None,
+        "-m air.detect": air.detect.main,
+    }
+    commands = [each for each in script.splitlines() if shlex.split(each, comments=True)]
+    for command, (program, main) in zip(commands, mains.items(), strict=True):
+        line, _, target = command.partition(" > ")
+        flags = " ".join(shlex.split(line, comments=True)).removeprefix(f"python {program} ")
+        done = run(flags, tmp_path, environment, main)
+        assert done.returncode == 0, done.stderr
+        if target:
+            (tmp_path / target).write_text(done.stdout)
+    records = RunFolder(tmp_path / "runs/first").read_metrics()
+    assert [r["accuracy_mode"] for r in records if "accuracy_mode" in r][-1] >= 0.9
+    with (tmp_path / "pictures/counts.csv").open() as file:
+        true = {row["name"]: int(row["count"]) for row in csv.DictReader(file)}
+    found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    right = [true[each["image"].removeprefix("pictures/")] == each["count"] for each in found]
+    assert len(right) == sum(name.startswith("test/") for name in true)
+    assert np.mean(right) >= 0.9
+    with Image.open(tmp_path / "found.png") as figure:
+        assert figure.width > 500
 
 
 def test_every_command_of_main_parses() -> None:
@@ -120,14 +161,13 @@ def test_the_python_example_runs(tmp_path: Path, environment: dict[str, str]) ->
 
 
 def test_the_example_of_a_user_defined_net_trains_resumes_and_detects(
-    tmp_path: Path, environment: dict[str, str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, environment: dict[str, str], succeeds: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = tmp_path / "my_air.py"
     program.write_text(block("## Your own net", "python"))
     flags = f"{SMALL} --estimator score --output-dir run"
     my_air = SimpleNamespace(**start(program, flags, environment))
-    resumed = run("--resume run -n 6", tmp_path, environment, nets=my_air.nets)
-    assert resumed.returncode == 0, resumed.stderr
+    succeeds("--resume run -n 6", nets=my_air.nets)
 
     checkpoint = tmp_path / "run/checkpoint.pt"
     model = load_air(checkpoint, nets=my_air.nets)

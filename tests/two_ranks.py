@@ -1,16 +1,13 @@
 """What each of two ranks computes in tests of training by several ranks."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
-from pyro.infer import TraceGraph_ELBO
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for scripts of tests/benchmarks
@@ -18,40 +15,19 @@ from air import AIR
 from air.evaluation.metrics import HeldOut
 from air.marginal import MarginalAIR
 from air.training import trainer as trainer_module
-from air.training.compiled_svi import CompiledSVI, Compiler
+from air.training.compiled_svi import Compiler
 from air.training.ranks import any_rank, is_main, joined_ranks, rank, shard
-from air.training.svi import SVI, make_optimizer
 from air.training.trainer import Trainer
 from air.training.training_settings import TrainingSettings
-from tests.helpers import capture_only
+from tests.helpers import GivenNoise, capture_only, make_svi, small_air
 
 CASES = [("marginal", False), ("marginal", True), ("score", False)]  # estimator, captured
 STEPS = {"marginal": 50, "score": 20}  # enough to learn; enough to learn a prior
 
 
-class GivenNoise(Messenger):
-    """Draws each image's samples by noise that goes with the image, [B, size] for each site."""
-
-    def __init__(self, noise: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.noise = noise
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self.noise and not msg["done"]:
-            fn, noise = msg["fn"], self.noise[msg["name"]]
-            while hasattr(fn, "base_dist"):
-                fn = fn.base_dist
-            if isinstance(fn, dist.Normal):
-                msg["value"] = fn.loc + fn.scale * torch.special.ndtri(noise)
-            else:
-                msg["value"] = (noise < fn.probs).float()
-            msg["done"] = True
-
-
-def small_air() -> AIR:
+def make_air() -> AIR:
     torch.manual_seed(3)
-    return AIR(num_steps=2, x_size=12, window_size=7, z_what_size=5, rnn_hidden_size=11,
-               encoder_net=[9], decoder_net=[8], predict_net=[6], bl_predict_net=[4])  # fmt: skip
+    return small_air(num_steps=2)
 
 
 def data(size: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -60,6 +36,7 @@ def data(size: int) -> tuple[Tensor, dict[str, Tensor]]:
     sizes = {"z_pres": 1, "z_where": 3, "z_what": 5}
     names = {f"{name}_{t}": k for (name, k), t in product(sizes.items(), range(2))}
     noise = {name: torch.rand(size, k, generator=drawn) for name, k in names.items()}
+    noise |= {k: torch.special.ndtri(v) for k, v in noise.items() if not k.startswith("z_pres")}
     return torch.rand(size, 12, 12, generator=drawn), noise
 
 
@@ -68,13 +45,11 @@ def one_step(
 ) -> dict[str, Tensor]:
     """The gradients and the rest of a step on the part of 8 images that is this rank's."""
     images, noise = data(8)
-    air = small_air().to(device)
+    air = make_air().to(device)
     own_noise = {name: shard(values).to(device) for name, values in noise.items()}
     vars(air)["guide"] = GivenNoise(own_noise)(air.guide)
     program: Any = MarginalAIR(air) if estimator == "marginal" else air
-    optimizer = make_optimizer(air, 1e-3, 1e-2, clip_grad_norm=50.0)
-    arguments = program.model, program.guide, optimizer, TraceGraph_ELBO()
-    svi = CompiledSVI(*arguments, compiler) if captured else SVI(*arguments)
+    svi = make_svi(program, (1e-3, 1e-2), 50.0, compiler if captured else None)
     part = shard(images).to(device)
     loss = svi.step_async(part, num_images=3 * len(part))  # as if drawn from three times as many
     gradients = {name: p.grad for name, p in air.named_parameters() if p.grad is not None}
@@ -85,7 +60,7 @@ def one_step(
 def make_trainer(num_steps: int, **settings: Any) -> Trainer:  # noqa: ANN401
     given = TrainingSettings(num_steps=num_steps, batch_size=4, eval_every=0, **settings)
     images = data(25)[0]
-    return Trainer(small_air(), images, HeldOut(images[:3]), given)
+    return Trainer(make_air(), images, HeldOut(images[:3]), given)
 
 
 def train(trainer: Trainer) -> Iterator[float]:

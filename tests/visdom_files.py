@@ -39,7 +39,6 @@ def from_npm(url: str) -> bytes:
         return b""
     with tarfile.open(fileobj=io.BytesIO(package(name))) as archive:
         file = archive.extractfile(f"package/{path}")
-        assert file is not None
         return file.read()
 
 

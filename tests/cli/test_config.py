@@ -41,7 +41,6 @@ def test_every_default_is_stated_once() -> None:
 def test_each_part_has_its_settings_and_a_file_has_all() -> None:
     config = resolve_config({"seed": 3, "data_seed": 4, "num_steps": 7, "model_steps": 2})
     assert (config.training.seed, config.training.num_steps) == (3, 7)
-    assert config.scenes is not None
     assert (config.scenes.seed, config.model.num_steps) == (4, 2)
     written = json.loads(json.dumps(config.with_image_size(20, 3).flat()))
     assert (written["x_size"], written["channels"]) == (20, 3)
@@ -108,6 +107,8 @@ def test_images_of_your_own_are_as_they_are_unless_flags_run_or_model_say_more(
     saved |= {"data": "pictures", "x_size": 30, "channels": 3, "crop": True, "invert": True}
     assert images(RESUME, saved) == images({}, saved) == [30, 3, True, True]
     assert images({"x_size": 40}, saved) == [40, 3, True, True]
+    with pytest.raises(ValueError, match=r"--x-size: --resume keeps .* has 30, got 40"):
+        images({**RESUME, "x_size": 40}, saved)
     saved["crop"] = None  # it was trained on images of its size
     assert images({}, saved) == [None, 3, None, True]
     assert images({"crop": False}, saved) == [30, 3, False, True]

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ import programs
 import pyro
 import pytest
 import torch
-from helpers import SMALL
+from helpers import SMALL, Run
 from helpers import run as run_main
 from torch import fx
 
@@ -85,7 +84,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_ends_training_and_leaves_the_last_checkpoint(
-    disk: Path, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    disk: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
+    succeeds: Run,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mounted(disk, "size=16m")
     save = RunFolder.save
@@ -107,10 +110,9 @@ def test_a_full_disk_ends_training_and_leaves_the_last_checkpoint(
     (disk / "ballast").unlink()
     assert torch.load(disk / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
     shutil.copytree(disk / "run", tmp_path / "run")
-    done = run_main("--resume run -n 7 --save-every 0", tmp_path, environment)
-    assert done.returncode == 0, done.stderr
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines if '"elbo"' in line] == [*range(1, 8)]
+    succeeds("--resume run -n 7 --save-every 0")
+    records = RunFolder(tmp_path / "run").read_metrics()
+    assert [each["step"] for each in records if "elbo" in each] == [*range(1, 8)]
 
 
 def test_a_read_only_folder_is_found_before_training(
@@ -149,6 +151,7 @@ def test_a_signal_at_any_moment_ends_in_one_line(
     done = run_main(line, tmp_path, own)
     assert done.returncode == 143
     assert done.stderr.count("\n") == done.stderr.count("interrupted. ") == 1, done.stderr
+    assert done.stderr.endswith("interrupted. Training had not begun\n") != is_bound
     assert ("--resume run" in done.stderr) == (tmp_path / "run").exists() == is_bound
     assert not [path for path in cache.rglob("*") if path.is_file()]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import run, squares
+from helpers import Run, run, squares
 from PIL import Image
 
 from air.cli import recipe
@@ -94,7 +94,7 @@ def test_crowds_have_as_many_steps_as_are_bearable() -> None:
 
 
 def test_light_large_and_odd_images_are_brought_into_shape(tmp_path: Path) -> None:
-    images = 255 - squares(60, (150, 200), 24, 2, channels=3)[:, :1].repeat(3, 1)
+    images = 255 - squares(30, (150, 200), 24, 2, channels=3)[:, :1].repeat(3, 1)
     for k, image in enumerate(images):
         Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / f"{k}.png")
     found = image_settings(tmp_path)
@@ -112,9 +112,9 @@ def test_light_large_and_odd_images_are_brought_into_shape(tmp_path: Path) -> No
 def test_images_are_as_small_as_a_threshold_sees_the_same_in_them(
     gap: int, side: int, tmp_path: Path
 ) -> None:
-    x = np.zeros((60, 128, 128), np.uint8)
+    x = np.zeros((30, 128, 128), np.uint8)
     for k, image in enumerate(x):
-        y, left = 10 + k % 60, 5 + k % 20
+        y, left = 10 + 2 * k, 5 + k % 20
         image[y : y + 40, left : left + 30] = 255
         image[y : y + 40, left + 30 + gap : left + 60 + gap] = 255
     np.savez(tmp_path / "x.npz", x=x)
@@ -148,25 +148,33 @@ def test_images_that_cannot_be_read_end_in_one_line(
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
 
 
-def test_pictures_train_by_what_follows_from_them(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
+@pytest.fixture
+def suggested(tmp_path: Path, succeeds: Run) -> tuple[str, str]:
+    """Flags of a run on pictures, and what is suggested."""
     scenes = SceneSettings(recipe="dsprites", x_size=30, num_scenes=60, num_test_scenes=10)
     train, test, _ = load_scenes(scenes, cache_dir=tmp_path / "cache")
     write_pictures(tmp_path / "pictures", {"": train, "test": test})
     line = "--data pictures -n 3 -b 4 --window-size 11"
-    said = run(f"{line} --suggest", tmp_path, environment)
-    assert said.returncode == 0, said.stderr
+    return line, succeeds(f"{line} --suggest").stdout
+
+
+def test_a_suggestion_begins_no_run(tmp_path: Path, suggested: tuple[str, str]) -> None:
+    assert "likelihood_sd = " in suggested[1]
     assert not (tmp_path / "runs").exists()
-    done = run(f"{line} --output-dir run", tmp_path, environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(said.stdout)
+
+
+@pytest.mark.slow
+def test_pictures_train_by_what_follows_from_them(
+    tmp_path: Path, succeeds: Run, suggested: tuple[str, str]
+) -> None:
+    line, said = suggested
+    done = succeeds(f"{line} --output-dir run")
+    assert done.stdout.startswith(said)
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["window_size"] == 11
     assert "window_size" not in config["found"]
     assert {"likelihood_sd", "scale_prior_mean"} <= set(config["found"]) <= config.keys()
-    again = run("--resume run -n 3", tmp_path, environment)
-    assert again.returncode == 0, again.stderr
+    again = succeeds("--resume run -n 3")
     assert "Survey" not in again.stdout
 
 
@@ -182,12 +190,10 @@ def test_a_recipe_of_solids_brings_its_settings(recipe: str, steps: int, rendere
         assert "count_prior" not in find_recipe_settings({"recipe": recipe, **prior})
     config = resolve_config({"recipe": recipe}, found=found)
     assert config.model.renderer == renderer
-    assert config.scenes is not None
     assert max(config.scenes.counts) == steps
     given = {"recipe": recipe, "counts": (0, 1, 2)}  # as by default, but given
     assert find_recipe_settings(given)["model_steps"][0] == 2
     scenes = resolve_config(given).scenes
-    assert scenes is not None
     assert (scenes.counts, scenes.x_size) == ((0, 1, 2), 32)
     given = {"recipe": recipe, "counts": (2,), "model_steps": 3}
     found = find_recipe_settings(given)

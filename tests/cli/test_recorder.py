@@ -42,10 +42,3 @@ def test_every_event_is_kept(run: RunFolder, tmp_path: Path) -> None:
     assert (state["step"], state["config"], state["data_sha256"]) == (20, config, "abc")
     weights, _ = read_weights(tmp_path / "weights.pt")
     assert all(torch.equal(weights[k], v) for k, v in running.air.state_dict().items())
-
-
-def test_without_a_page(run: RunFolder) -> None:
-    recorder = Recorder(run, trainer(), DEFAULTS, "", None)
-    recorder.handle(PROGRESS)
-    recorder.handle(SnapshotDue(0))
-    assert len(run.read_metrics()) == len(snapshot_files(run.snapshots)) == 1

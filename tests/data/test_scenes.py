@@ -3,12 +3,13 @@
 import hashlib
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, assert_refused
 
 import air.data.scenes
 from air.data.scenes import MAX_COUNT, DataError, Scenes, sha256, split_scenes, write_scenes
@@ -51,14 +52,13 @@ def test_the_hash_is_of_shapes_and_bytes_and_none_is_no_array(
     assert sha256([large[:-1]]) != same
 
 
-def test_no_source_of_scenes_needs_torch() -> None:
+def test_scenes_are_made_and_read_without_torch() -> None:
     code = """import sys, pkgutil, importlib, air.data
 sys.modules["torch"] = sys.modules["pyro"] = None
 for module in pkgutil.walk_packages(air.data.__path__, "air.data."):
     importlib.import_module(module.name)
-print(len(sys.modules))"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+import multi_mnist"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,6 @@ def test_counts_of_every_whole_type_become_int64(kind: str, tmp_path: Path) -> N
     np.savez(tmp_path / "x.npz", x=X, counts=counts, boxes=np.full((30, 1, 4), 1e300))
     train, test, _ = load_data(tmp_path / "x.npz")
     for scenes, expected in ((train, counts[:27]), (test, counts[27:])):
-        assert scenes.counts is not None
         assert scenes.counts.dtype == np.dtype("int64")
         assert scenes.counts.dtype.isnative  # torch takes no other
         assert np.array_equal(scenes.counts, expected)
@@ -157,6 +156,4 @@ def test_arrays_of_wrong_type_or_shape_are_named(
     for name, array in arrays.items():
         np.save(tmp_path / "folder" / f"{name}.npy", array)
     for path in [tmp_path / "mine.npz"] + [tmp_path / "folder"] * ("x" in arrays):
-        with pytest.raises(DataError, match=f"^{path}.*: .*{problem}") as error:
-            load_data(path)
-        assert "\n" not in str(error.value)
+        assert_refused(path, f": .*{problem}", partial(load_data, path))

@@ -12,12 +12,7 @@ from torch import Tensor
 
 from air import AIR
 from air.evaluation import HeldOut, evaluate
-from air.evaluation.counting import (
-    MAX_MISCOUNTED,
-    least_distances,
-    reliability,
-    score_counts,
-)
+from air.evaluation.counting import MAX_MISCOUNTED, least_distances, reliability, score_counts
 from air.inference import infer
 
 
@@ -139,7 +134,6 @@ def test_an_evaluation_has_the_measures_that_its_scenes_allow(images: Tensor) ->
     boxes = torch.stack([boxes_at((5, 5), (5 + n, 5), (30, 5)) for n in range(10)])
     found = evaluate(air, HeldOut(images, true, boxes, overlaps), batch_size=4)
     counts = found.counts
-    assert counts is not None
     assert found.boxes is not None
     assert counts.accuracy_by_overlap == [pytest.approx(3 / 4), 0.0, 1.0]
     assert counts.accuracy_by_distance == [pytest.approx(4 / 7), None, None]
@@ -149,13 +143,11 @@ def test_an_evaluation_has_the_measures_that_its_scenes_allow(images: Tensor) ->
     assert counts.reliability[9] == pytest.approx([10, confidence, 0.4])
     without_places = evaluate(air, HeldOut(images, true))
     assert without_places.boxes is None
-    assert without_places.counts is not None
     unknown = {"accuracy_by_distance": None, "accuracy_by_overlap": None}
     assert without_places.counts == counts._replace(**unknown)
     blind = evaluate(air, HeldOut(images, None, boxes, overlaps))
     assert blind.counts is blind.boxes is None
     many = evaluate(air, HeldOut(images.repeat(5, 1, 1), torch.zeros(50)))
-    assert many.counts is not None
     assert many.counts.miscounted == list(range(MAX_MISCOUNTED))
 
 
@@ -171,7 +163,5 @@ def test_with_refinement_q_is_that_of_the_refined_latents(
 
     monkeypatch.setattr("air.evaluation.metrics.infer", infer_two)
     guide, best = (evaluate(air, HeldOut(images, true), refine=r).counts for r in (False, True))
-    assert guide is not None
-    assert best is not None
     assert (best.calibration_error, best.reliability[9]) == (0.0, [10.0, 1.0, 1.0])
     assert guide.reliability != best.reliability

@@ -66,13 +66,27 @@ def test_held_out_scenes_are_checked_when_they_are_made_from_numpy() -> None:
             HeldOut.from_numpy(x, np.array(counts), boxes)
 
 
-def test_the_sampled_elbo_equals_pyros(air: AIR, images: Tensor) -> None:
+@pytest.mark.parametrize("background", ["none", "pca"])
+@pytest.mark.parametrize(
+    "options", [{}, {"guide_input": "difference"}, {"likelihood": "bernoulli"}]
+)
+def test_the_sampled_elbo_equals_pyros(
+    background: str, options: dict[str, Any], images: Tensor
+) -> None:
+    air = small_air(background_model=background, **options)
     torch.manual_seed(4)
     ours = sample_elbo(air, images)
     torch.manual_seed(4)
     theirs = TraceGraph_ELBO().loss(air.model, air.guide, images)
     assert all(term.shape == (10,) for term in ours)
     assert ours.elbo.sum().item() == pytest.approx(-theirs, rel=1e-5)
+    mean = evaluate(air, HeldOut(images), seed=4).kl_background
+    if background == "pca":
+        assert (ours.kl_background != 0).all()
+        assert mean == pytest.approx(ours.kl_background.mean().item(), rel=1e-4)
+    else:
+        assert (ours.kl_background == 0).all()
+        assert mean is None
 
 
 def test_the_baselines_error_equals_the_error_in_pyros_regression(
@@ -161,7 +175,6 @@ def test_the_bound_equals_the_log_of_the_mean_of_all_weights(air: AIR, images: T
     bound = importance_weighted_bound(drawing, images, 7)
     torch.testing.assert_close(bound, weights.logsumexp(0) - math.log(7))
     found = evaluate(air, HeldOut(images), batch_size=4, iwae_samples=7)
-    assert found.bound is not None
     assert found.bound > found.elbo
     first = evaluate(air, HeldOut(images), batch_size=4, iwae_samples=7, iwae_scenes=5)
     same = evaluate(air, HeldOut(images[:5]), batch_size=4, iwae_samples=7)
@@ -176,7 +189,6 @@ def test_every_scene_counts_once_in_any_batch_size(air: AIR, batch_size: int) ->
     found = evaluate(air, HeldOut(images, counts), batch_size=batch_size)
     mode = infer(air, images).counts
     assert found.count_histogram == torch.bincount(mode, minlength=4).tolist()
-    assert found.counts is not None
     assert found.counts.accuracy_mode == pytest.approx((mode == counts).float().mean().item())
     assert sum(map(sum, found.counts.confusion)) == 10
 

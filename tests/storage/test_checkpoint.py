@@ -92,10 +92,7 @@ def test_files_without_weights_are_refused(tmp_path: Path, air: AIR) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"scale_prior_sd": 0.1},
-            r"z_where_scale_prior is \[0.1.* expected \[0.2",
-        ),
+        ({"scale_prior_sd": 0.1}, r"z_where_scale_prior is \[0.1.* expected \[0.2"),
         ({"z_what_size": 4}, r"do not fit these settings and nets: .*z_what"),
         ({"embed_net": [5]}, r"Unexpected key.*\"embed\.seq\.0\.weight\""),
     ],

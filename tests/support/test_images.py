@@ -8,7 +8,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from helpers import SETTINGS, capture_only, small_air
+from helpers import SETTINGS, capture_only, make_svi, small_air
 from pyro.infer import SVI as PyroSVI
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
@@ -19,8 +19,6 @@ from air.evaluation.alarms import empty_canvas_elbo
 from air.inference import infer, mean_count_probs
 from air.marginal import MarginalAIR
 from air.support.images import to_tensor
-from air.training.compiled_svi import CompiledSVI
-from air.training.svi import make_optimizer
 from air.training.trainer import Trainer
 
 BYTES = torch.arange(288).remainder(256).reshape(2, 12, 12).to(torch.uint8)
@@ -86,10 +84,7 @@ def test_a_step_checks_the_range_while_pyro_validates(
 
 
 def test_the_range_check_breaks_no_capturing() -> None:
-    air = small_air(num_steps=1)
-    svi = CompiledSVI(
-        air.model, air.guide, make_optimizer(air, 0.01, 0.01), TraceGraph_ELBO(), capture_only
-    )
+    svi: Any = make_svi(small_air(num_steps=1), compiler=capture_only)
     with pyro.validation_enabled(False):
         svi.step(GOOD)
     assert None not in svi._compiled.values()
@@ -112,6 +107,9 @@ def test_bool_is_0_and_1_and_uint8_is_up_to_255(air: AIR) -> None:
     mask = BYTES > 100
     assert torch.equal(air.to_images(mask), mask.float())
     assert torch.equal(air.to_images(BYTES), BYTES.float() / 255)
+    assert torch.equal(air.to_images(GOOD.double()[:, None]), GOOD)
+    colours = BYTES[:, None].expand(-1, 3, -1, -1)
+    assert torch.equal(small_air(channels=3).to_images(colours[:, None]), colours / 255)
     for door in IN_A_STEP + DOORS:
         door(air, mask)
     for first, second in zip(infer(air, mask), infer(air, mask.float()), strict=True):
@@ -156,6 +154,7 @@ def test_arrays_are_taken_as_tensors_are(array: Any, air: AIR) -> None:  # noqa:
         (None, "expected a tensor or an array of numbers, got NoneType"),
         (GOOD[0], r"images must be \['B', 12, 12\], got \[12, 12\]; make a batch of a single"),
         (GOOD[:, :11], r"images must be \['B', 12, 12\], got \[2, 11, 12\]$"),
+        (GOOD[:, None, None], r"images must be \['B', 12, 12\], got \[2, 1, 1, 12, 12\]$"),
         ([], r"images must be \['B', 12, 12\], got \[0\]"),
         (torch.tensor(0.5), r"images must be \['B', 12, 12\], got \[\]"),
         (GOOD * 65535, r"images: expected floats in \[0, 1\], got .* 6\.\S+; divide by 65535"),

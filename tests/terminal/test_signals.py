@@ -111,19 +111,6 @@ def test_a_signal_in_training_saves_the_run_and_the_same_one_then_ends_it(
         assert done.stderr.endswith("interrupted. No checkpoint was written yet\n")
 
 
-def test_a_signal_before_training_ends_in_one_line(
-    tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "air.multi_mnist.load_scenes", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
-    )
-    done = run(LINE, tmp_path, environment)
-    assert done.returncode == 143
-    assert done.stderr.endswith(": interrupted. Training had not begun\n")
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.slow
 def test_the_program_runs_in_a_thread(tmp_path: Path, environment: dict[str, str]) -> None:
     line = f"{SMALL} -t 1 -n 2 --compile --output-dir"
@@ -166,6 +153,20 @@ def test_a_terminal_that_is_closed_loses_no_run(
     assert b"step/s" in shown, shown  # the bar
     assert process.exitcode == 129
     assert 5 <= saved_step(tmp_path) < 60
+
+
+@pytest.mark.slow
+def test_signals_end_programs_where_pytest_ignores_them(tmp_path: Path) -> None:
+    """As it does in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    program = programs.start(count_ignored, folder=tmp_path)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    program.join(60)
+    assert program.exitcode == 0
+
+
+def count_ignored() -> int:
+    return sum(signal.getsignal(number) is signal.SIG_IGN for number in programs.SIGNALS)
 
 
 def main_in_terminal(terminal: str) -> int:

@@ -12,8 +12,7 @@ from unittest import mock
 import pyro
 import pytest
 import torch
-from helpers import SETTINGS, as_rank, gradients, small_air
-from pyro.infer import TraceGraph_ELBO
+from helpers import SETTINGS, as_rank, capture_only, gradients, make_svi, pixels_of, small_air
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,13 +27,8 @@ from air.priors import CountPrior
 from air.support.subsampling import draw_indices
 from air.training.compiled_svi import CompiledSVI, inductor
 from air.training.objectives import mvd, rws, vimco
-from air.training.svi import SVI, make_optimizer
 from air.training.teacher import Teacher
 from air.training.trainer import Trainer
-
-
-def as_it_is(graph: fx.GraphModule) -> Callable[..., Any]:
-    return graph
 
 
 def compare_with_eager(
@@ -49,16 +43,16 @@ def compare_with_eager(
 
     So does the prior.
     """
-    optimizer = make_optimizer(air, 0.01, 0.1)
-    eager = SVI(program.model, program.guide, optimizer, TraceGraph_ELBO())
-    compiled = CompiledSVI(program.model, program.guide, optimizer, TraceGraph_ELBO(), compiler)
+    eager = make_svi(program, (0.01, 0.1))
+    arguments = program.model, program.guide, eager.optim, eager.loss
+    compiled = CompiledSVI(*arguments, compiler)
     prior = CountPrior([0.5] * air.num_steps, "lin", 1e-3, 0, 10)
     for step in range(3):
         prior.set_step(step)
         losses, grads = [], []
         for svi in (eager, compiled):
             pyro.set_rng_seed(step)
-            optimizer.zero_grad()
+            eager.optim.zero_grad()
             arguments = {"z_pres_prior_p": prior, **keywords}
             losses.append(float(svi._before_sum(data, (), arguments).loss))
             grads.append(gradients(air))
@@ -69,7 +63,7 @@ def compare_with_eager(
             torch.testing.assert_close(
                 grads[1][name], expected, rtol=rtol, atol=10 * rtol * scale, msg=name
             )
-        optimizer.step()
+        eager.optim.step()
     assert len(compiled._compiled) == 1, "captured again"
     assert None not in compiled._compiled.values()
 
@@ -110,7 +104,7 @@ def test_captured_gradients_equal_eager_ones(
         program = MarginalAIR(air, count_term=teacher)
     data = torch.randint(256, (10, 12, 12), dtype=torch.uint8)
     with pyro.validation_enabled(False):
-        compare_with_eager(air, program, data, as_it_is, 1e-10, batch_size=batch_size)
+        compare_with_eager(air, program, data, capture_only, 1e-10, batch_size=batch_size)
 
 
 @pytest.mark.slow
@@ -141,11 +135,9 @@ def test_a_captured_step_is_pure_draws_what_the_eager_one_draws_and_is_freed(
         return graph
 
     runs = []
-    for kind, options in ((SVI, {}), (CompiledSVI, {"compiler": compiler})):
+    for chosen in (None, compiler):
         pyro.set_rng_seed(1)
-        air = small_air(num_steps=1)
-        optimizer = make_optimizer(air, 0.0, 0.0, clip_grad_norm=1.0)
-        svi = kind(air.model, air.guide, optimizer, TraceGraph_ELBO(), **options)
+        svi = make_svi(small_air(num_steps=1), (0.0, 0.0), 1.0, chosen)
         with pyro.validation_enabled(False), as_rank(0) if ranks == 2 else nullcontext():
             runs.append([svi.step(images, batch_size=4) for _ in range(4)])
     assert runs[1] == pytest.approx(runs[0], rel=1e-5)
@@ -165,13 +157,10 @@ def test_a_captured_step_is_pure_draws_what_the_eager_one_draws_and_is_freed(
 def test_what_cannot_be_compiled_runs_uncompiled(
     images: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    air = small_air(num_steps=1)
-
     def fails(graph: fx.GraphModule) -> Callable[..., Any]:
         raise RuntimeError("no compiler\nand a long story")
 
-    optimizer = make_optimizer(air, 0.01, 0.1)
-    svi = CompiledSVI(air.model, air.guide, optimizer, TraceGraph_ELBO(), fails)
+    svi = make_svi(small_air(num_steps=1), compiler=fails)
     with pyro.validation_enabled(False):
         assert len({svi.step(images) for _ in range(3)}) == 3
     assert caplog.messages == ["steps run uncompiled: RuntimeError: no compiler"]
@@ -223,8 +212,7 @@ def test_a_step_and_inference_stay_on_their_device(
 ) -> None:
     """On torch's device without memory, where no value can be read; `is_cuda` picks the path."""
     air = small_air(num_steps=2, **options).to("meta")
-    pixels = [12, 12] if air.channels == 1 else [air.channels, 12, 12]
-    images = torch.zeros(100, *pixels, dtype=torch.uint8)
+    images = torch.zeros(100, *pixels_of(air), dtype=torch.uint8)
     if air.background is not None:
         air.background.fitted = torch.tensor(True)
     training = replace(SETTINGS, lr_schedule="cosine", **settings)
@@ -264,16 +252,15 @@ def test_the_path_of_a_gpu_takes_the_same_steps(captured: bool, images: Tensor) 
     def weights() -> list[Tensor]:
         pyro.set_rng_seed(0)
         air = small_air(num_steps=1, use_baselines=False)
-        program, optimizer = MarginalAIR(air), make_optimizer(air, 0.01, 0.01, 10.0)
-        arguments = program.model, program.guide, optimizer, TraceGraph_ELBO()
-        svi = CompiledSVI(*arguments, like_cuda_graphs) if captured else SVI(*arguments)
+        chosen = like_cuda_graphs if captured else None
+        svi: Any = make_svi(MarginalAIR(air), clip=10.0, compiler=chosen)
         data = images.clone()
         for step in range(4):
             data.copy_(images * (math.nan if step == 2 else 1))
             svi.step(data, batch_size=8)
             assert bool(svi.skipped) == (step == 2)
         assert svi.stats.read()[2] == 1
-        assert not hasattr(optimizer, "found_inf")
+        assert not hasattr(svi.optim, "found_inf")
         if captured:
             assert len(svi._compiled) == 1
             assert None not in svi._compiled.values()
@@ -329,11 +316,8 @@ def test_index_arithmetic_of_a_step_needs_no_more_than_31_bits(
 ) -> None:
     air = small_air(num_steps=1, x_size=4, window_size=3)
     program = MarginalAIR(air) if estimator == "marginal" else air
-    graphs = []
-    optimizer = make_optimizer(air, 1e-3, 1e-2)
-    svi = CompiledSVI(
-        program.model, program.guide, optimizer, TraceGraph_ELBO(), lambda g: graphs.append(g) or g
-    )
+    graphs: list[fx.GraphModule] = []
+    svi = make_svi(program, compiler=lambda g: graphs.append(g) or g)  # type: ignore[func-returns-value]
     data = torch.zeros(1, 4, 4, dtype=torch.uint8).expand(10**8, 4, 4)  # of 16 bytes
     with pyro.validation_enabled(False):
         svi.step(data, batch_size=batch_size)
@@ -343,26 +327,25 @@ def test_index_arithmetic_of_a_step_needs_no_more_than_31_bits(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("estimator", ["score", "marginal"])
-@pytest.mark.parametrize("compiler", [as_it_is, inductor])
+@pytest.mark.parametrize("compiler", [capture_only, inductor])
 def test_on_a_gpu_compiled_steps_are_those_of_uncompiled_ones(
     estimator: str, compiler: Callable[..., Any]
 ) -> None:
     """Rates and prior change in place between steps, and random numbers advance."""
     losses, finals = [], []
     data = torch.randint(256, (40, 12, 12), dtype=torch.uint8, device="cuda")
-    for kind, options in ((SVI, {}), (CompiledSVI, {"compiler": compiler})):
+    for chosen in (None, compiler):
         pyro.set_rng_seed(1)
         # In float32, Adam makes a whole step of a gradient that is zero but for its rounding.
         air = small_air(num_steps=2).double().cuda()
         program = MarginalAIR(air) if estimator == "marginal" else air
-        optimizer = make_optimizer(air, 1e-3, 1e-2, clip_grad_norm=100.0)
         prior = CountPrior([0.5, 0.5], "lin", 1e-3, 0, 10, "cuda")
-        svi = kind(program.model, program.guide, optimizer, TraceGraph_ELBO(), **options)
+        svi: Any = make_svi(program, (1e-3, 1e-2), 100.0, chosen)
         with pyro.validation_enabled(False):
             taken = []
             for step in range(10):
                 prior.set_step(step)
-                optimizer.param_groups[0]["lr"].fill_(1e-3 / (step + 1))
+                svi.optim.param_groups[0]["lr"].fill_(1e-3 / (step + 1))
                 taken.append(svi.step(data, batch_size=8, z_pres_prior_p=prior))
                 assert not svi.skipped
         losses.append(taken)

@@ -79,7 +79,6 @@ def test_an_evaluation_as_text() -> None:
     ],
 )
 def test_text_leaves_out_what_is_unknown(changed: dict[str, Any], expected: list[str]) -> None:
-    assert COUNTS is not None
     found = text(EVALUATION._replace(counts=COUNTS._replace(**changed)))
     rows = len(changed.get("confusion", COUNTS.confusion))
     assert len(found) == 2 + rows + len(expected) - (rows > 3)

@@ -9,12 +9,7 @@ from torch import Tensor
 from air import AIR
 from air.spatial_transformer import centre_of, where_at
 from air.training import known_objects
-from air.training.known_objects import (
-    DISTANCES,
-    GivenObjects,
-    KnownObjects,
-    make_sums,
-)
+from air.training.known_objects import DISTANCES, GivenObjects, KnownObjects, make_sums
 
 SIDE = 12
 SCALE = 4.0

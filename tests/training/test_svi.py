@@ -5,20 +5,18 @@ import math
 import pyro
 import pytest
 import torch
-from helpers import capture_only, gradients, small_air
+from helpers import capture_only, gradients, make_svi, small_air
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
 
 from air import AIR
 from air.marginal import MarginalAIR
-from air.training.compiled_svi import CompiledSVI
-from air.training.svi import SVI, make_optimizer
 
 
 def test_steps_equal_those_of_pyros_svi(images: Tensor) -> None:
     ours, theirs = small_air(), small_air()
     theirs.load_state_dict(ours.state_dict())
-    svi = SVI(ours.model, ours.guide, make_optimizer(ours, 0.01, 0.1), loss=TraceGraph_ELBO())
+    svi = make_svi(ours, (0.01, 0.1))
     adam = pyro.optim.Adam(lambda name: {"lr": 0.1 if "bl_" in name else 0.01})
     pyro_svi = pyro.infer.SVI(theirs.model, theirs.guide, adam, loss=TraceGraph_ELBO())
     for step in range(3):
@@ -39,9 +37,7 @@ def test_norm_and_clipping_are_in_nats_per_image(copies: int, captured: bool) ->
     air, data = small_air(num_steps=1), torch.rand(4, 12, 12).repeat(copies, 1, 1)
     svis = []
     for bound in (None, 0.5):
-        adam = make_optimizer(air, 1e-9, 1e-9, clip_grad_norm=bound)
-        arguments = air.model, air.guide, adam, TraceGraph_ELBO()
-        svis.append(CompiledSVI(*arguments, capture_only) if captured else SVI(*arguments))
+        svis.append(make_svi(air, (1e-9, 1e-9), bound, capture_only if captured else None))
     found = []
     for svi in svis:
         torch.manual_seed(2)
@@ -65,8 +61,7 @@ def test_nothing_to_train_is_said(kept: list[str], images: Tensor) -> None:
     air = small_air()
     for name, parameter in air.named_parameters():
         parameter.requires_grad_(name.startswith(tuple(kept)))
-    program, optimizer = MarginalAIR(air), make_optimizer(air, 0.01, 0.01)
-    svi = SVI(program.model, program.guide, optimizer, TraceGraph_ELBO())
+    svi = make_svi(MarginalAIR(air))
     with pytest.raises(ValueError, match=r"nothing to train: .* unfreeze some"):
         svi.step(images)
 
@@ -74,10 +69,9 @@ def test_nothing_to_train_is_said(kept: list[str], images: Tensor) -> None:
 @pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
 def test_what_is_not_finite_never_reaches_the_weights(air: AIR, images: Tensor) -> None:
     """Neither loss nor gradient: the next good step is as if the bad ones had not been."""
-    svi = SVI(air.model, air.guide, make_optimizer(air, 0.01, 0.1), loss=TraceGraph_ELBO())
     other = small_air()
     other.load_state_dict(air.state_dict())
-    only = SVI(other.model, other.guide, make_optimizer(other, 0.01, 0.1), TraceGraph_ELBO())
+    svi, only = make_svi(air), make_svi(other)
     before = [p.detach().clone() for p in air.parameters()]
     with pyro.validation_enabled(False):
         air.likelihood.sd = 1e-30

@@ -47,11 +47,18 @@ def test_zero_means_only_at_the_end() -> None:
 
 
 def test_most_snapshots_are_of_the_beginning() -> None:
-    rarely = replace(SETTINGS, progress_every=0, eval_every=0, save_every=0, num_steps=600)
+    rarely = replace(SETTINGS, progress_every=0, eval_every=0, save_every=0, num_steps=3000)
     running = trainer(rarely)
     running._take_step = lambda: setattr(running, "step", running.step + 1)  # type: ignore[method-assign]
     steps = [e.step for e in running.train() if isinstance(e, SnapshotDue)]
-    assert steps == [0, 10, 20, 50, 100, 200, 500, 600]
+    assert steps == [0, 10, 20, 50, 100, 200, 500, 1000, 2000, 3000]
+
+
+def test_cosine_schedule_falls_from_one_to_a_hundredth() -> None:
+    factors = [learning_rate_factor("cosine", step, 100) for step in range(101)]
+    assert factors == sorted(factors, reverse=True)
+    assert [factors[0], factors[50], factors[100]] == pytest.approx([1.0, 0.505, 0.01])
+    assert learning_rate_factor("constant", 70, 100) == 1.0
 
 
 def test_progress_tells_of_rates_prior_and_gradients() -> None:

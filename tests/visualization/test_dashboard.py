@@ -218,7 +218,6 @@ def test_training_never_waits_for_a_server_and_one_that_comes_back_gets_every_pa
         board.draw(make_snapshot(1))
         wait_for_title(port, "phoenix", 1)
         monkeypatch.setattr(visdom_client, "TIMEOUT_SECONDS", 0.5)
-        assert server.pid is not None
         os.kill(server.pid, signal.SIGSTOP)
         begin = time.monotonic()
         for record in RECORDS[3:20]:

@@ -84,7 +84,6 @@ def test_a_snapshot_shows_what_is_inferred(air: AIR) -> None:
 def test_only_what_is_still_counted_wrongly_is_an_error() -> None:
     air, scenes = small_air(), held_out()
     count_on(air, 0, 9.0)  # three everywhere
-    assert scenes.counts is not None
     scenes.counts[7] = 1
     snapshot = take_snapshot(air, scenes, 0, 0, miscounted=[2, 7], num_scenes=4)
     np.testing.assert_array_equal(snapshot.errors.images, scenes.images[7:8])

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import write_idx
+from helpers import files, write_idx
 
 import air.data.synthetic.digits
 from air.data.scenes import Array, DataError
 from air.data.synthetic.digits import (
     MNIST_FILES,
     download_mnist,
-    load_embedded,
     resize_digit,
     rotate_digit,
 )
@@ -25,16 +24,6 @@ from air.multi_mnist import SceneSettings, load_scenes
 
 SMALL = partial(SceneSettings, num_scenes=300, num_test_scenes=40)
 TRAIN_IMAGES, _, TEST_IMAGES, TEST_LABELS = MNIST_FILES
-
-
-@pytest.fixture(scope="module")
-def digits() -> list[Array]:
-    """Train images and labels, test images and labels."""
-    return load_embedded()
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_digits_are_rotated_about_their_centre(digits: list[Array]) -> None:

@@ -1,7 +1,6 @@
 """The same images are the same scenes, in whatever files they are stored."""
 
 import os
-import re
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import SETTINGS, small_air, weights
+from helpers import SETTINGS, assert_refused, small_air, weights
 from PIL import Image
 
 from air.data.scenes import Array, DataError, Scenes
@@ -67,21 +66,16 @@ def save_arrays(path: Path, x: Any) -> Path:  # noqa: ANN401  # an array, or wha
 
 WAYS: dict[str, Callable[[Path], Path]] = {
     "PNG": lambda to: save_pictures(to / "a"),
-    "16-bit PNG": lambda to: save_pictures(to / "a", X.astype(np.uint16) * 257),
-    "float TIFF": lambda to: save_pictures(to / "a", (X / 255).astype("f4"), "tiff"),
     "WebP": lambda to: save_pictures(to / "a", suffix="webp", lossless=True),
     "TIFF stack": lambda to: save_stack(to / "a.tif", compression="tiff_lzw"),
     "folder of a stack": lambda to: save_stack(to / "a.tif").parent,
     "npz": lambda to: save_arrays(to / "a.npz", X),
-    "npz of uint16": lambda to: save_arrays(to / "a.NPZ", X.astype(np.uint16) * 257),
-    "npz of float32": lambda to: save_arrays(to / "a.npz", (X / 255).astype("f4")[:, None]),
+    "NPZ": lambda to: save_arrays(to / "a.NPZ", X),
     "npy": lambda to: save_arrays(to / "a.npy", X),
     "npy of Fortran": lambda to: save_arrays(to / "a.NPY", np.asfortranarray(X / 255)),
     "npy in a folder": lambda to: save_arrays(to / "x.npy", X[..., None]).parent,
-    "npy of bytes and channels": lambda to: save_arrays(to / "a.npy", X[:, None]),
-    "npy of big-endian": lambda to: save_arrays(to / "a.npy", (X / 255).astype(">f4")),
+    "npy of channels": lambda to: save_arrays(to / "a.npy", X[:, None]),
     "HDF5": lambda to: save_arrays(to / "a.h5", X),
-    "HDF5 of floats": lambda to: save_arrays(to / "a.hdf5", X / 255),
     "tensor": lambda to: save_arrays(to / "a.pt", torch.from_numpy(X)),
     "tensors": lambda to: save_arrays(to / "a.pth", {"x": torch.from_numpy(X / 255), "n": 3}),
 }
@@ -307,18 +301,9 @@ def test_a_folder_is_a_folder_whatever_its_name(tmp_path: Path) -> None:
 def refused(
     path: Path, problem: str, settings: ImageSettings = AS_THEY_ARE, one_by_one: bool = True
 ) -> None:
-    """Both functions end with one line that begins with the path."""
-    ways: list[Callable[[], object]] = [
-        lambda: load_data(path, settings),
-        lambda: list(read_images(path, settings)),
-    ]
-    for way in ways if one_by_one else ways[:1]:
-        with pytest.raises(DataError) as error:
-            way()
-        message = str(error.value)
-        assert re.search(problem, message), message
-        assert message.startswith(str(path)), message
-        assert "\n" not in message
+    assert_refused(path, problem, lambda: load_data(path, settings))
+    if one_by_one:
+        assert_refused(path, problem, lambda: list(read_images(path, settings)))
 
 
 def test_other_files_are_refused_with_a_list_of_sources(tmp_path: Path) -> None:
