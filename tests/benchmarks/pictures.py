@@ -10,6 +10,8 @@
 | omniglot | images_background_small1.zip and images_background_small2.zip, after FOLDER, |
 |   | of github.com/brendenlake/omniglot |
 | tanks | `pip install --no-deps arcade` |
+| paper | Debian's `apt install tuxpaint-stamps-default` |
+| gravel | the same, and `pip install --no-deps scikit-image` |
 
 The pictures follow from the package alone. Counts are in counts.csv; training does not use them,
 except that the greatest one sets the number of steps.
@@ -41,6 +43,9 @@ FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 KINDS = "🐶🐱🐭🐹🐰🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧🐤🦆🦉🍎🍐🍊🍋🍌🍉🍇🍓🍒🍑🥝🍅🥑🥕🌽🍔🍕🍩🍪⚽"
 PONG_COLOURS = (92, 186, 92), (213, 130, 74), (236, 236, 236)  # the paddles and the ball
 TEST_ALPHABETS = "Balinese", "Sanskrit"
+STAMPS = Path("/usr/share/tuxpaint/stamps")
+FRUIT = "food/fruit", "food/vegetables"
+THINGS = *FRUIT, "animals/birds", "plants/flowers", "animals/fish", "animals/mammals"
 
 
 def emoji(seed: int, zips: Sequence[Path]) -> Pictures:
@@ -156,6 +161,48 @@ def tanks(seed: int, zips: Sequence[Path]) -> Pictures:
         yield np.asarray(picture), number
 
 
+def paper(seed: int, zips: Sequence[Path]) -> Pictures:
+    """Photographs of fruit, animals and flowers on light paper, 96 x 96, none to four.
+
+    Every fifth photograph is in test/ only, and no other is there.
+    """
+    del zips
+    sprites, rng = _stamps(THINGS, seed), np.random.default_rng(seed)
+    for number in cycle(range(5)):
+        colour = rng.integers(215, 246) + rng.integers(-6, 7, 3)
+        grain = rng.normal(0, 3, (96, 96, 1))
+        picture = Image.fromarray((colour + grain).clip(0, 255).astype(np.uint8))
+        _paste(rng, picture, lambda: sprites[rng.integers(len(sprites))], number, (22, 33), 1)
+        yield np.asarray(picture), number
+
+
+def gravel(seed: int, zips: Sequence[Path]) -> Pictures:
+    """Photographs of fruit on a photograph of gravel, 96 x 96, none to four; see `paper`."""
+    import skimage
+
+    del zips
+    with Image.open(Path(skimage.__file__).parent / "data" / "gravel.png") as image:
+        stones = np.asarray(image.convert("L").resize((256, 256), Image.Resampling.LANCZOS))
+    sprites, rng = _stamps(FRUIT, seed), np.random.default_rng(seed)
+    for number in cycle(range(5)):
+        top, left = rng.integers(0, 160, 2)
+        part = np.rot90(stones[top : top + 96, left : left + 96], rng.integers(4))
+        picture = Image.fromarray(np.stack([part] * 3, -1))
+        _paste(rng, picture, lambda: sprites[rng.integers(len(sprites))], number, (22, 33), 1)
+        yield np.asarray(picture), number
+
+
+def _stamps(folders: Sequence[str], seed: int) -> list[Image.Image]:
+    """The photographs of Tux Paint, without their margins: every fifth one, or the others."""
+    found = []
+    for path in (each for folder in folders for each in sorted((STAMPS / folder).glob("*.png"))):
+        image = Image.open(path).convert("RGBA")
+        found.append(image.crop(image.getchannel("A").getbbox()))
+    if not found:
+        raise DataError(f"{STAMPS}: expected the pictures of Debian's tuxpaint-stamps-default")
+    return [image for k, image in enumerate(found) if (k % 5 == 0) == bool(seed)]
+
+
 def _paste(
     rng: np.random.Generator,
     picture: Image.Image,
@@ -199,6 +246,8 @@ SETS: dict[str, tuple[Callable[[int, Sequence[Path]], Pictures], int]] = {
     "nuclei": (nuclei, 4000),
     "omniglot": (omniglot, 6000),
     "tanks": (tanks, 5000),
+    "paper": (paper, 4000),
+    "gravel": (gravel, 4000),
 }
 
 
