@@ -28,10 +28,11 @@ LEAST_THRESHOLD = 2.0  # of 255
 LEAST_AREA = 4  # pixels of a spot; smaller ones are specks
 SMALL = 0.15  # of the typical area, below which a spot can be a part of another
 NEAR = 0.35  # of the typical side, below which a small spot belongs to its neighbour
+WHOLE = 0.9  # of an image's side, from which a typical spot is the background
 CLOSE = 12  # of 255, up to which a pixel is explained by the background
 # The covariance of colours is that of the pixels nearest to the background, this share of all,
 # found in so many turns. Standard deviations below the last value, of 255, count as this value.
-NEAREST, TURNS, EVEN_COLOUR = 0.75, 4, 4.0
+NEAREST, TURNS, EVEN_COLOUR = 0.85, 4, 4.0
 MOST_PIXELS = 1_000_000  # about so many, evenly spread, are used for it
 FIXED = 0.02  # share of all pixels that one background must explain more than planes do
 FIT_SAMPLE = 200  # images from which a finder is fitted
@@ -144,6 +145,8 @@ def fit_finder(images: Array) -> SpotFinder:
             # Half of all area is in spots of at least this area: specks do not count.
             sides = (boxes[:, 2:] - boxes[:, :2]).max(1)
             typical = _weighted_median(areas, areas), _weighted_median(sides, areas)
+            if typical[1] >= WHOLE * x.shape[-1]:
+                continue
             both = threshold, threshold
             finder = SpotFinder(background, pixels, both, *typical, True, 0.0, colours)
             counts = [len(finder._join(each)) for each in parts]

@@ -76,6 +76,19 @@ def test_colours_that_the_background_lacks_stand_out() -> None:
     assert np.equal([len(spots) for spots in fit_finder(grey)(grey)], counts).mean() < 0.5
 
 
+def test_a_background_is_no_spot() -> None:
+    """Strokes that cross whole images deviate as much as a low threshold asks for."""
+    opacity, boxes = discs(120)
+    x = paint(opacity, np.full((1, SIDE, SIDE), 100.0), 250)
+    shifts = np.random.default_rng(0).integers(4, size=len(x))
+    for image, k in zip(x, shifts, strict=True):
+        lines = np.zeros((SIDE, SIDE), bool)
+        lines[k::4] = lines[:, k::4] = True
+        image[lines & (image == 100)] = 140
+    counts = [len(spots) for spots in fit_finder(x)(x)]
+    assert np.equal(counts, [len(each) for each in boxes]).mean() > 0.95
+
+
 def test_a_dot_belongs_to_its_neighbour_and_a_ball_is_an_object() -> None:
     opacity, _ = discs(60, radius=5, most=1)
     x = paint(opacity, np.zeros((1, SIDE, SIDE)), 250)
