@@ -77,7 +77,7 @@ class ModelSettings:
         "ReLU",
         "activation between layers, a class of torch.nn",
         accepts=is_activation,
-        expected="the name of an activation of torch.nn without arguments, such as ReLU,",
+        accepted="the name of an activation of torch.nn without arguments, such as ReLU,",
         metavar="NAME",
     )
     decoder_output_bias: float | None = model_setting(-2.0, "bias before the decoder's sigmoid")

@@ -56,7 +56,7 @@ class ImageSettings:
         r"of a picture, such as '(\d+)-objects' (default: read counts.csv in the folder, if it "
         "exists, with lines name,count)",
         accepts=_has_one_group,
-        expected="a regular expression with one group",
+        accepted="a regular expression with one group",
         metavar="REGEX",
     )
 
