@@ -6,9 +6,10 @@ of one more object, contain the same information. The functions below convert on
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from numbers import Real
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -134,6 +135,7 @@ def at_least_probs(count_probs: Tensor) -> Tensor:
     return count_probs.flip(-1).cumsum(-1).flip(-1)[..., 1:]
 
 
+@dataclass(eq=False)  # it is a key of compiled steps
 class CountPrior:
     """The prior p(n) of training, which can move; a callable, step t -> presence probability.
 
@@ -143,45 +145,19 @@ class CountPrior:
 
     The model gets the same object at every optimisation step, and a change overwrites the tensor of
     probabilities in place, so that a captured step sees the new values.
-
-    Args:
-        start: The initial presence probability of each step; see `geometric_presence` and
-            `presence_from_counts`.
-        kind: How to move; "none" for a prior that stays.
-        end: The presence probability of every step after the move.
-        begin: Optimisation step at which the move begins.
-        duration: Optimisation steps that the move takes.
-        device: The model's.
-
-    Attributes:
-        now: The presence probability of each step at present.
-        learnt: The p(n), n = 0..T, given to `learn`; None before.
-
-    Raises:
-        ValueError: If a value is not a probability, or the kind or the duration is unknown.
     """
 
-    def __init__(
-        self,
-        start: Sequence[float],
-        kind: Annealing = "none",
-        end: float = 1e-7,
-        begin: int = 0,
-        duration: int = 100_000,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if kind not in get_args(Annealing):
-            raise ValueError(f"kind must be one of {get_args(Annealing)}, got {kind!r}")
-        if not all(0 <= p <= 1 for p in (*start, end)) or duration < 1:
-            raise ValueError(
-                "expected probabilities in [0, 1] and a duration of one step or more, "
-                f"got {list(start)}, end {end} and duration {duration}"
-            )
-        self.start, self.end, self.kind = tuple(start), end, kind
-        self.begin, self.duration = begin, duration
-        self.now = list(self.start)
-        self.learnt: list[float] | None = None
-        self._probs = torch.tensor(self.start, device=device)
+    start: Sequence[float]  # of each step; see `geometric_presence` and `presence_from_counts`
+    kind: Annealing = "none"  # how to move; "none" for a prior that stays
+    end: float = 1e-7  # the presence probability of every step after the move
+    begin: int = 0  # optimisation step at which the move begins
+    duration: int = 100_000  # optimisation steps that the move takes
+    device: torch.device | str = "cpu"  # the model's
+
+    def __post_init__(self) -> None:
+        self.now = list(self.start)  # the presence probability of each step at present
+        self.learnt: list[float] | None = None  # the p(n), n = 0..T, given to `learn`
+        self._probs = torch.tensor(self.start, device=self.device)
 
     def set_step(self, step: int) -> None:
         """Moves the prior to an optimisation step, counted from one."""

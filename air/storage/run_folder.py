@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from air.storage.checkpoint import FORMAT, CheckpointError, read_state, write_state
+from air.storage.checkpoint import FORMAT, CheckpointError, write_state
 from air.storage.files import quoted, write_atomically
 
 try:
@@ -181,14 +181,6 @@ class RunFolder:
             with self.metrics.open("a") as file:
                 os.fsync(file.fileno())
         write_state(self.checkpoint, {"format": FORMAT, **state})
-
-    def load(self) -> dict[str, Any]:
-        """Reads the checkpoint, onto the CPU.
-
-        Raises:
-            CheckpointError: If it cannot be used.
-        """
-        return read_state(self.checkpoint)
 
 
 def program() -> str:

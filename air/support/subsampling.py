@@ -15,18 +15,13 @@ def draw_indices(size: int, n: int, device: torch.device) -> Tensor:
 
     Args:
         size: Number of indices to choose from.
-        n: Number of indices to draw, at most `size`.
+        n: Number of indices to draw, from 1 to `size`.
         device: Device that draws them.
 
     Returns:
         Rising indices, int64 [n]. If n does not divide `size`, neighbouring parts share an index,
         which both can draw; in large data sets such a repetition is rare.
-
-    Raises:
-        ValueError: If `n` is not from 1 to `size`.
     """
-    if not 1 <= n <= size:
-        raise ValueError(f"n: expected a number of indices from 1 to {size}, the size, got {n}")
     # On a GPU, Inductor computes what follows from arange alone in 32 bits, without an error
     # (PyTorch issue 175966). So this product stays below 2**31, and the others below 2**62.
     coarse = max(1, min(_MAX_COARSE, (1 << 31) // n - 1, (1 << 62) // (n * size * _FINE)))

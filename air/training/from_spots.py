@@ -12,6 +12,7 @@ objects touch (`air.training.known_objects`): a threshold finds few such objects
 which is also reported in place of the ELBO while the phase lasts. No label is used.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyro
@@ -46,19 +47,18 @@ class Seen(NamedTuple):
     hidden: Tensor  # the pixels of spots, bool [N, H, H]
 
 
+@dataclass(eq=False)
 class FromSpots:
     """`model` and `guide` for SVI, which train an AIR on the objects that a threshold sees.
 
     They take the arguments of `AIR.model` and `AIR.guide`, but draw their batches from
     `NUM_IMAGES` images at most, in which spots are looked for once.
-
-    Args:
-        air: The model.
-        find: Finds spots.
     """
 
-    def __init__(self, air: AIR, find: SpotFinder) -> None:
-        self.air, self.find = air, find
+    air: AIR
+    find: SpotFinder
+
+    def __post_init__(self) -> None:
         self._seen: Seen | None = None
         self._batch: tuple[Tensor, KnownObjects, dict[str, Tensor]] | None = None
 
@@ -70,7 +70,6 @@ class FromSpots:
         num_images: int | None = None,
     ) -> None:
         """q(z_what | x, z_pres, z_where), and the fit of q(z_pres) and q(z_where)."""
-        del z_pres_prior_p
         if self._seen is None:
             rows = torch.from_numpy(sample_indices(len(data), NUM_IMAGES)).to(data.device)
             self._seen = Seen(rows, *self.known_objects(data[rows]))
@@ -97,7 +96,6 @@ class FromSpots:
         num_images: int | None = None,
     ) -> None:
         """p(x, z) of the batch that `guide` drew, with the same objects."""
-        del batch_size
         assert self._batch is not None
         images, known, values = self._batch
         sure: Any = known.sure
