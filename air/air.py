@@ -228,18 +228,8 @@ class AIR(nn.Module):
     ) -> Iterator[Tensor]:
         """The plate "data" with the images of a batch: how every model and guide begins.
 
-        Args:
-            data: As for `guide`; `z_pres_prior_p` and `num_images` as well.
-            batch_size: As for `guide`, if the batch is drawn here.
-            z_pres_prior_p: See `data`.
-            num_images: See `data`.
-            draw: Whether to draw the batch, as a guide does. A model gets the batch of its guide.
-
-        Yields:
-            The images, as `to_images` returns them, [B, (C,) H, H].
-
-        Raises:
-            ValueError: As `guide`.
+        The arguments are those of `guide`. With `draw` the batch is drawn, as a guide does; a model
+        gets the batch of its guide. Yields the images as `to_images` returns them.
         """
         checks.check_call(data, batch_size, num_images)
         check_presence_prior(z_pres_prior_p)
@@ -297,11 +287,9 @@ class AIR(nn.Module):
         return z_where
 
     def describe(self, z_where: Tensor, z_what: Tensor) -> dict[str, Any]:
-        """What latents say of an object beyond its window, for JSON; nothing, if nets paint it.
+        """What latents, [3] and [Z], say of an object beyond its window, for JSON.
 
-        Args:
-            z_where: Of one object, [3].
-            z_what: [Z].
+        If nets paint it, this is nothing.
         """
         return {}
 

@@ -107,12 +107,7 @@ class PixelLikelihood(nn.Module, ABC):
 
 
 class NormalLikelihood(PixelLikelihood):
-    """Each pixel is Normal around the canvas; without a background, intensities add up.
-
-    Args:
-        sd: Standard deviation of every pixel.
-        covers: See `PixelLikelihood`.
-    """
+    """Each pixel is Normal around the canvas; without a background, intensities add up."""
 
     def __init__(self, sd: float, covers: bool = False) -> None:
         super().__init__(covers)

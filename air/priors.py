@@ -1,7 +1,8 @@
 """The prior over the number of objects n, and its form as one probability per step.
 
 A distribution over n = 0..T, and the T *presence probabilities* p(z_pres_t = 1 | z_pres_{t-1} = 1)
-of one more object, contain the same information. The functions below convert one into the other.
+of one more object, contain the same information. The functions below convert one into the other,
+and raise a ValueError for numbers that are no probabilities.
 """
 
 import math
@@ -27,11 +28,7 @@ MIN_COUNT_PROB = 1e-30  # no count is impossible
 
 
 def check_presence_prior(z_pres_prior_p: object) -> None:
-    """Checks that a prior is a function.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Checks that a prior is a function."""
     if z_pres_prior_p is None or callable(z_pres_prior_p):
         return
     of_list = "; for a list, give its __getitem__" if isinstance(z_pres_prior_p, Sequence) else ""
@@ -42,12 +39,7 @@ def check_presence_prior(z_pres_prior_p: object) -> None:
 
 
 def presence_probs(prior: PresencePrior, num_steps: int) -> list[float | Tensor]:
-    """The presence probability of each step.
-
-    Raises:
-        ValueError: If the prior is not a function, or one of its values is missing or not in
-            [0, 1].
-    """
+    """The presence probability of each step."""
     check_presence_prior(prior)
     probs: list[float | Tensor] = []
     for step in range(num_steps):
@@ -70,11 +62,8 @@ def presence_probs(prior: PresencePrior, num_steps: int) -> list[float | Tensor]
 def geometric_presence(ratio: float, num_steps: int) -> list[float]:
     """Presence probabilities of the truncated geometric p(n) ∝ ratio^n, n = 0..num_steps.
 
-    They are S_{t+1} / S_t, where S_t is the sum of ratio^j over j = t..num_steps. A ratio of one
-    gives the uniform distribution.
-
-    Raises:
-        ValueError: If the ratio is not in (0, 1], or there is no step.
+    They are S_{t+1} / S_t, where S_t is the sum of ratio^j over j = t..num_steps. The ratio is in
+    (0, 1]; a ratio of one gives the uniform distribution.
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"the ratio of the count prior must be in (0, 1], got {ratio}")
@@ -89,12 +78,9 @@ def geometric_presence(ratio: float, num_steps: int) -> list[float]:
 
 
 def presence_from_counts(count_probs: Sequence[float]) -> list[float]:
-    """Presence probabilities of a given p(n), n = 0..T, which need not be normalised.
+    """Presence probabilities of a given p(n) > 0, n = 0..T, which need not be normalised.
 
     They are S_{t+1} / S_t, where S_t is the sum of p(n) over n = t..T.
-
-    Raises:
-        ValueError: If a probability is not above zero and finite, or there are fewer than two.
     """
     if len(count_probs) < 2 or not all(0 < p < math.inf for p in count_probs):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Checks of the arguments of `AIR` and of its model and guide."""
+"""Checks of the arguments of `AIR` and of its model and guide, which raise a ValueError."""
 
 import copy
 from numbers import Integral
@@ -15,11 +15,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def check_whole(name: str, value: object, least: int, hint: str = "") -> None:
-    """Checks a number of things.
-
-    Raises:
-        ValueError: If it is no whole number, or less than `least`.
-    """
+    """Checks that a number of things is whole, and not less than `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         raise ValueError(
             f"{name}: expected a whole number of at least {least}{hint}, got {value!r}"
@@ -27,11 +23,7 @@ def check_whole(name: str, value: object, least: int, hint: str = "") -> None:
 
 
 def check_call(data: Tensor, batch_size: int | None, num_images: int | None) -> None:
-    """Checks the arguments of a model or guide; see `AIR.guide`.
-
-    Raises:
-        ValueError: If one of them cannot be used, or an outer plate vectorises the call.
-    """
+    """Checks the arguments of a model or guide; see `AIR.guide`."""
     if not isinstance(data, Tensor):
         raise ValueError(
             f"data: expected images as a torch.Tensor, got {type(data).__name__}; use "
@@ -54,11 +46,7 @@ def check_call(data: Tensor, batch_size: int | None, num_images: int | None) -> 
 def refuse_outer_plates(batch: int | None = None) -> None:
     """Refuses to run within a plate that vectorises, as vectorised particles do.
 
-    Args:
-        batch: Size of a plate along the images that is accepted.
-
-    Raises:
-        ValueError: If there is such a plate.
+    A plate along the images of size `batch` is accepted.
     """
     for frame in get_plates():
         if frame.vectorized and (frame.dim, frame.size) != (-1, batch):
@@ -70,11 +58,7 @@ def refuse_outer_plates(batch: int | None = None) -> None:
 
 
 def copied(name: str, net: Module, reason: str) -> Module:
-    """A copy of a net, with an error that names it if it cannot be copied.
-
-    Raises:
-        ValueError: If it cannot.
-    """
+    """A copy of a net, with an error that names it if it cannot be copied."""
     try:
         return copy.deepcopy(net)
     except Exception as error:  # of many types, by what the net holds
@@ -87,9 +71,7 @@ def output_sizes(
 ) -> list[int]:
     """The number of columns of each output of a net, for inputs [B, in_size].
 
-    Raises:
-        ValueError: If the net does not take them, or has outputs other than [B, columns], of the
-            `expected` numbers of columns. None means one output with any number of columns.
+    They must be the `expected` ones; None means one output with any number of columns.
     """
     if not isinstance(net, nn.Module):
         raise ValueError(f"{name}: expected an instance of nn.Module, got {net!r:.80}")

@@ -1,8 +1,8 @@
 """Settings: each is declared once, with its default, its help, its bounds and its flag.
 
 A settings class is a frozen dataclass whose fields are made by `setting`, and whose
-``__post_init__`` calls `check_settings`. One check serves Python, files and command lines, and
-`add_flags` makes the flags of a command line. Needs no torch.
+``__post_init__`` calls `check_settings`. One check serves Python, files and command lines: it
+raises a `SettingError`. `add_flags` makes the flags of a command line. Needs no torch.
 """
 
 import argparse
@@ -131,11 +131,7 @@ class Setting:
         return value
 
     def check(self, value: Any) -> None:  # noqa: ANN401
-        """Checks a value from Python or from a file.
-
-        Raises:
-            SettingError: If the setting cannot have it.
-        """
+        """Checks a value from Python or from a file."""
         if value is None and self.is_optional:
             return
         least, most = self.length
@@ -194,11 +190,7 @@ def settings_of(cls: type) -> tuple[Setting, ...]:
 
 
 def check_settings(settings: object) -> None:
-    """Checks every field of a settings object, in which NumPy's numbers become Python's.
-
-    Raises:
-        SettingError: For the first that has a value it cannot have.
-    """
+    """Checks every field of a settings object, in which NumPy's numbers become Python's."""
     for spec in settings_of(type(settings)):
         value = _to_plain(getattr(settings, spec.name))
         object.__setattr__(settings, spec.name, value)  # the object is frozen
@@ -206,11 +198,7 @@ def check_settings(settings: object) -> None:
 
 
 def from_config(cls: type[T], config: Mapping[str, Any]) -> T:
-    """An object of a settings class from values by key; keys that are missing have defaults.
-
-    Raises:
-        SettingError: If one of the values does not fit.
-    """
+    """An object of a settings class from values by key; keys that are missing have defaults."""
     known = [spec for spec in settings_of(cls) if spec.key in config]
     return cls(**{spec.name: config[spec.key] for spec in known})
 

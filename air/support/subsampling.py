@@ -37,11 +37,8 @@ def subsample_indices(
 ) -> Tensor | None:
     """The indices of the images that a step uses, or None for all images.
 
-    Args:
-        data: All images, or one batch of them.
-        batch_size: Number of images to draw; None for all.
-        num_images: Size of the whole data set if `data` is one batch of it. Then all of `data` is
-            used, as a subsample of `num_images`.
+    With `num_images`, the size of the whole data set, `data` is one batch of it and all is used.
+    Otherwise `batch_size` images are drawn from it; None for all.
     """
     if num_images is not None:
         return torch.arange(len(data), device=data.device)
