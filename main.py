@@ -44,7 +44,7 @@ from air.data.survey import data_hints, survey
 from air.data.synthetic.scene_settings import SOLIDS
 from air.data.user_images.sources import load_data
 from air.evaluation import HeldOut
-from air.storage.checkpoint import check_image_size, load_weights_strict, read_weights
+from air.storage.checkpoint import check_image_size, load_weights_strict, read_state, read_weights
 from air.storage.files import quoted
 from air.storage.pretrained import explain
 from air.storage.run_folder import RunFolder, versions
@@ -120,7 +120,7 @@ def read_saved(cli_args: Mapping[str, Any], exit_stack: ExitStack) -> Saved:
     if "resume" in cli_args:
         run = RunFolder.open(Path(cli_args["resume"]), lock=is_main())
         exit_stack.callback(run.close)
-        state = run.load()
+        state = read_state(run.checkpoint)
         check_config(state["config"], run.checkpoint)
         return Saved(run.checkpoint, state["config"], state["model"], run, state)
     if "load" in cli_args:
@@ -215,9 +215,8 @@ def build_trainer(
         air = AIR.from_settings(settings, nets).to(device)
     test = scenes.test
     images = to_tensor(scenes.train.x)
-    held_out = HeldOut.from_numpy(
-        test.x, test.counts, test.boxes, test.overlaps, test.labels, test.solid_poses
-    )
+    parts = test.x, test.counts, test.boxes, test.overlaps, test.labels, test.solid_poses
+    held_out = HeldOut._make(part if part is None else to_tensor(part) for part in parts)
     with settings_named_by_flag(TrainingSettings):
         return Trainer(air, images, held_out, config.training, compiler, scenes.train.spot_images)
 

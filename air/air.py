@@ -150,7 +150,7 @@ class AIR(nn.Module):
         embed_layers = s.embed_channels or (), s.embed_net or (), nl
         channels, side = self.look.channels, self.look.side
         self.embed = make_embed(channels, side, *embed_layers) if embed is None else embed
-        embedded_size = checks.embedding_size(self.embed, channels * side**2)
+        (embedded_size,) = checks.output_sizes("embed", self.embed, channels * side**2)
         self.rnn = ImageLSTMCell(embedded_size, latent_size, hidden)
         self.predict: nn.Module = Predict(
             hidden, s.predict_net, Z_PRES_SIZE, Z_WHERE_SIZE, nl, s.z_pres_bias
@@ -164,7 +164,7 @@ class AIR(nn.Module):
         self.bl_embed = make_embed(s.channels, s.x_size, *embed_layers)
         if embed is not None and (channels, side) == (s.channels, s.x_size):
             self.bl_embed = checks.copied("embed", embed, "the baseline has a net of its own")
-        bl_size = checks.embedding_size(self.bl_embed, s.channels * s.x_size**2)
+        (bl_size,) = checks.output_sizes("embed", self.bl_embed, s.channels * s.x_size**2)
         self.bl_rnn = ImageLSTMCell(bl_size, latent_size, hidden)
         self.bl_predict = MLP(hidden, [*s.bl_predict_net, 1], nl)
         self.bl_h_init = nn.Parameter(torch.zeros(1, hidden))
@@ -177,7 +177,7 @@ class AIR(nn.Module):
             ("predict", predict, hidden, [Z_PRES_SIZE, Z_WHERE_SIZE, Z_WHERE_SIZE]),
         ):
             if net is not None:
-                checks.check_net(name, net, in_size, out_sizes)
+                checks.output_sizes(name, net, in_size, out_sizes)
                 setattr(self, name, net)
         if use_cuda:
             self.cuda()
@@ -192,7 +192,7 @@ class AIR(nn.Module):
         """
         covers, bounded = s.background_model != "none", s.decoder_output_use_sigmoid
         window_pixels, opacity_pixels = s.channels * s.window_size**2, covers * s.window_size**2
-        self.likelihood = make_likelihood(s.likelihood, s.likelihood_sd, bounded, covers)
+        self.likelihood = make_likelihood(s.likelihood, s.likelihood_sd, covers)
         self.decode = Decoder(
             window_pixels, s.decoder_net, s.z_what_size, s.decoder_output_bias, bounded,
             getattr(nn, s.non_linearity), opacity_pixels,
@@ -228,18 +228,8 @@ class AIR(nn.Module):
     ) -> Iterator[Tensor]:
         """The plate "data" with the images of a batch: how every model and guide begins.
 
-        Args:
-            data: As for `guide`; `z_pres_prior_p` and `num_images` as well.
-            batch_size: As for `guide`, if the batch is drawn here.
-            z_pres_prior_p: See `data`.
-            num_images: See `data`.
-            draw: Whether to draw the batch, as a guide does. A model gets the batch of its guide.
-
-        Yields:
-            The images, as `to_images` returns them, [B, (C,) H, H].
-
-        Raises:
-            ValueError: As `guide`.
+        The arguments are those of `guide`. With `draw` the batch is drawn, as a guide does; a model
+        gets the batch of its guide. Yields the images as `to_images` returns them.
         """
         checks.check_call(data, batch_size, num_images)
         check_presence_prior(z_pres_prior_p)
@@ -297,13 +287,10 @@ class AIR(nn.Module):
         return z_where
 
     def describe(self, z_where: Tensor, z_what: Tensor) -> dict[str, Any]:
-        """What latents say of an object beyond its window, for JSON; nothing, if nets paint it.
+        """What latents, [3] and [Z], say of an object beyond its window, for JSON.
 
-        Args:
-            z_where: Of one object, [3].
-            z_what: [Z].
+        If nets paint it, this is nothing.
         """
-        del z_where, z_what
         return {}
 
     def presence(self, z_pres_prior_p: PresencePrior | None) -> Sequence[float | Tensor]:
@@ -326,7 +313,6 @@ class AIR(nn.Module):
 
         With a model of the background [T, B, C + 1, H, H], see `likelihoods.PixelLikelihood`.
         """
-        checks.check_as_many(z_where=z_where, z_what=z_what)
         where, windows = torch.cat(tuple(z_where)), self.decode(torch.cat(tuple(z_what)))
         painted = window_to_image(where, self.window_size, self.x_size, windows)
         return painted.view(len(z_where), len(z_where[0]), *painted.shape[1:])

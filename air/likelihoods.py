@@ -107,12 +107,7 @@ class PixelLikelihood(nn.Module, ABC):
 
 
 class NormalLikelihood(PixelLikelihood):
-    """Each pixel is Normal around the canvas; without a background, intensities add up.
-
-    Args:
-        sd: Standard deviation of every pixel.
-        covers: See `PixelLikelihood`.
-    """
+    """Each pixel is Normal around the canvas; without a background, intensities add up."""
 
     def __init__(self, sd: float, covers: bool = False) -> None:
         super().__init__(covers)
@@ -161,29 +156,6 @@ class BernoulliLikelihood(PixelLikelihood):
         return FLIP_PROB + (1 - 2 * FLIP_PROB) * canvas
 
 
-def make_likelihood(
-    name: Likelihood, sd: float, bounded: bool = True, covers: bool = False
-) -> PixelLikelihood:
-    """Makes a likelihood by its name.
-
-    Args:
-        name: "normal" or "bernoulli".
-        sd: Standard deviation of each Normal pixel.
-        bounded: Whether the intensities of painted objects are in [0, 1].
-        covers: See `PixelLikelihood`.
-
-    Raises:
-        ValueError: If the name is unknown, the standard deviation is not above zero and finite, or
-            the likelihood needs bounded intensities.
-    """
-    if not (isinstance(sd, int | float) and 0 < sd < math.inf):
-        raise ValueError(f"likelihood_sd: expected a number above 0, got {sd}")
-    if name == "normal":
-        return NormalLikelihood(sd, covers)
-    if name != "bernoulli":
-        raise ValueError(f"likelihood must be normal or bernoulli, got {name!r}")
-    if not bounded:
-        raise ValueError(
-            "likelihood bernoulli needs decoder_output_use_sigmoid, for intensities in [0, 1]"
-        )
-    return BernoulliLikelihood(covers)
+def make_likelihood(name: Likelihood, sd: float, covers: bool = False) -> PixelLikelihood:
+    """The likelihood of that name; `sd` is the standard deviation of each Normal pixel."""
+    return NormalLikelihood(sd, covers) if name == "normal" else BernoulliLikelihood(covers)

@@ -76,7 +76,6 @@ class Look(nn.Module):
             background: The background, of the same shape; None for black.
             canvas: The background with the objects of other steps on it; None for black.
         """
-        del canvas
         return images if background is None else images - background
 
     def forward(
@@ -89,7 +88,6 @@ class Look(nn.Module):
             windows: Places of the windows of the steps before, [B, 3] each; see `AIR.window`.
             prior: Mean and standard deviation of the prior of z_where, [3] each.
         """
-        del windows
         return remainder.flatten(1), prior
 
     def mean_where(self, place: Tensor, loc: Tensor) -> Tensor:
@@ -109,7 +107,6 @@ class Difference(Look):
     follows_canvas = True
 
     def remainder(self, images: Tensor, background: Tensor | None, canvas: Tensor | None) -> Tensor:
-        del background
         return images if canvas is None else images - canvas
 
 
@@ -152,7 +149,6 @@ class Glimpse(Look):
     def forward(
         self, remainder: Tensor, windows: Sequence[Tensor], prior: Place
     ) -> tuple[Tensor, Place]:
-        del prior
         cover, mask = self.cover(remainder, windows), self.mask(remainder)
         free = 1 - (cover if remainder.dim() == 3 else cover[:, None])
         left = None if mask is None else mask * (1 - cover)

@@ -15,6 +15,7 @@ function of the same terms.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -156,6 +157,7 @@ def detached(objective: Objective) -> Objective:
     return objective
 
 
+@dataclass(eq=False)
 class MarginalAIR:
     """`model` and `guide` for SVI, which train an AIR by an objective of the guide's paths.
 
@@ -177,18 +179,15 @@ class MarginalAIR:
             other than two tensors of [B].
     """
 
-    def __init__(
-        self,
-        air: AIR,
-        objective: Objective = marginal,
-        num_paths: int = 1,
-        count_term: CountTerm | None = None,
-    ) -> None:
-        if not air.use_masking:
+    air: AIR
+    objective: Objective = marginal
+    num_paths: int = 1
+    count_term: CountTerm | None = None
+
+    def __post_init__(self) -> None:
+        if not self.air.use_masking:
             raise ValueError(NEEDS_MASKING)
-        check_whole("num_paths", num_paths, 1)
-        self.air, self.objective, self.num_paths = air, objective, num_paths
-        self.count_term = count_term
+        check_whole("num_paths", self.num_paths, 1)
 
     def guide(
         self,

@@ -1,14 +1,16 @@
 """The prior over the number of objects n, and its form as one probability per step.
 
 A distribution over n = 0..T, and the T *presence probabilities* p(z_pres_t = 1 | z_pres_{t-1} = 1)
-of one more object, contain the same information. The functions below convert one into the other.
+of one more object, contain the same information. The functions below convert one into the other,
+and raise a ValueError for numbers that are no probabilities.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from numbers import Real
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,11 +28,7 @@ MIN_COUNT_PROB = 1e-30  # no count is impossible
 
 
 def check_presence_prior(z_pres_prior_p: object) -> None:
-    """Checks that a prior is a function.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Checks that a prior is a function."""
     if z_pres_prior_p is None or callable(z_pres_prior_p):
         return
     of_list = "; for a list, give its __getitem__" if isinstance(z_pres_prior_p, Sequence) else ""
@@ -41,12 +39,7 @@ def check_presence_prior(z_pres_prior_p: object) -> None:
 
 
 def presence_probs(prior: PresencePrior, num_steps: int) -> list[float | Tensor]:
-    """The presence probability of each step.
-
-    Raises:
-        ValueError: If the prior is not a function, or one of its values is missing or not in
-            [0, 1].
-    """
+    """The presence probability of each step."""
     check_presence_prior(prior)
     probs: list[float | Tensor] = []
     for step in range(num_steps):
@@ -69,11 +62,8 @@ def presence_probs(prior: PresencePrior, num_steps: int) -> list[float | Tensor]
 def geometric_presence(ratio: float, num_steps: int) -> list[float]:
     """Presence probabilities of the truncated geometric p(n) ∝ ratio^n, n = 0..num_steps.
 
-    They are S_{t+1} / S_t, where S_t is the sum of ratio^j over j = t..num_steps. A ratio of one
-    gives the uniform distribution.
-
-    Raises:
-        ValueError: If the ratio is not in (0, 1], or there is no step.
+    They are S_{t+1} / S_t, where S_t is the sum of ratio^j over j = t..num_steps. The ratio is in
+    (0, 1]; a ratio of one gives the uniform distribution.
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"the ratio of the count prior must be in (0, 1], got {ratio}")
@@ -88,12 +78,9 @@ def geometric_presence(ratio: float, num_steps: int) -> list[float]:
 
 
 def presence_from_counts(count_probs: Sequence[float]) -> list[float]:
-    """Presence probabilities of a given p(n), n = 0..T, which need not be normalised.
+    """Presence probabilities of a given p(n) > 0, n = 0..T, which need not be normalised.
 
     They are S_{t+1} / S_t, where S_t is the sum of p(n) over n = t..T.
-
-    Raises:
-        ValueError: If a probability is not above zero and finite, or there are fewer than two.
     """
     if len(count_probs) < 2 or not all(0 < p < math.inf for p in count_probs):
         raise ValueError(
@@ -134,6 +121,7 @@ def at_least_probs(count_probs: Tensor) -> Tensor:
     return count_probs.flip(-1).cumsum(-1).flip(-1)[..., 1:]
 
 
+@dataclass(eq=False)  # it is a key of compiled steps
 class CountPrior:
     """The prior p(n) of training, which can move; a callable, step t -> presence probability.
 
@@ -143,45 +131,19 @@ class CountPrior:
 
     The model gets the same object at every optimisation step, and a change overwrites the tensor of
     probabilities in place, so that a captured step sees the new values.
-
-    Args:
-        start: The initial presence probability of each step; see `geometric_presence` and
-            `presence_from_counts`.
-        kind: How to move; "none" for a prior that stays.
-        end: The presence probability of every step after the move.
-        begin: Optimisation step at which the move begins.
-        duration: Optimisation steps that the move takes.
-        device: The model's.
-
-    Attributes:
-        now: The presence probability of each step at present.
-        learnt: The p(n), n = 0..T, given to `learn`; None before.
-
-    Raises:
-        ValueError: If a value is not a probability, or the kind or the duration is unknown.
     """
 
-    def __init__(
-        self,
-        start: Sequence[float],
-        kind: Annealing = "none",
-        end: float = 1e-7,
-        begin: int = 0,
-        duration: int = 100_000,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if kind not in get_args(Annealing):
-            raise ValueError(f"kind must be one of {get_args(Annealing)}, got {kind!r}")
-        if not all(0 <= p <= 1 for p in (*start, end)) or duration < 1:
-            raise ValueError(
-                "expected probabilities in [0, 1] and a duration of one step or more, "
-                f"got {list(start)}, end {end} and duration {duration}"
-            )
-        self.start, self.end, self.kind = tuple(start), end, kind
-        self.begin, self.duration = begin, duration
-        self.now = list(self.start)
-        self.learnt: list[float] | None = None
-        self._probs = torch.tensor(self.start, device=device)
+    start: Sequence[float]  # of each step; see `geometric_presence` and `presence_from_counts`
+    kind: Annealing = "none"  # how to move; "none" for a prior that stays
+    end: float = 1e-7  # the presence probability of every step after the move
+    begin: int = 0  # optimisation step at which the move begins
+    duration: int = 100_000  # optimisation steps that the move takes
+    device: torch.device | str = "cpu"  # the model's
+
+    def __post_init__(self) -> None:
+        self.now = list(self.start)  # the presence probability of each step at present
+        self.learnt: list[float] | None = None  # the p(n), n = 0..T, given to `learn`
+        self._probs = torch.tensor(self.start, device=self.device)
 
     def set_step(self, step: int) -> None:
         """Moves the prior to an optimisation step, counted from one."""

@@ -69,13 +69,9 @@ NUM_TRIES = NUM_ALONG**3
 def refine_scene(air: AIR, images: Tensor, scene: Scene) -> Scene:
     """Fits the scenes that are explained badly, and merges close objects in every scene.
 
-    The result for an image does not depend on the other images, and draws no random numbers from
-    the global generators.
-
-    Args:
-        air: The model.
-        images: The images, as `AIR.to_images` returns them, [B, (C,) H, H].
-        scene: What the guide inferred in them.
+    `scene` is what the guide inferred in the images, [B, (C,) H, H], as `AIR.to_images` returns
+    them. The result for an image does not depend on the other images, and draws no random numbers
+    from the global generators.
 
     Returns:
         The scenes. For a scene that was explained badly, q(n) is proportional to exp(score) of the
@@ -135,13 +131,9 @@ def _fit_scenes(air: AIR, images: Tensor, scene: Scene, rows: Tensor, residual: 
 
 
 def make_hypotheses(air: AIR, residual: Tensor, scene: Scene, rows: Tensor) -> Iterator[Hypotheses]:
-    """Hypotheses about scenes: three about each, and six more for each object in it.
+    """Hypotheses about some scenes: three about each, and six more for each object in it.
 
-    Args:
-        air: The model.
-        residual: Images minus their canvases, [B, (C,) H, H].
-        scene: What the guide inferred.
-        rows: Indices of the scenes, [F].
+    `rows`, [F], are their indices, and `residual` is images minus canvases, [B, (C,) H, H].
     """
     found, counts = scene.pick(rows), scene.counts[rows]
     where, used = found.where, found.in_use
@@ -280,12 +272,8 @@ def merge(air: AIR, images: Tensor, scene: Scene) -> Scene:
     """Puts one object in place of the two closest ones of each scene, if the two are one.
 
     The guide's encoder describes what lies under each of 27 windows around the middle of both; the
-    one that explains the scene best is kept. Nothing here waits for the device.
-
-    Args:
-        air: The model.
-        images: The images, as `AIR.to_images` returns them, [B, (C,) H, H].
-        scene: The scenes.
+    one that explains the scene best is kept. Images, [B, (C,) H, H], are as `AIR.to_images` returns
+    them. Nothing here waits for the device.
 
     Returns:
         The scenes. Where two objects are one, it is in the earlier step of both, the last object in

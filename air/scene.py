@@ -52,15 +52,11 @@ def first_objects(counts: Tensor, num_steps: int) -> Tensor:
 
 
 def infer_scene(air: AIR, images: Tensor) -> Scene:
-    """The scene that the guide infers in each image, in one pass.
+    """The scene that the guide infers in each image, [B, (C,) H, H], in one pass.
 
     The guide depends on z_pres only through stopping. So one run with every step active, and with
     all other latents at their means, gives every q(z_pres_t = 1 | z_pres_{t-1} = 1), and with them
-    q(n).
-
-    Args:
-        air: The model. Call this function within `closed`.
-        images: As `AIR.to_images` returns them, [B, (C,) H, H].
+    q(n). Images are those of `AIR.to_images`. Call this function within `closed`.
     """
     steps = AllStepsActive(use_means=True)
     trace: Any = poutine.trace(steps(air.guide)).get_trace(images)
@@ -85,10 +81,7 @@ def paint_objects(air: AIR, scene: Scene) -> Tensor:
 def paint(air: AIR, scene: Scene, present: Tensor | None = None) -> Tensor:
     """The canvases: background and objects, [B, (C,) H, H].
 
-    Args:
-        air: The model.
-        scene: The scenes.
-        present: Which objects to paint, bool [B, T]; None for those of the most probable counts.
+    `present`, bool [B, T], are the objects to paint; None for those of the most probable counts.
     """
     present = scene.in_use if present is None else present
     objects = paint_objects(air, scene)

@@ -1,7 +1,7 @@
 """The geometry of z_where: windows into images, images into windows, boxes.
 
 A spatial transformer (Jaderberg et al. 2015) restricted to scale and translation, as AIR needs it;
-section 2 of ``air/tutorial`` draws it.
+section 2 of ``air/tutorial`` draws it. Tensors of other shapes raise a ValueError.
 
 Coordinates. An image and a window each span [-1, 1], x to the right and y downwards; pixel i of n
 has its centre at (2i + 1) / n - 1 (torch's ``align_corners=False``). z_where = (s, x, y) maps the
@@ -107,9 +107,6 @@ def window_to_image(z_where: Tensor, window_size: int, image_size: int, windows:
 
     Returns:
         Images, [B, H, H] for one channel, else [B, C, H, H]; zero outside the window.
-
-    Raises:
-        ValueError: If the windows do not have C * W * W pixels each, or z_where is not [B, 3].
     """
     n = _check_geometry(z_where, window_size, image_size)
     channels, rest = divmod(math.prod(windows.shape[1:]), window_size**2)
@@ -136,9 +133,6 @@ def image_to_window(z_where: Tensor, window_size: int, image_size: int, images: 
 
     Returns:
         Windows, flat, [B, C * W * W]; zero where they reach past the image.
-
-    Raises:
-        ValueError: If the images are not [B, (C,) H, H], or z_where is not [B, 3].
     """
     n = _check_geometry(z_where, window_size, image_size)
     sides = image_size, image_size
@@ -162,9 +156,6 @@ def window_boxes(z_where: Tensor, image_size: int) -> Tensor:
     Returns:
         (x0, y0, x1, y1), [..., 4], x to the right and y downwards. The image spans 0 to
         `image_size`; a box may reach past it.
-
-    Raises:
-        ValueError: If z_where is not [..., 3].
     """
     if not z_where.dim() or z_where.shape[-1] != 3:
         raise ValueError(f"z_where must be [..., 3], got {list(z_where.shape)}")

@@ -142,7 +142,7 @@ def use(path: Path) -> None:
     """Loads a file of scenes as the program does, and evaluates on them."""
     try:
         found = main.load_scenes(resolve_config({"data": str(path), "num_steps": 1}))
-        held_out = HeldOut.from_numpy(
+        held_out = HeldOut(
             found.test.x,
             counts=found.test.counts,
             boxes=found.test.boxes,
@@ -151,7 +151,8 @@ def use(path: Path) -> None:
     except ValueError:
         return
     if found.x_size == 12 and found.channels < 5:
-        evaluate(small_air(channels=found.channels), held_out)
+        with contextlib.suppress(ValueError):  # a box that is not finite
+            evaluate(small_air(channels=found.channels), held_out)
 
 
 @cases(200)

@@ -80,7 +80,7 @@ def resolve_config(
     run, model = (saved, {}) if "resume" in cli_args else ({}, saved)
     below: FlatConfig = {key: value for key, (value, _) in found.items()}
     if model:  # settings that an earlier program did not know have their defaults
-        of_model = [spec for spec in _ALL if spec.about["with_model"]]
+        of_model = [spec for spec in _ALL if spec.with_model]
         below = below | {spec.key: model.get(spec.key, spec.plain_default) for spec in of_model}
         # The scenes of its training too, unless it was trained on users' images. Another recipe
         # makes other scenes.
@@ -93,9 +93,9 @@ def resolve_config(
     overridden = {
         key
         for given in (cli_args.keys() & FLAGS) - ({"model_steps"} if fits else set())
-        for key in FLAGS[given].about["overrides"]
+        for key in FLAGS[given].overrides
     }
-    forgotten = {spec.key for spec in _ALL if spec.about["on_resume"] == "forget"}
+    forgotten = {spec.key for spec in _ALL if spec.on_resume == "forget"}
     flat = {
         **DEFAULTS,
         **with_own_defaults(cli_args),
@@ -168,7 +168,7 @@ def _check_resumed(cli_args: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     for key, value in cli_args.items():
         # A cosine schedule decided the rates of the steps taken by the number of all steps.
         is_fixed = key == "num_steps" and run.get("lr_schedule") == "cosine"
-        is_kept = FLAGS[key].about["on_resume"] == "keep" or is_fixed
+        is_kept = FLAGS[key].on_resume == "keep" or is_fixed
         if is_kept and value != run.get(key, DEFAULTS[key]):
             raise ValueError(
                 f"{FLAGS[key].flags[-1]}: --resume keeps the settings of the run, which has "

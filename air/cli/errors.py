@@ -19,9 +19,6 @@ def explained_errors(parser: Parser) -> Iterator[Callable[[RunFolder | None], No
     The exit code is 2 for input that cannot be used, 1 for a failure of the run, and 128 + the
     signal for an interruption. A defect of the program keeps its traceback.
 
-    Args:
-        parser: Prints the line.
-
     Yields:
         A function to call when all input was usable: later errors end a run, its argument.
     """

@@ -143,7 +143,7 @@ FLAGS: dict[str, Setting] = {  # the settings that have a flag, by key
     spec.key: spec
     for cls in SETTINGS
     for spec in settings_of(cls)
-    if spec.flags and spec.about["only_in"] is None
+    if spec.flags and spec.only_in is None
 }
 DEFAULTS: dict[str, Any] = {key: spec.plain_default for key, spec in FLAGS.items()}
 
@@ -194,12 +194,12 @@ def build_parser(description: str = "", only_common: bool = False) -> Parser:
     parser.add_argument("--help-all", const=True, help="list all flags and exit", **helps)
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     flags = [
-        (spec, groups[spec.about["group"] or title])
+        (spec, groups[spec.group or title])
         for cls, title in SETTINGS.items()
         for spec in settings_of(cls)
-        if spec.key in FLAGS and (spec.about["common"] or not only_common)
+        if spec.key in FLAGS and (spec.common or not only_common)
     ]
-    for spec, group in sorted(flags, key=lambda flag: not flag[0].about["common"]):
+    for spec, group in sorted(flags, key=lambda flag: not flag[0].common):
         spec.add_flag(group)
     for flag, (key, value, help) in ALIASES.items() if not only_common else ():
         groups[LEGACY].add_argument(

@@ -11,13 +11,7 @@ LINE_SECONDS = 10.0  # between progress lines where there is no terminal for a p
 
 
 class ProgressBar:
-    """A progress bar of training.
-
-    Args:
-        total: All steps.
-        initial: Steps already taken.
-        silent: Whether to show nothing.
-    """
+    """A progress bar of training, of which `initial` steps are already taken."""
 
     def __init__(self, total: int, initial: int, silent: bool = False) -> None:
         self.total = total

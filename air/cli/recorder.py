@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +15,15 @@ from air.visualization.dashboard import ON_PAGE, Dashboard
 from air.visualization.snapshots import SCENES, Snapshot, save_snapshot, take_snapshot
 
 
+@dataclass(eq=False)
 class Recorder:
-    """Keeps a run's folder, and its live page if there is one.
+    """Keeps a run's folder, and its live page if there is one."""
 
-    Args:
-        run: The folder.
-        trainer: The source of the events.
-        config: Every flag's value.
-        data_sha256: The hash of the scenes.
-        dashboard: The live page, or None.
-    """
-
-    def __init__(
-        self,
-        run: RunFolder,
-        trainer: Trainer,
-        config: Mapping[str, Any],
-        data_sha256: str,
-        dashboard: Dashboard | None,
-    ) -> None:
-        self.run = run
-        self.trainer = trainer
-        self.dashboard = dashboard
-        self._config = dict(config)
-        self._data_sha256 = data_sha256
+    run: RunFolder
+    trainer: Trainer  # the source of the events
+    config: Mapping[str, Any]  # every flag's value
+    data_sha256: str  # of the scenes
+    dashboard: Dashboard | None  # the live page
 
     def handle(self, event: Event) -> None:
         """Writes an event to the run's folder, and shows it on the live page."""
@@ -58,10 +44,10 @@ class Recorder:
 
     def save(self) -> None:
         """Writes the checkpoint, and the weights alone for --save."""
-        about = {"config": self._config, "data_sha256": self._data_sha256}
+        about = {"config": dict(self.config), "data_sha256": self.data_sha256}
         self.run.save({**about, **self.trainer.state_dict()})
-        if self._config["save"]:
-            save_weights(self.trainer.air, Path(self._config["save"]))
+        if self.config["save"]:
+            save_weights(self.trainer.air, Path(self.config["save"]))
 
     def _take_snapshot(self, num_scenes: int) -> Snapshot:
         trainer = self.trainer

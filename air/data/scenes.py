@@ -94,11 +94,7 @@ def sha256(arrays: Sequence[Array | None]) -> str:
 
 
 def write_scenes(path: Path | str, train: Scenes, test: Scenes) -> None:
-    """Writes an .npz file that appears under its name only when it is complete.
-
-    Raises:
-        DataError: If it cannot be written.
-    """
+    """Writes an .npz file that appears under its name only when it is complete."""
     arrays = train._asdict() | {f"test_{name}": array for name, array in test._asdict().items()}
 
     def write(file: Path) -> None:
@@ -123,9 +119,6 @@ def split_scenes(arrays: Mapping[str, Array], *, hold_out_all: bool = False) -> 
         arrays: Prepared images x and optionally test_x, and other arrays of `ARRAY_NAMES`, which
             are checked against `LABELS`.
         hold_out_all: Without test_x, hold out all scenes instead of the last tenth.
-
-    Raises:
-        DataError: If there are too few images, or an array has the wrong type or shape.
     """
     x = arrays["x"]
     train = Scenes(x, **_read_labels(arrays, "", len(x)))

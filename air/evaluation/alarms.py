@@ -46,9 +46,7 @@ def empty_canvas_elbo(air: AIR, images: Tensor) -> float:
 def collapse_alarm(result: Evaluation, empty_elbo: float) -> str | None:
     """Describes in one line how a model has collapsed and what to try; None without collapse.
 
-    Args:
-        result: The evaluation of the model.
-        empty_elbo: `empty_canvas_elbo` of the same scenes.
+    `empty_elbo` is the `empty_canvas_elbo` of the same scenes.
     """
     histogram = result.count_histogram
     scenes, used, every_step = sum(histogram), sum(histogram[1:]), histogram[-1]

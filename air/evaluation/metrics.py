@@ -1,11 +1,9 @@
 """How good a model is on held-out scenes: ELBO, counts, boxes."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from air.air import AIR
@@ -21,11 +19,12 @@ from air.support.checks import check_whole
 from air.support.handlers import closed
 from air.support.images import to_tensor
 
-MAX_OBJECTS = 1000  # in one scene; a larger count is an error in the data
-
 
 class HeldOut(NamedTuple):
-    """Scenes to evaluate on, with the true counts, boxes and overlaps where they are known."""
+    """Scenes to evaluate on, with the true counts, boxes and overlaps where they are known.
+
+    `evaluate` and `Trainer` also take NumPy arrays in the place of tensors.
+    """
 
     images: Tensor  # [N, (C,) H, H], uint8 in [0, 255] or floats in [0, 1], on any device
     counts: Tensor | None = None  # true counts, [N]
@@ -33,30 +32,6 @@ class HeldOut(NamedTuple):
     overlaps: Tensor | None = None  # number of pixels that objects share, [N]
     labels: Tensor | None = None  # kinds of the objects, [N, M]
     poses: Tensor | None = None  # poses of solids, [N, M, 4]; see `air.data.scenes.Scenes`
-
-    @classmethod
-    def from_numpy(
-        cls,
-        images: NDArray[Any],
-        counts: NDArray[Any] | None = None,
-        boxes: NDArray[Any] | None = None,
-        overlaps: NDArray[Any] | None = None,
-        labels: NDArray[Any] | None = None,
-        poses: NDArray[Any] | None = None,
-    ) -> "HeldOut":
-        """Wraps NumPy arrays without copying them.
-
-        Raises:
-            ValueError: If a count is above `MAX_OBJECTS`, or an object has no finite box.
-        """
-        if counts is not None and (counts > MAX_OBJECTS).any():
-            raise ValueError(f"counts: expected at most {MAX_OBJECTS}, got {counts.max()}")
-        if counts is not None and boxes is not None:
-            used = np.arange(boxes.shape[1]) < counts[:, None]
-            if (counts > boxes.shape[1]).any() or not np.isfinite(boxes[used]).all():
-                raise ValueError("boxes: expected a finite box for every counted object")
-        arrays = (images, counts, boxes, overlaps, labels, poses)
-        return cls._make(array if array is None else torch.from_numpy(array) for array in arrays)
 
     def first(self, num_scenes: int) -> "HeldOut":
         """The first `num_scenes` scenes, or all if there are no more.
@@ -112,7 +87,8 @@ def evaluate(
 
     Raises:
         ValueError: If there are no scenes, if `air` cannot take the images, if the numbers of
-            images, counts, boxes and overlaps differ, or if another argument is out of range.
+            images, counts, boxes and overlaps differ, if a counted object has no finite box, or if
+            another argument is out of range.
     """
     check_whole("batch_size", batch_size, 1)
     check_whole("iwae_samples", iwae_samples, 0)
@@ -160,8 +136,8 @@ def check_scenes(air: AIR, scenes: HeldOut) -> HeldOut:
     """Converts scenes to tensors and checks that `air` can take their images.
 
     Raises:
-        ValueError: If it cannot, if there are no scenes, or if the numbers of images, counts, boxes
-            and overlaps differ.
+        ValueError: If it cannot, if there are no scenes, if the numbers of images, counts, boxes
+            and overlaps differ, or if a counted object has no finite box.
     """
     scenes = HeldOut._make(part if part is None else to_tensor(part) for part in scenes)
     if not scenes.images.dim() or not len(scenes.images):
@@ -171,6 +147,11 @@ def check_scenes(air: AIR, scenes: HeldOut) -> HeldOut:
             raise ValueError(
                 f"{name}: expected one for each of the {len(scenes.images)} images, got {len(part)}"
             )
+    if scenes.counts is not None and scenes.boxes is not None:
+        counts, boxes = scenes.counts.cpu(), scenes.boxes.cpu()
+        used = torch.arange(boxes.shape[1]) < counts[:, None]
+        if (counts > boxes.shape[1]).any() or not boxes[used].isfinite().all():
+            raise ValueError("boxes: expected a finite box for every counted object")
     air.check_images(scenes.images)
     return scenes
 

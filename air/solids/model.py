@@ -26,7 +26,6 @@ from air.looks import Glimpse, Place
 from air.solids.renderer import Renderer
 from air.solids.world import KINDS, SYMMETRY
 from air.spatial_transformer import centre_of, where_at
-from air.support import checks
 from air.support.fields import SettingError
 from air.support.model_settings import ModelSettings
 
@@ -238,7 +237,6 @@ class SolidsAIR(AIR):
 
     def paint(self, z_where: Sequence[Tensor], z_what: Sequence[Tensor]) -> Tensor:
         """Each solid, as `SolidsLikelihood` expects it, [T, B, 12, H, H]."""
-        checks.check_as_many(z_where=z_where, z_what=z_what)
         solids = self.solids(torch.cat(tuple(z_where)), torch.cat(tuple(z_what)))
         turns = torch.stack((solids.angles.cos(), solids.angles.sin()), -1)
         patches, pixels = self.decode(solids.size, solids.place, turns)

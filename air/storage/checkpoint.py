@@ -7,6 +7,8 @@ code in it can run. Two kinds can be read: checkpoint.pt of a run, and weights a
 checkpoint.pt is a dict: ``format`` (a number), ``config`` (every flag's value by name, and the size
 and channels of the images), ``data_sha256`` (of the scenes), and the entries of
 `Trainer.state_dict`.
+
+A file that cannot be used raises a `CheckpointError`.
 """
 
 import io
@@ -50,11 +52,7 @@ def write_state(path: Path | str, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path | str) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU.
-
-    Raises:
-        CheckpointError: If it is not a checkpoint, damaged, or written by a newer or older program.
-    """
+    """Reads a checkpoint of this program's format onto the CPU."""
     state = _load(path)
     if not _is_checkpoint(state, path):
         raise CheckpointError(f"{path} is not the checkpoint of a run")
@@ -98,11 +96,7 @@ def _load(path: Path | str) -> dict[str, Any]:
 
 
 def _is_checkpoint(state: Mapping[str, Any], path: Path | str) -> bool:
-    """Whether a file that was read is a run's checkpoint, and not weights alone.
-
-    Raises:
-        CheckpointError: If it is a checkpoint that this program cannot read.
-    """
+    """Whether a file that was read is a run's checkpoint, and not weights alone."""
     if "format" not in state:
         return False
     types = {"format": int, "config": dict, "model": dict, "optimizer": dict, "step": int}
@@ -149,9 +143,6 @@ def read_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     The path may be the name of a pretrained model. In the configuration, count_prior is the prior
     at the saved step, annealed or learnt.
-
-    Raises:
-        CheckpointError: If the file cannot be used.
     """
     state = _load(path)
     if not _is_checkpoint(state, path):
@@ -214,13 +205,7 @@ def load_air(
 def check_image_size(air: AIR, config: Mapping[str, Any], path: Path | str) -> None:
     """Checks that the model in a file was trained on images of the size that `air` has.
 
-    Args:
-        air: The model to load the weights into.
-        config: The configuration in the file; {} for weights alone, which do not tell the size.
-        path: The file.
-
-    Raises:
-        CheckpointError: If the images had another size, or another number of channels.
+    The configuration of weights alone is {}, which does not tell the size.
     """
     own = (air.x_size, air.channels)
     x_size, channels = config.get("x_size", own[0]), config.get("channels", own[1])
@@ -235,9 +220,6 @@ def load_weights_strict(module: nn.Module, weights: Mapping[str, Tensor], path: 
     """Loads weights strictly; one line names those that do not fit.
 
     Weights without a baseline (``bl_``) leave that of the module as it is.
-
-    Raises:
-        CheckpointError: If names or shapes differ from the module's, or constants of its prior.
     """
     own_names = {_without_wrappers(name): name for name in module.state_dict()}
     weights = {own_names.get(_without_wrappers(name), name): w for name, w in weights.items()}

@@ -37,15 +37,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_output_file(flag: str, path: Path, may_exist: bool = False) -> None:
-    """Checks that a file can be written, long before it is.
+    """Checks that the file that a flag names can be written, long before it is.
 
-    Args:
-        flag: The flag that names the file.
-        path: The file.
-        may_exist: Whether an existing file may be overwritten.
-
-    Raises:
-        UnusableFileError: If it exists, or its folder does not or cannot be written into.
+    With `may_exist`, it may be overwritten.
     """
     if path.exists() and not may_exist:
         raise UnusableFileError(f"{flag} never overwrites, and {path} exists; name another file")
@@ -64,11 +58,7 @@ def quoted(path: Path | str) -> str:
 
 
 def check_unpacked_size(path: Path) -> None:
-    """Reads a zip file's table of contents, before anything is unpacked.
-
-    Raises:
-        UnusableFileError: If the file is damaged, or unpacks to more than `MAX_BYTES`.
-    """
+    """Reads a zip file's table of contents, before anything is unpacked."""
     if path.is_file() and zipfile.is_zipfile(path):
         try:
             with zipfile.ZipFile(path) as file:

@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from air.storage.checkpoint import FORMAT, CheckpointError, read_state, write_state
+from air.storage.checkpoint import FORMAT, CheckpointError, write_state
 from air.storage.files import quoted, write_atomically
 
 try:
@@ -37,7 +37,8 @@ except ImportError:  # Windows
 class RunFolder:
     """One run's files: `create` a folder, or `open` one to resume its run.
 
-    A folder is locked, where the system can lock it, so that only one run writes into it.
+    A folder is locked, where the system can lock it, so that only one run writes into it. One that
+    is in use, damaged or not writable raises a `CheckpointError`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,11 +51,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, name: str | Path | None, seed: int) -> "RunFolder":
-        """Makes the folder, by default runs/<time>-seed<k>.
-
-        Raises:
-            CheckpointError: If it exists and is not empty, is in use, or cannot be written.
-        """
+        """Makes the folder, by default runs/<time>-seed<k>; it must be new or empty."""
         path = Path(name or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,11 +70,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, lock: bool = True) -> "RunFolder":
-        """An existing run, by its folder or by the checkpoint in it. Writes nothing.
-
-        Raises:
-            CheckpointError: If there is no checkpoint, or the run is in use.
-        """
+        """An existing run, by its folder or by the checkpoint in it. Writes nothing."""
         run = cls(path.parent if path.name == "checkpoint.pt" else path)
         if not run.checkpoint.is_file():
             raise CheckpointError(f"{path} is not a run folder: checkpoint.pt is missing")
@@ -90,9 +83,6 @@ class RunFolder:
 
         It also deletes the last evaluation of a finished run, and the temporary files of a killed
         run.
-
-        Raises:
-            CheckpointError: If the folder cannot be written, or the metrics are damaged.
         """
         lines = [
             json.dumps(record) + "\n"
@@ -139,11 +129,7 @@ class RunFolder:
             file.write(json.dumps(_finite(record)) + "\n")
 
     def read_metrics(self, until: float = math.inf) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl up to a step, without a last line that was cut off.
-
-        Raises:
-            CheckpointError: If a line is damaged that may belong to one of these steps.
-        """
+        """The records of metrics.jsonl up to a step, without a last line that was cut off."""
         records: list[dict[str, Any]] = []
         lines = self.metrics.read_bytes().splitlines(True) if self.metrics.exists() else []
         for number, line in enumerate(lines, 1):
@@ -181,14 +167,6 @@ class RunFolder:
             with self.metrics.open("a") as file:
                 os.fsync(file.fileno())
         write_state(self.checkpoint, {"format": FORMAT, **state})
-
-    def load(self) -> dict[str, Any]:
-        """Reads the checkpoint, onto the CPU.
-
-        Raises:
-            CheckpointError: If it cannot be used.
-        """
-        return read_state(self.checkpoint)
 
 
 def program() -> str:

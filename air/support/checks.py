@@ -1,7 +1,6 @@
-"""Checks of the arguments of `AIR` and of its model and guide."""
+"""Checks of the arguments of `AIR` and of its model and guide, which raise a ValueError."""
 
 import copy
-from collections.abc import Sequence
 from numbers import Integral
 from typing import TypeVar
 
@@ -16,11 +15,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def check_whole(name: str, value: object, least: int, hint: str = "") -> None:
-    """Checks a number of things.
-
-    Raises:
-        ValueError: If it is no whole number, or less than `least`.
-    """
+    """Checks that a number of things is whole, and not less than `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         raise ValueError(
             f"{name}: expected a whole number of at least {least}{hint}, got {value!r}"
@@ -28,11 +23,7 @@ def check_whole(name: str, value: object, least: int, hint: str = "") -> None:
 
 
 def check_call(data: Tensor, batch_size: int | None, num_images: int | None) -> None:
-    """Checks the arguments of a model or guide; see `AIR.guide`.
-
-    Raises:
-        ValueError: If one of them cannot be used, or an outer plate vectorises the call.
-    """
+    """Checks the arguments of a model or guide; see `AIR.guide`."""
     if not isinstance(data, Tensor):
         raise ValueError(
             f"data: expected images as a torch.Tensor, got {type(data).__name__}; use "
@@ -55,11 +46,7 @@ def check_call(data: Tensor, batch_size: int | None, num_images: int | None) -> 
 def refuse_outer_plates(batch: int | None = None) -> None:
     """Refuses to run within a plate that vectorises, as vectorised particles do.
 
-    Args:
-        batch: Size of a plate along the images that is accepted.
-
-    Raises:
-        ValueError: If there is such a plate.
+    A plate along the images of size `batch` is accepted.
     """
     for frame in get_plates():
         if frame.vectorized and (frame.dim, frame.size) != (-1, batch):
@@ -70,23 +57,8 @@ def refuse_outer_plates(batch: int | None = None) -> None:
             )
 
 
-def check_as_many(**lists: Sequence[Tensor]) -> None:
-    """Checks that lists over steps are of one length, which is not zero.
-
-    Raises:
-        ValueError: If they are not.
-    """
-    lengths = {name: len(each) for name, each in lists.items()}
-    if len({*lengths.values()}) > 1 or 0 in lengths.values():
-        raise ValueError(f"expected tensors for the same steps, one step or more, got {lengths}")
-
-
 def copied(name: str, net: Module, reason: str) -> Module:
-    """A copy of a net, with an error that names it if it cannot be copied.
-
-    Raises:
-        ValueError: If it cannot.
-    """
+    """A copy of a net, with an error that names it if it cannot be copied."""
     try:
         return copy.deepcopy(net)
     except Exception as error:  # of many types, by what the net holds
@@ -94,53 +66,33 @@ def copied(name: str, net: Module, reason: str) -> Module:
         raise ValueError(f"{name}: cannot be copied, but {reason} ({text})") from error
 
 
-def output_sizes(name: str, net: nn.Module, in_size: int) -> list[int]:
+def output_sizes(
+    name: str, net: nn.Module, in_size: int, expected: list[int] | None = None
+) -> list[int]:
     """The number of columns of each output of a net, for inputs [B, in_size].
 
-    Raises:
-        ValueError: If it is no module, does not take them, or an output is not [B, columns].
+    They must be the `expected` ones; None means one output with any number of columns.
     """
     if not isinstance(net, nn.Module):
         raise ValueError(f"{name}: expected an instance of nn.Module, got {net!r:.80}")
     try:
-        return _output_sizes(net, in_size)
+        parameters = (p for p in net.parameters() if not is_lazy(p) and p.is_floating_point())
+        zeros = next(parameters, torch.zeros(0)).new_zeros(2, in_size)
+        with closed(net):  # the net itself, since not every net can be copied
+            output = net(zeros)
+        outputs = [output] if isinstance(output, Tensor) else list(output)
+        for output in outputs:
+            if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != 2:
+                got = list(output.shape) if isinstance(output, Tensor) else repr(output)
+                raise ValueError(f"expected outputs [B, columns], got {got} for B = 2")
     except Exception as error:  # of many types, by what the net does
         text = " ".join(str(error).split())
         raise ValueError(f"{name}: expected a net for inputs [B, {in_size}] ({text})") from error
-
-
-def _output_sizes(net: nn.Module, in_size: int) -> list[int]:
-    parameters = (p for p in net.parameters() if not is_lazy(p) and p.is_floating_point())
-    zeros = next(parameters, torch.zeros(0)).new_zeros(2, in_size)
-    with closed(net):  # the net itself, since not every net can be copied
-        output = net(zeros)
-    outputs = [output] if isinstance(output, Tensor) else list(output)
-    for output in outputs:
-        if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != 2:
-            got = list(output.shape) if isinstance(output, Tensor) else repr(output)
-            raise ValueError(f"expected outputs [B, columns], got {got} for B = 2")
-    return [output.size(1) for output in outputs]
-
-
-def embedding_size(embed: nn.Module, in_size: int) -> int:
-    """The number of columns of an embedding, for images or glimpses [B, in_size].
-
-    Raises:
-        ValueError: If the net does not take them, or has another output than one of [B, columns].
-    """
-    sizes = output_sizes("embed", embed, in_size)
-    if len(sizes) != 1:
-        raise ValueError(f"embed: expected one output, [B, columns], got {len(sizes)}")
-    return sizes[0]
-
-
-def check_net(name: str, net: nn.Module, in_size: int, out_sizes: list[int]) -> None:
-    """Checks the number of columns of each output of a net, for inputs [B, in_size].
-
-    Raises:
-        ValueError: If they are others than `out_sizes`.
-    """
-    if (sizes := output_sizes(name, net, in_size)) != out_sizes:
+    sizes = [output.size(1) for output in outputs]
+    if expected is None and len(sizes) != 1:
+        raise ValueError(f"{name}: expected one output, [B, columns], got {len(sizes)}")
+    if expected is not None and sizes != expected:
         raise ValueError(
-            f"{name}: expected outputs of {out_sizes} columns for inputs of {in_size}, got {sizes}"
+            f"{name}: expected outputs of {expected} columns for inputs of {in_size}, got {sizes}"
         )
+    return sizes

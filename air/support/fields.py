@@ -1,8 +1,8 @@
 """Settings: each is declared once, with its default, its help, its bounds and its flag.
 
 A settings class is a frozen dataclass whose fields are made by `setting`, and whose
-``__post_init__`` calls `check_settings`. One check serves Python, files and command lines, and
-`add_flags` makes the flags of a command line. Needs no torch.
+``__post_init__`` calls `check_settings`. One check serves Python, files and command lines: it
+raises a `SettingError`. `add_flags` makes the flags of a command line. Needs no torch.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import functools
 import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -38,77 +38,45 @@ class SettingError(ValueError):
         self.name, self.problem = name, problem
 
 
-def setting(
-    default: Any,  # noqa: ANN401
-    help: str,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    above: float = -math.inf,
-    length: tuple[int, int | None] = (0, None),
-    accepts: Callable[[Any], bool] = lambda value: True,
-    expected: str | None = None,
-    key: str | None = None,
-    flag: str | None = None,
-    short: str | None = None,
-    metavar: str | None = None,
-    group: str | None = None,
-    common: bool = False,
-    only_in: str | None = None,
-    on_resume: OnResume = "keep",
-    with_model: bool = False,
-    overrides: Sequence[str] = (),
-) -> Any:  # noqa: ANN401
-    """A dataclass field that is a setting.
-
-    Args:
-        default: Its default; a default of None means that the setting may be left open.
-        help: Its meaning, for the help of a command line.
-        low: Least number, or least number of a list.
-        high: Greatest number, or greatest number of a list.
-        above: Exclusive lower bound of a number, or of each number of a list.
-        length: Least and greatest length of a list.
-        accepts: A further check of a value, or of each value of a list.
-        expected: The accepted values in words; None to derive them from type and bounds.
-        key: Its name in a configuration; None for the name of the field.
-        flag: Its long flag; None for the key with dashes, "" for no flag.
-        short: Its short flag.
-        metavar: Its placeholder in the help.
-        group: Its heading in the help of main.py; None for that of its class.
-        common: Whether ``--help`` of main.py lists it, and not only ``--help-all``.
-        only_in: The only program that has its flag; None for all programs.
-        on_resume: Its value in a resumed run; see `OnResume`.
-        with_model: Whether loaded weights bring its value along.
-        overrides: Keys of settings that, when this flag is given, lose their value from a survey
-            or from loaded weights.
-    """
-    about = {name: value for name, value in locals().items() if name != "default"}
-    return field(default=default, metadata=about)
-
-
-model_setting = functools.partial(setting, with_model=True)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """The declaration of one field of a settings class."""
 
-    name: str
-    key: str
-    default: Any
-    about: Mapping[str, Any]  # the arguments of `setting`
-    scalar: type  # int, float, str or bool; of a list, that of its elements
-    is_list: bool
-    is_optional: bool
-    choices: tuple[str, ...]
+    help: str  # its meaning, for the help of a command line
+    low: float = -math.inf  # least number, also of those in a list
+    high: float = math.inf  # greatest number
+    above: float = -math.inf  # exclusive lower bound
+    length: tuple[int, int | None] = (0, None)  # least and greatest length of a list
+    accepts: Callable[[Any], bool] = lambda value: True  # a further check, also of those in a list
+    accepted: str = ""  # the accepted values in words; by default from type and bounds
+    key: str = ""  # its name in a configuration; by default that of the field
+    flag: str | None = None  # its long flag; None for the key with dashes, "" for no flag
+    short: str | None = None  # its short flag
+    metavar: str | None = None  # its placeholder in the help
+    group: str | None = None  # its heading in the help of main.py; None for that of its class
+    common: bool = False  # whether --help of main.py lists it, and not only --help-all
+    only_in: str | None = None  # the only program that has its flag; None for all programs
+    on_resume: OnResume = "keep"  # its value in a resumed run
+    with_model: bool = False  # whether loaded weights bring its value along
+    # Keys of settings that, when this flag is given, lose their value from a survey or from loaded
+    # weights.
+    overrides: Sequence[str] = ()
+
+    # What follows from the field; `settings_of` fills it in.
+    name: str = ""
+    default: Any = None  # None means that the setting may be left open
+    scalar: type = str  # int, float, str or bool; of a list, that of its elements
+    is_list: bool = False
+    is_optional: bool = False
+    choices: tuple[str, ...] = ()
 
     @property
     def flags(self) -> list[str]:
         """Its flags, none if it has no flag."""
-        long = self.about["flag"]
+        long = self.flag
         if long is None:
             long = "--" + self.key.replace("_", "-")
-        return [flag for flag in (self.about["short"], long) if flag]
+        return [flag for flag in (self.short, long) if flag]
 
     @property
     def plain_default(self) -> Any:  # noqa: ANN401
@@ -118,29 +86,28 @@ class Setting:
     @property
     def expected(self) -> str:
         """The accepted values, or the accepted elements of a list, in words."""
-        if self.about["expected"] or self.choices:
-            return self.about["expected"] or " or ".join(self.choices)
+        if self.accepted or self.choices:
+            return self.accepted or " or ".join(self.choices)
         words = {int: "a whole number", float: "a number", str: "a text", bool: "yes or no"}
-        above, low, high = (self.about[bound] for bound in ("above", "low", "high"))
         text = words[self.scalar]
-        text += f" above {above:.10g}" if above > -math.inf else ""
-        text += f" of at least {low:.10g}" if low > -math.inf else ""
-        return text + (f", at most {high:.10g}" if high < math.inf else "")
+        text += f" above {self.above:.10g}" if self.above > -math.inf else ""
+        text += f" of at least {self.low:.10g}" if self.low > -math.inf else ""
+        return text + (f", at most {self.high:.10g}" if self.high < math.inf else "")
 
     def add_flag(self, group: "argparse._ArgumentGroup") -> None:
         """Adds its flag, if it has one. A flag that is not given leaves no value."""
         if not self.flags:
             return
-        metavar = self.about["metavar"] or {int: "N", float: "X"}.get(self.scalar)
+        metavar = self.metavar or {int: "N", float: "X"}.get(self.scalar)
         options: dict[str, Any] = {"type": self.parse, "metavar": metavar}
         if self.scalar is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif self.choices:
             options = {"choices": self.choices}
         elif self.is_list:
-            least, most = self.about["length"]
+            least, most = self.length
             options["nargs"] = most or ("+" if least else "*")
-        help = self.about["help"].replace("%", "%%")
+        help = self.help.replace("%", "%%")
         if self.default is not None and self.default is not False:
             default = self.default if self.is_list else [self.default]
             help += f" (default: {' '.join(map(str, default))})"
@@ -164,14 +131,10 @@ class Setting:
         return value
 
     def check(self, value: Any) -> None:  # noqa: ANN401
-        """Checks a value from Python or from a file.
-
-        Raises:
-            SettingError: If the setting cannot have it.
-        """
+        """Checks a value from Python or from a file."""
         if value is None and self.is_optional:
             return
-        least, most = self.about["length"]
+        least, most = self.length
         if self.is_list:
             fits = isinstance(value, list | tuple) and least <= len(value) <= (most or math.inf)
             fits = fits and all(map(self._accepts, value))
@@ -187,9 +150,17 @@ class Setting:
         types = int | float if self.scalar is float else self.scalar
         fits = isinstance(value, types) and isinstance(value, bool) == (self.scalar is bool)
         if fits and self.scalar in (int, float):
-            fits = -math.inf < value < math.inf and value > self.about["above"]
-            fits = fits and self.about["low"] <= value <= self.about["high"]
-        return fits and (not self.choices or value in self.choices) and self.about["accepts"](value)
+            fits = -math.inf < value < math.inf and value > self.above
+            fits = fits and self.low <= value <= self.high
+        return fits and (not self.choices or value in self.choices) and self.accepts(value)
+
+
+def setting(default: Any, help: str, **about: Any) -> Any:  # noqa: ANN401
+    """A dataclass field that is a setting; `Setting` has the keywords."""
+    return field(default=default, metadata={"setting": Setting(help=help, **about)})
+
+
+model_setting = functools.partial(setting, with_model=True)
 
 
 def settings_of(cls: type) -> tuple[Setting, ...]:
@@ -202,19 +173,24 @@ def settings_of(cls: type) -> tuple[Setting, ...]:
         (hint,) = (option for option in options if option is not NoneType)
         is_list = isinstance(get_origin(hint), type)  # tuple[int, ...] or Sequence[int]
         choices = get_args(hint) if get_origin(hint) is Literal else ()
-        scalar = str if choices else get_args(hint)[0] if is_list else hint
-        key = spec.metadata["key"] or spec.name
-        about = (spec.name, key, spec.default, spec.metadata)
-        declared.append(Setting(*about, scalar, is_list, NoneType in options, choices))
+        about = spec.metadata["setting"]
+        declared.append(
+            replace(
+                about,
+                name=spec.name,
+                key=about.key or spec.name,
+                default=spec.default,
+                scalar=str if choices else get_args(hint)[0] if is_list else hint,
+                is_list=is_list,
+                is_optional=NoneType in options,
+                choices=choices,
+            )
+        )
     return tuple(declared)
 
 
 def check_settings(settings: object) -> None:
-    """Checks every field of a settings object, in which NumPy's numbers become Python's.
-
-    Raises:
-        SettingError: For the first that has a value it cannot have.
-    """
+    """Checks every field of a settings object, in which NumPy's numbers become Python's."""
     for spec in settings_of(type(settings)):
         value = _to_plain(getattr(settings, spec.name))
         object.__setattr__(settings, spec.name, value)  # the object is frozen
@@ -222,11 +198,7 @@ def check_settings(settings: object) -> None:
 
 
 def from_config(cls: type[T], config: Mapping[str, Any]) -> T:
-    """An object of a settings class from values by key; keys that are missing have defaults.
-
-    Raises:
-        SettingError: If one of the values does not fit.
-    """
+    """An object of a settings class from values by key; keys that are missing have defaults."""
     known = [spec for spec in settings_of(cls) if spec.key in config]
     return cls(**{spec.name: config[spec.key] for spec in known})
 

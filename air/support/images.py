@@ -1,4 +1,7 @@
-"""Images given to a model: which types and values are accepted, and their conversion to floats."""
+"""Images given to a model: which types and values are accepted, and their conversion to floats.
+
+Others raise a ValueError, which says what to convert them to.
+"""
 
 import warnings
 
@@ -16,9 +19,6 @@ def to_tensor(images: object) -> Tensor:
 
     The tensor shares the memory of an array where torch can. So an array that is memory-mapped
     stays in its file, and the tensor must not be written to.
-
-    Raises:
-        ValueError: If it holds no numbers.
     """
     if isinstance(images, Tensor):
         return images
@@ -35,11 +35,7 @@ def to_tensor(images: object) -> Tensor:
 
 
 def as_batch(images: Tensor, channels: int, x_size: int) -> Tensor:
-    """Images, [B, (C,) H, H] or [B, 1, H, H], without an axis for a single channel.
-
-    Raises:
-        ValueError: If the images are not bool, uint8 or floats, or have another shape.
-    """
+    """Images, [B, (C,) H, H] or [B, 1, H, H], without an axis for a single channel."""
     if not isinstance(images, Tensor):
         raise ValueError(
             f"images: expected a torch.Tensor, got {type(images).__name__}; use torch.as_tensor"
@@ -64,9 +60,6 @@ def to_intensities(images: Tensor, dtype: torch.dtype) -> Tensor:
 
     The range of floats is checked while Pyro's validation is enabled. The check waits for the
     device, and a program that is being captured has no values to check.
-
-    Raises:
-        ValueError: If floats are outside [0, 1].
     """
     intensities = images.to(dtype)
     if images.dtype == torch.uint8:
@@ -84,11 +77,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def check_range(images: Tensor) -> None:
-    """Checks that images of floats are in [0, 1], up to a tolerance; reads from the device.
-
-    Raises:
-        ValueError: If they are not.
-    """
+    """Checks that images of floats are in [0, 1], up to a tolerance; reads from the device."""
     if not images.is_floating_point() or not images.numel():
         return
     values = images.detach()

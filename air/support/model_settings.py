@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from air.support.fields import check_settings, model_setting, setting
+from air.support.fields import SettingError, check_settings, model_setting, setting
 
 BackgroundModel = Literal["none", "pca"]
 Likelihood = Literal["normal", "bernoulli"]
@@ -77,7 +77,7 @@ class ModelSettings:
         "ReLU",
         "activation between layers, a class of torch.nn",
         accepts=is_activation,
-        expected="the name of an activation of torch.nn without arguments, such as ReLU,",
+        accepted="the name of an activation of torch.nn without arguments, such as ReLU,",
         metavar="NAME",
     )
     decoder_output_bias: float | None = model_setting(-2.0, "bias before the decoder's sigmoid")
@@ -165,6 +165,9 @@ class ModelSettings:
             layers = getattr(self, name)
             object.__setattr__(self, name, None if layers in ([], ()) else layers)
         check_settings(self)
+        if self.likelihood == "bernoulli" and not self.decoder_output_use_sigmoid:
+            needed = "bernoulli needs decoder_output_use_sigmoid, for intensities in [0, 1]"
+            raise SettingError("likelihood", needed)
 
 
 NetFactory = Callable[[ModelSettings], Mapping[str, nn.Module]]  # see the docstring of `AIR`

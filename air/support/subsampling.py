@@ -15,18 +15,13 @@ def draw_indices(size: int, n: int, device: torch.device) -> Tensor:
 
     Args:
         size: Number of indices to choose from.
-        n: Number of indices to draw, at most `size`.
+        n: Number of indices to draw, from 1 to `size`.
         device: Device that draws them.
 
     Returns:
         Rising indices, int64 [n]. If n does not divide `size`, neighbouring parts share an index,
         which both can draw; in large data sets such a repetition is rare.
-
-    Raises:
-        ValueError: If `n` is not from 1 to `size`.
     """
-    if not 1 <= n <= size:
-        raise ValueError(f"n: expected a number of indices from 1 to {size}, the size, got {n}")
     # On a GPU, Inductor computes what follows from arange alone in 32 bits, without an error
     # (PyTorch issue 175966). So this product stays below 2**31, and the others below 2**62.
     coarse = max(1, min(_MAX_COARSE, (1 << 31) // n - 1, (1 << 62) // (n * size * _FINE)))
@@ -42,11 +37,8 @@ def subsample_indices(
 ) -> Tensor | None:
     """The indices of the images that a step uses, or None for all images.
 
-    Args:
-        data: All images, or one batch of them.
-        batch_size: Number of images to draw; None for all.
-        num_images: Size of the whole data set if `data` is one batch of it. Then all of `data` is
-            used, as a subsample of `num_images`.
+    With `num_images`, the size of the whole data set, `data` is one batch of it and all is used.
+    Otherwise `batch_size` images are drawn from it; None for all.
     """
     if num_images is not None:
         return torch.arange(len(data), device=data.device)

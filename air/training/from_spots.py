@@ -12,6 +12,7 @@ objects touch (`air.training.known_objects`): a threshold finds few such objects
 which is also reported in place of the ELBO while the phase lasts. No label is used.
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -40,21 +41,20 @@ WHOLE_NOISE, GLIMPSE_NOISE = (0.05, 0.0, 0.0), (0.02, 0.02, 0.02)
 SHIFT_NOISE = 0.06  # of x and y, in half windows
 
 
+@dataclass(eq=False)
 class FromSpots:
     """`model` and `guide` for SVI, which train an AIR on the objects that a threshold sees.
 
     They take the arguments of `AIR.model` and `AIR.guide`, but draw their batches from some of the
     images, in which spots are looked for once.
-
-    Args:
-        air: The model.
-        find: Finds spots.
-        images: Training images, as `AIR.to_images` takes them, [N, (C,) H, H].
-        pixels: The same images in the size in which spots are looked for, uint8 [N, (C,) L, L].
     """
 
-    def __init__(self, air: AIR, find: SpotFinder, images: Tensor, pixels: Array) -> None:
-        self.air, self.find, self.images, self.pixels = air, find, images, pixels
+    air: AIR
+    find: SpotFinder
+    images: Tensor  # for training, as `AIR.to_images` takes them, [N, (C,) H, H]
+    pixels: Array  # the same images, in the size in which spots are looked for, [N, (C,) L, L]
+
+    def __post_init__(self) -> None:
         self._batch: tuple[Tensor, KnownObjects, dict[str, Tensor]] | None = None
 
     def guide(
@@ -65,7 +65,6 @@ class FromSpots:
         num_images: int | None = None,
     ) -> None:
         """q(z_what | x, z_pres, z_where), and the fit of q(z_pres) and q(z_where)."""
-        del z_pres_prior_p
         images, known, hidden = self.known_objects
         k = draw_indices(len(images), min(batch_size or len(images), len(images)), images.device)
         images, k = self.air.to_images(images[k]), k.to(hidden.device)
@@ -89,7 +88,6 @@ class FromSpots:
         num_images: int | None = None,
     ) -> None:
         """p(x, z) of the batch that `guide` drew, with the same objects."""
-        del batch_size
         assert self._batch is not None
         images, known, values = self._batch
         sure: Any = known.sure

@@ -5,7 +5,7 @@
 3. With `added_scenes`, the same and the teacher of the count; the guide should count well by then.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -94,8 +94,3 @@ def make_program(
         return air
     objective = OBJECTIVES[settings.objective, settings.estimator]
     return MarginalAIR(air, objective, settings.particles, count_term)
-
-
-def phase_at(phases: Sequence[Phase], step: int) -> Phase:
-    """The phase of an optimisation step, counted from zero."""
-    return [phase for phase in phases if phase.begin <= step][-1]

@@ -74,13 +74,7 @@ class Teacher:
                 theirs.copy_(ours)
 
     def __call__(self, images: Tensor, log_q: Tensor, size: int) -> None:
-        """Adds the term to the model that runs.
-
-        Args:
-            images: The batch, [B, (C,) H, H], as `AIR.to_images` returns it.
-            log_q: log q(n) for n = 0..T, [B, T + 1].
-            size: Number of images by which every cost is multiplied.
-        """
+        """Adds the term to the model that runs; see `CountTerm`."""
         known, alone = infer_objects(self.air, images)
         number = max(1, len(images) // BATCH_PER_SUM)
         sums, of_sums = make_sums(self.student.likelihood, images, alone, known, number)

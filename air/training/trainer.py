@@ -22,7 +22,7 @@ from air.priors import CountPrior, geometric_presence, presence_from_counts
 from air.support.fields import SettingError
 from air.training.compiled_svi import CompiledSVI, Compiler, inductor
 from air.training.events import CheckpointDue, Evaluated, Event, Progress, SnapshotDue
-from air.training.phases import Phase, make_phases, phase_at
+from air.training.phases import Phase, make_phases
 from air.training.ranks import any_rank, seed_of_step, shard, sum_over_ranks, world_size
 from air.training.schedules import is_due, is_early, learning_rate_factor
 from air.training.step_stats import StepStats
@@ -173,7 +173,7 @@ class Trainer:
     @property
     def phase(self) -> Phase:
         """The phase of the next step."""
-        return phase_at(self.phases, self.step)
+        return [phase for phase in self.phases if phase.begin <= self.step][-1]
 
     def _not_finite_error(self) -> FloatingPointError:
         name = first_not_finite(self.air, self.images, self.prior)

@@ -33,9 +33,7 @@ def group_codes(codes: Array, kinds: int = KINDS) -> list[Array]:
 def draw_kinds(crops: Sequence[Array], codes: Array) -> Pictures:
     """Draws the most typical objects of each kind in a row, with the number of the kind.
 
-    Args:
-        crops: The objects, uint8 [(C,) h, w] of any size.
-        codes: Their z_what, [N, Z].
+    Crops, uint8 [(C,) h, w], may have any size; codes are their z_what, [N, Z].
     """
     groups, blank = group_codes(codes), np.zeros((SIDE, SIDE, 3), np.uint8)
     cells = []

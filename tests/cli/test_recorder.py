@@ -10,7 +10,7 @@ from helpers import EVALUATION, PROGRESS, trainer
 
 from air.cli.flags import DEFAULTS
 from air.cli.recorder import Recorder
-from air.storage.checkpoint import read_weights
+from air.storage.checkpoint import read_state, read_weights
 from air.storage.run_folder import RunFolder
 from air.training.events import CheckpointDue, Evaluated, SnapshotDue
 from air.visualization.dashboard import ON_PAGE, Dashboard
@@ -38,7 +38,7 @@ def test_every_event_is_kept(run: RunFolder, tmp_path: Path) -> None:
     drawn = [call.args[0] for call in page.draw.mock_calls]
     assert [snapshot.step for snapshot in drawn] == [20, 20]
     assert len(drawn[0].scenes.images) <= ON_PAGE
-    state = run.load()
+    state = read_state(run.checkpoint)
     assert (state["step"], state["config"], state["data_sha256"]) == (20, config, "abc")
     weights, _ = read_weights(tmp_path / "weights.pt")
     assert all(torch.equal(weights[k], v) for k, v in running.air.state_dict().items())

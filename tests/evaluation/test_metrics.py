@@ -15,7 +15,7 @@ from air import AIR
 from air.evaluation import HeldOut, evaluate, importance_weighted_bound, sample_elbo
 from air.evaluation.alarms import empty_canvas_elbo
 from air.evaluation.boxes import tight_boxes
-from air.evaluation.metrics import MAX_OBJECTS
+from air.evaluation.metrics import check_scenes
 from air.inference import infer, mean_count_probs
 
 
@@ -52,18 +52,16 @@ def test_no_tensor_becomes_float64_on_mps(
     assert measure(air, on_mps) == measure(air, images)
 
 
-def test_held_out_scenes_are_checked_when_they_are_made_from_numpy() -> None:
+def test_held_out_scenes_are_checked(air: AIR) -> None:
     x, boxes = np.zeros((2, 12, 12), np.uint8), np.zeros((2, 3, 4))
     boxes[0, 1:] = np.nan  # beyond the count
-    scenes = HeldOut.from_numpy(x, np.array([1, 3]), boxes)
+    scenes = check_scenes(air, HeldOut(x, np.array([1, 3]), boxes))
     assert scenes.boxes is not None
     assert scenes.overlaps is None
     assert np.shares_memory(scenes.images.numpy(), x)
-    with pytest.raises(ValueError, match="counts: expected at most 1000, got 1001"):
-        HeldOut.from_numpy(x, np.array([1, MAX_OBJECTS + 1]))
     for counts in ([2, 3], [1, 4]):
         with pytest.raises(ValueError, match="boxes: expected a finite box for every counted"):
-            HeldOut.from_numpy(x, np.array(counts), boxes)
+            check_scenes(air, HeldOut(x, np.array(counts), boxes))
 
 
 @pytest.mark.parametrize("background", ["none", "pca"])

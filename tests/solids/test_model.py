@@ -231,12 +231,10 @@ def test_learns_kinds_and_places_and_tells_them(
     assert sum(right) > 15
     assert all(("angle" in s) == (s["kind"] != "sphere") for s in solids)
     air = detect.load_air(run / "checkpoint.pt")
-    held_out = HeldOut.from_numpy(
-        scenes.x, scenes.counts, labels=scenes.labels, poses=scenes.solid_poses
-    )
+    held_out = HeldOut(scenes.x, scenes.counts, labels=scenes.labels, poses=scenes.solid_poses)
     scored = evaluate(air, held_out).solids
     assert scored.kind_accuracy == pytest.approx(sum(right) / 20)
-    foreign = held_out._replace(labels=torch.from_numpy(scenes.labels) + 7)  # digits, perhaps
+    foreign = held_out._replace(labels=scenes.labels + 7)  # digits, perhaps
     assert evaluate(air, foreign).solids is None
     for flag in ("--tile=32", "--crop"):
         with pytest.raises(SystemExit) as ended:

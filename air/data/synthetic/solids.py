@@ -101,12 +101,7 @@ def cast(kind: str, size: float, place: Array, angle: float, rays: Array) -> tup
 
 
 class SolidsGenerator:
-    """Draws scenes of solids.
-
-    Args:
-        side: The side H of the images in pixels.
-        random: The source of random numbers.
-    """
+    """Draws scenes of solids, images of H x H pixels."""
 
     def __init__(self, side: int, random: Generator) -> None:
         self.side, self.random = side, random

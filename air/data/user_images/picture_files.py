@@ -77,11 +77,8 @@ def is_picture(path: Path) -> bool:
 def write_pictures(folder: Path | str, scenes: Mapping[str, Scenes]) -> None:
     """Writes scenes as PNG files, with their counts in counts.csv, into a new folder.
 
-    The folder appears under its name only when it is complete.
-
-    Args:
-        folder: The folder.
-        scenes: Scenes by the subfolder they go into, "" for the folder itself.
+    The key of scenes is the subfolder they go into, "" for the folder itself. The folder appears
+    under its name only when it is complete.
 
     Raises:
         DataError: If it exists or cannot be written.

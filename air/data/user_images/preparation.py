@@ -59,7 +59,7 @@ class ImageSettings:
         r"of a picture, such as '(\d+)-objects' (default: read counts.csv in the folder, if it "
         "exists, with lines name,count)",
         accepts=_has_one_group,
-        expected="a regular expression with one group",
+        accepted="a regular expression with one group",
         metavar="REGEX",
     )
 
@@ -79,11 +79,7 @@ class Placement(NamedTuple):
 
 
 def check_size(name: str, num_bytes: int) -> None:
-    """Checks that an array fits into the memory that this program takes for it.
-
-    Raises:
-        DataError: If it has more than `MAX_BYTES`.
-    """
+    """Checks that an array fits into the memory that this program takes for it."""
     if num_bytes > MAX_BYTES:
         raise DataError(
             f"{name} takes {num_bytes:,} bytes of memory, more than the limit of {MAX_BYTES:,}; "
@@ -103,9 +99,6 @@ def prepare(images: Array, settings: ImageSettings, name: str) -> tuple[Array, P
     Returns:
         uint8 [N, (C,) H, H], contiguous, and the position of all of them in their originals.
         Images that need no conversion are not copied, so they may stay memory-mapped.
-
-    Raises:
-        DataError: If they have another type or size, or floats leave [0, 1].
     """
     height, width = images.shape[2:]
     side = settings.x_size or width
@@ -132,11 +125,7 @@ def prepare(images: Array, settings: ImageSettings, name: str) -> tuple[Array, P
 
 
 def to_channels_first(images: Array, name: str) -> Array:
-    """Images [N, h, w], [N, C, h, w] or [N, h, w, C] as [N, C, h, w].
-
-    Raises:
-        DataError: If they have another shape.
-    """
+    """Images [N, h, w], [N, C, h, w] or [N, h, w, C] as [N, C, h, w]."""
     shape = " x ".join(map(str, images.shape)) or "of a single number"
     if images.ndim == 3:
         if images.shape[2] <= MAX_CHANNELS_LAST < images.shape[1]:

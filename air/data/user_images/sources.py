@@ -10,6 +10,8 @@ Sources are
 The format of a picture is decided by its content, that of other files by their suffix. Arrays are
 [N, H, H], [N, C, H, H] or [N, H, H, C], of bool, uint8, uint16, or floats in [0, 1]. An .npy file
 of uint8 [N, H, H] or [N, C, H, H] in the final size may be larger than memory.
+
+What cannot be used raises a `DataError`, whose message is one line for the user.
 """
 
 import logging
@@ -86,9 +88,6 @@ def load_data(
         path: A source of images; see the head of this file.
         settings: How to prepare the images.
         hold_out_all: Hold out all images, unless the source names held-out images.
-
-    Raises:
-        DataError: If there are no scenes; the message is one line for the user.
     """
     path, settings = Path(path), settings or ImageSettings()
     larger = None
@@ -119,11 +118,7 @@ def load_data(
 
 
 def read_images(path: Path | str, settings: ImageSettings) -> Iterator[PreparedImage]:
-    """Reads and prepares the images of a source, one by one.
-
-    Raises:
-        DataError: If an image cannot be read or prepared.
-    """
+    """Reads and prepares the images of a source, one by one."""
     for name, pixels in source_images(path, settings):
         yield prepare_image(name, pixels, settings)
 
@@ -147,9 +142,6 @@ def source_images(
 
     Yields:
         The name of an image, and its pixels, [C, h, w], of a type that `prepare` takes.
-
-    Raises:
-        DataError: If the source cannot be read.
     """
     path = Path(path)
     if holds_arrays(path):
@@ -168,11 +160,7 @@ def source_images(
 
 
 def sample_images(path: Path | str, settings: ImageSettings, most: int) -> list[Array]:
-    """Some images of a source at random, in their own sizes: uint8 [C, h, w].
-
-    Raises:
-        DataError: If they cannot be read.
-    """
+    """Some images of a source at random, in their own sizes: uint8 [C, h, w]."""
     found = list(source_images(path, settings, most))
     found = [found[i] for i in sample_indices(len(found), most)]  # a file can have many pages
     return [convert_channels(to_bytes(x[None], name), settings, name)[0] for name, x in found]
@@ -188,9 +176,6 @@ def find_files(path: Path | str) -> list[Path]:
 
     Hidden files and folders, and those of operating systems, are left out. Files that are no
     pictures are left out with a warning.
-
-    Raises:
-        DataError: If the path is no source, or a folder contains no picture or cannot be read.
     """
     path = Path(path)
     if holds_arrays(path):
