@@ -99,7 +99,7 @@ def test_digits_of_recipe_apart_are_apart_along_both_axes(
 ) -> None:
     solid = np.full((1, 28, 28), 100, np.uint8), np.zeros(1, np.uint8)  # as large as its square
     settings = SMALL(recipe="apart", counts=counts, num_scenes=number)
-    x, found, overlaps, _, all_boxes, _ = multi_mnist._draw(settings, False, *solid)
+    x, found, overlaps, _, all_boxes, *_ = multi_mnist._draw(settings, False, *solid)
     boxes = np.asarray(all_boxes)
     assert np.nanmax(boxes) == 50  # up to the edges
     assert np.nanmin(boxes) == 0
@@ -216,7 +216,7 @@ def test_each_split_shows_its_own_digits(
     assert [np.bincount(labels).tolist() for labels in digits[1::2]] == [[400] * 10, [100] * 10]
     assert not {image.tobytes() for image in digits[0]} & {image.tobytes() for image in digits[2]}
     splits = load_scenes(SMALL(num_test_scenes=300, counts=(1,), **settings), cache_dir=tmp_path)
-    for (x, _, _, labels, _, _), bank in ((splits.train, digits[:2]), (splits.test, digits[2:])):
+    for (x, _, _, labels, *_), bank in ((splits.train, digits[:2]), (splits.test, digits[2:])):
         small = [resize_digit(image, side) for image in bank[0]]
         known = {cut(image).tobytes(): label for image, label in zip(small, bank[1], strict=True)}
         assert [[known[cut(image).tobytes()]] for image in x] == np.asarray(labels).tolist()
