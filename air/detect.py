@@ -94,18 +94,15 @@ class Detection:
     probability: float | None  # q(count); None for a picture of several tiles
     objects: list[DetectedObject]  # `count` objects
 
-    def record(self) -> dict[str, Any]:
-        """The detection as JSON has it, without codes that were not asked for."""
+    def record(self, codes: bool = True) -> dict[str, Any]:
+        """The detection as JSON has it, without codes and solids that are not there."""
         record = asdict(self)
         for each in record["objects"]:
-            for optional in ("z_what", "solid"):
-                if each[optional] is None:
-                    del each[optional]
+            if each["z_what"] is None or not codes:
+                del each["z_what"]
+            if each["solid"] is None:
+                del each["solid"]
         return record
-
-    def without_codes(self) -> "Detection":
-        """The detection without z_what."""
-        return replace(self, objects=[replace(each, z_what=None) for each in self.objects])
 
     def without_cut(self) -> "Detection":
         """Only the objects that lie within the image; `probability` is that of all."""
@@ -202,11 +199,11 @@ def detect_in_tiles(
             found.append(detection.in_original(Placement((x0 + x, y0 + y), scale)))
     if len(tiles) == 1:
         return found[0]
-    views = [(n, each) for n, detection in enumerate(found) for each in detection.objects]
     height, width = image.shape[1:]
     views = [
         (n, each)
-        for n, each in views
+        for n, detection in enumerate(found)
+        for each in detection.objects
         if max(each.box[0], 0) < min(each.box[2], width)  # neither empty nor in the padding
         and max(each.box[1], 0) < min(each.box[3], height)
     ]
@@ -396,12 +393,10 @@ def run(args: argparse.Namespace, prog: str, nets: NetFactory | None) -> int:
                 pixels = crop(image.pixels, each.box)
                 if pixels is not None and each.z_what is not None:
                     crops.append((pixels, each.z_what))
-            if not args.codes:
-                detection = detection.without_codes()
             if args.figure and len(shown) < (MAX_TILED if args.tile else MAX_DRAWN):
                 shown.append((image.pixels, detection))
             original = detection.in_original(image.placement)
-            print(json.dumps({"image": image.name} | original.record()), flush=True)
+            print(json.dumps({"image": image.name} | original.record(args.codes)), flush=True)
             if args.csv:
                 rows += csv_rows(image.name, original)
     if rows:

@@ -1,6 +1,7 @@
 """The settings that follow from images suit images that are known; flags win."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,28 @@ def test_a_model_of_the_background_is_chosen_where_it_is_not_black() -> None:
     assert settings(np.maximum(x, 80))["background_model"] == "pca"
     ramp = np.linspace(0, 120, 48).astype(np.uint8)
     assert settings(np.maximum(x, ramp))["background_model"] == "pca"
+
+
+def test_glimpses_see_the_threshold_and_weigh_colours_where_the_background_varies() -> None:
+    x = squares(120, (48, 48), 12, 2, channels=3)
+    found = settings(x)
+    assert 0 < found["glimpse_threshold"] < 1
+    assert "glimpse_colours" not in found
+    stones = np.random.default_rng(0).integers(40, 160, (120, 1, 48, 48), np.uint8)
+    assert len(settings(np.where(x > 0, x, stones))["glimpse_colours"]) == 9
+    assert not {*settings(x, guide="image")} & {"glimpse_threshold", "glimpse_colours"}
+
+
+@pytest.mark.parametrize("side", [24, 48, 96])
+def test_users_pictures_train_for_a_quarter_of_an_hour(side: int) -> None:
+    x = squares(60, (side, side), side // 4, 2, channels=3)
+    number, text = find_settings(survey(x), SceneSplits(Scenes(x), Scenes(x), ""), {"data": "x"})[
+        "num_steps"
+    ]
+    minutes = re.match(r"some (\d+) minutes", text)
+    assert minutes
+    assert int(minutes[1]) <= 15
+    assert number % 100 == 0
 
 
 def test_given_flags_win() -> None:
