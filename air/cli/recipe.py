@@ -43,6 +43,7 @@ LIKELIHOOD_SDS = 0.05, 0.6
 RELIABLE = 0.4  # agreement of two thresholds from which spots are believed
 # Glimpses weigh colours if the least weight is below this one; see `air.data.spots.colour_weights`.
 UNEVEN_COLOUR = 0.5
+SMALLEST = 10  # percent of the objects that may be far smaller than a typical one
 SPOT_STEPS, WHOLE_SPOT_STEPS = 200, 100  # with glimpses, and for each object with whole images
 SMALL = 0.2  # side of an object, relative to its image, below which glimpses find it
 # Objects up to which the whole image is seen, if they are large and there are so many images: a
@@ -245,6 +246,8 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
         found["added_scenes_from"] = spot_steps, "when objects are learnt from spots"
         if glimpses:
             found["z_pres_bias"] = -3.0, "a glimpse at an empty place begins as no object"
+        # What a window leaves uncovered of a large object would outweigh a tiny one in the mask.
+        if glimpses and seen.side(SMALLEST) >= LEAST_SIDE * half:
             threshold, colours = seen.finder.thresholds[0] / 255, seen.finder.colours
             found["glimpse_threshold"] = round(threshold, 3), "it shows where objects are"
             if colours is not None and np.linalg.eigvalsh(colours).min() < UNEVEN_COLOUR:

@@ -72,6 +72,8 @@ def test_glimpses_see_the_threshold_and_weigh_colours_where_the_background_varie
     stones = np.random.default_rng(0).integers(40, 160, (120, 1, 48, 48), np.uint8)
     assert len(settings(np.where(x > 0, x, stones))["glimpse_colours"]) == 9
     assert not {*settings(x, guide="image")} & {"glimpse_threshold", "glimpse_colours"}
+    tiny = squares(60, (48, 48), 4, 2, channels=3)  # what is left of the others would hide them
+    assert "glimpse_threshold" not in settings(np.concatenate((x, tiny)))
 
 
 @pytest.mark.parametrize("side", [24, 48, 96])
