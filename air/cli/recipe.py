@@ -158,9 +158,18 @@ def find_image_settings(path: Path, given: Mapping[str, Any]) -> Found:
         text = f"a typical object is then {seen.side(50) * side:.0f} pixels long"
         found["x_size"] = side, text
     side, _ = found.get("x_size", (given.get("x_size", longest), ""))
-    if side < min(longest, LOOK_SIDE) and not given.get("crop"):
+    if side < min(longest, LOOK_SIDE) and not given.get("crop") and not _some_are_tiny(seen):
         found["spot_size"] = min(longest, LOOK_SIDE), "a threshold sees more in large images"
     return {key: value for key, value in found.items() if key not in given}
+
+
+def _some_are_tiny(seen: Survey) -> bool:
+    """Whether some objects are far smaller than a typical one.
+
+    They are overlooked where glimpses are drawn by a mask, or windows fit the larger objects as
+    tightly as in the originals: what a window leaves uncovered of these then outweighs them.
+    """
+    return seen.side(SMALLEST) < LEAST_SIDE * seen.side(50)
 
 
 def _training_side(images: Array, seen: Survey, longest: int) -> int:
@@ -246,8 +255,7 @@ def find_settings(seen: Survey, scenes: SceneSplits, given: Mapping[str, Any]) -
         found["added_scenes_from"] = spot_steps, "when objects are learnt from spots"
         if glimpses:
             found["z_pres_bias"] = -3.0, "a glimpse at an empty place begins as no object"
-        # What a window leaves uncovered of a large object would outweigh a tiny one in the mask.
-        if glimpses and seen.side(SMALLEST) >= LEAST_SIDE * half:
+        if glimpses and not _some_are_tiny(seen):
             threshold, colours = seen.finder.thresholds[0] / 255, seen.finder.colours
             found["glimpse_threshold"] = round(threshold, 3), "it shows where objects are"
             if colours is not None and np.linalg.eigvalsh(colours).min() < UNEVEN_COLOUR:
