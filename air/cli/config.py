@@ -152,6 +152,8 @@ def _image_settings(
     # A model that was trained without resizing: nothing is resized here, unless it is asked for.
     if model.get("crop") is None and cli_args.get("crop") is None:
         model = {key: value for key, value in model.items() if key != "x_size"}
+    # Originals are for the first phase of a new training, which a loaded model has behind it.
+    model = {key: value for key, value in model.items() if key != "spot_size"}
     found = {"x_size": None, "channels": None, **survey, **model, **run, **cli_args}
     settings = {spec.key: found.get(spec.key, spec.default) for spec in settings_of(ImageSettings)}
     if settings["x_size"] is None and settings["crop"] is not None:

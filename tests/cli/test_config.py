@@ -107,6 +107,9 @@ def test_images_of_your_own_are_as_they_are_unless_flags_run_or_model_say_more(
     saved |= {"data": "pictures", "x_size": 30, "channels": 3, "crop": True, "invert": True}
     assert images(RESUME, saved) == images({}, saved) == [30, 3, True, True]
     assert images({"x_size": 40}, saved) == [40, 3, True, True]
+    large = {**saved, "spot_size": 90}  # for the beginning of a new training
+    assert resolve_config({"data": "others", "load": "w"}, large).images.spot_size is None
+    assert resolve_config(RESUME, large).images.spot_size == 90
     with pytest.raises(ValueError, match=r"--x-size: --resume keeps .* has 30, got 40"):
         images({**RESUME, "x_size": 40}, saved)
     saved["crop"] = None  # it was trained on images of its size
